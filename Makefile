@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: MIT
+# Everything here starts from nothing: git, make, python3 >= 3.11 and Debian's apt are enough. What is missing is installed,
+# into .venv by pip and, as root, by apt; nothing is installed twice. What the guests need, tests/guest installs.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+VERSION := $(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)
+START := $(shell date +%s)
+DEB := dist/nbdd_$(VERSION)_all.deb
+
+DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
+# What the package is made from; the build sees nothing else of the tree.
+DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd man debian
+
+# $(call apt,PACKAGES,WHAT FOR): a no-op where they are there already. Another apt may hold the lock for a while, and a fresh
+# machine has no package lists.
+define apt
+missing=(); for package in $(1); do \
+  dpkg-query -W -f='$${Status}' "$$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$$package"); done; \
+if (($${#missing[@]})); then \
+  echo "== apt: $${missing[*]} ($(2))"; \
+  (($$(id -u) == 0)) || { echo "Not root. Install them first: apt-get install $${missing[*]}" >&2; exit 1; }; \
+  for try in 1 2 3 4 5; do \
+    if DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=600 install -y --no-install-recommends \
+      "$${missing[@]}" >/dev/null; then break; fi; \
+    ((try < 5)) || { echo "apt can't install $${missing[*]}: see above." >&2; exit 1; }; \
+    sleep $$((try * 3)); apt-get -qq update || true; \
+  done; \
+fi
+endef
+
+.PHONY: help
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+.PHONY: deps
+deps: $(VENV)/.stamp ## the tools for the work on the tree, in .venv
+
+# pyproject.toml alone says what is needed; nbdd itself runs from the tree and is not installed.
+$(VENV)/.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "nbdd needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=python3.13" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { $(call apt,python3-venv,python3 has no venv module); }
+	@echo "== pip: dependencies of nbdd and of its tests, into $(VENV)"
+	@[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' >$(VENV)/requirements.txt
+	@$(PY) -m pip --disable-pip-version-check install --quiet --root-user-action=ignore -r $(VENV)/requirements.txt
+	@touch $@
+
+.PHONY: check
+check: deps systemd-analyze ## lint, format, types, units, fast tests: seconds, no root
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PY) -m nbdd --check config
+	$(PY) -m pytest -q tests/unit
+
+# The tests ask it about the units. Without it, and without root to install it, they are skipped and say so.
+.PHONY: systemd-analyze
+systemd-analyze:
+	@command -v systemd-analyze >/dev/null || (($$(id -u) != 0)) || { $(call apt,systemd,systemd-analyze checks the units); }
+
+.PHONY: test
+test: deps systemd-analyze deb ## every test, the guests of both Debians included
+	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
+	@$(PY) -m pytest tests
+
+.PHONY: demo
+demo: deps deb ## attach, use and detach a device on a real kernel, shown step by step
+	@$(PY) -m tests.guest.demo
+
+.PHONY: vm
+vm: deps deb ## a shell in a guest with nbdd installed (GUEST=debian12 or debian13)
+	@$(PY) -m tests.guest shell $(or $(GUEST),debian13)
+
+# Built from a copy, so that the tree stays clean, and with the system's own Python, whatever PATH says. The checksum of
+# everything that goes in stands beside the package: the same inputs are never built twice.
+.PHONY: deb
+deb: ## dist/nbdd_*_all.deb, for Debian 12 and 13
+	@$(call apt,$(DEB_PACKAGES),to build the package)
+	@mkdir -p dist; \
+	sources=(); for source in $(DEB_SOURCES); do [ -e "$$source" ] && sources+=("$$source"); done; \
+	copy=(tar --create --sort=name --owner=0 --group=0 --mtime=@0 --exclude=__pycache__ --exclude=.mypy_cache "$${sources[@]}"); \
+	sum=$$("$${copy[@]}" | sha256sum); \
+	if [ -e $(DEB) ] && [ "$$(cat dist/.inputs 2>/dev/null)" = "$$sum" ]; then echo "== $(DEB) is up to date"; exit 0; fi; \
+	work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	mkdir "$$work/nbdd"; "$${copy[@]}" | tar --extract --touch --directory="$$work/nbdd"; \
+	echo "== building $(DEB)"; \
+	(cd "$$work/nbdd" && env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME="$$work" LC_ALL=C.UTF-8 \
+	  dpkg-buildpackage --build=binary --no-sign >"$$work/log" 2>&1) || { tail -n 60 "$$work/log" >&2; exit 1; }; \
+	rm -f dist/*.deb; cp "$$work"/nbdd_*_all.deb dist/; echo "$$sum" >dist/.inputs; \
+	ls -l $(DEB)
+
+.PHONY: lint-deb
+lint-deb: deb ## what Debian's lintian says of the package
+	@$(call apt,lintian,to check the package)
+	lintian --fail-on=error,warning --allow-root $(DEB)
+
+.PHONY: wheel
+wheel: deps ## dist/nbdd-*.whl
+	@$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l dist/*.whl
+
+.PHONY: clean
+clean: ## remove what was built here; the cached guests stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/failures
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

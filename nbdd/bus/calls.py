@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""Calls that nbdd makes to other services on the bus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dbus_next import Message, MessageType
+from dbus_next.aio import MessageBus
+
+
+class CallError(Exception):
+    """The other service answered with an error; `name` is its D-Bus name."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One interface of one object of another service."""
+
+    destination: str
+    path: str
+    interface: str
+
+    async def call(self, bus: MessageBus, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
+        """Call a method and return its out-arguments; raises CallError, or EOFError when the bus is gone."""
+        reply = await bus.call(
+            Message(
+                destination=self.destination,
+                path=self.path,
+                interface=self.interface,
+                member=member,
+                signature=signature,
+                body=list(body),
+            )
+        )
+        if reply is None:
+            raise EOFError
+        if reply.message_type is MessageType.ERROR:
+            raise CallError(reply.error_name, str(reply.body[0]) if reply.body else reply.error_name)
+        return reply.body
+
+
+DBUS = Peer("org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus")

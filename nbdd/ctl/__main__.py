@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: MIT
+"""The beginning and the end of nbdctl: what goes wrong anywhere becomes one sentence and an exit status here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+
+from nbdd.ctl.cli import cli, say
+from nbdd.ctl.show import clean
+from nbdd.errors import InvalidConfig, NbddError
+
+DONE, FAILED, USAGE = 0, 1, 2
+INTERRUPTED = 128 + signal.SIGINT
+UNREAD = 128 + signal.SIGPIPE
+"""What a shell reports for other commands whose reader left, as in `nbdctl list | head -1`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run nbdctl with `arguments` (default: those of the process); return its exit status."""
+    _prepare()
+    if "_NBDCTL_COMPLETE" in os.environ:
+        cli.main(prog_name="nbdctl")  # completion only; it exits
+    try:
+        status = _run(list(sys.argv[1:] if arguments is None else arguments))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        status = UNREAD
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except OSError as problem:
+        _complain(f"The output can't be written: {problem.strerror or problem}.")
+        status = FAILED
+    except Exception as problem:  # noqa: BLE001 - a person at a terminal is spared the traceback of our mistakes
+        _complain(f"This is a mistake in nbdctl, please report it: {type(problem).__name__}: {problem}")
+        status = FAILED
+    if status in {UNREAD, FAILED}:
+        _forget_output()
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        with cli.make_context("nbdctl", arguments) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.UsageError as problem:
+        problem.show()
+        return USAGE
+    except click.ClickException as problem:
+        _complain(problem.format_message())
+        return FAILED
+    except InvalidConfig as problem:
+        _complain(*problem.problems)
+        return FAILED
+    except NbddError as problem:
+        _complain(" ".join(str(problem).split("\n")))
+        return FAILED
+    return DONE
+
+
+def _complain(*problems: str) -> None:
+    """Say what went wrong: one line, or one for each fault in a configuration that has several."""
+    for problem in problems:
+        say(clean(problem))
+
+
+def _prepare() -> None:
+    # With a closed stdin, stdout or stderr the bus would get its number, and somebody's output with it.
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
+    # A name that this terminal's character set lacks is no reason to fail.
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+    # dbus-next logs tracebacks when a bus goes away; we have a sentence for that.
+    logging.getLogger().addHandler(logging.NullHandler())
+
+
+def _forget_output() -> None:
+    """Let what could not be written go, or the interpreter complains about it at its very end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

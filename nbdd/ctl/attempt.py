@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""One attach, watched: it may take long, and a person at a terminal wants to know what it waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import IO, Any
+
+from nbdd.bus.client import Client, Event, Kind
+from nbdd.ctl.record import Device
+from nbdd.ctl.show import Look, clean, fit
+from nbdd.errors import InvalidURI, NbddError, NoSuchDevice
+from nbdd.uri import URI
+
+PATIENCE = 0.7
+"""Seconds after which a person begins to wonder; until then nothing is said."""
+
+
+def is_uri(target: str) -> bool:
+    """Whether a command's NAME|URI means a URI. A name may hold a colon, but no such beginning."""
+    scheme, colon, rest = target.partition(":")
+    return rest.startswith("//") or bool(colon and scheme.lower() in {"nbd", "nbds", "nbd+unix", "nbds+unix"})
+
+
+class Attempt:
+    """Attaches `target`, a name or a URI, and tells on `terminal` how it goes."""
+
+    def __init__(self, target: str, options: Mapping[str, bool | int | str], terminal: IO[str] | None) -> None:
+        self._target = target
+        self._options = dict(options)
+        self._uri = is_uri(target)
+        self._terminal = terminal
+        self._look = Look.of(terminal)
+        self._shown = False
+        self._started = time.monotonic()
+        self._device = Device()
+        self.name = str(self._options.get("name", "")) if self._uri else target
+        """The device's name; "" until the service has given it one."""
+        self.asked = False
+        """Whether the service has been asked, so that it goes on without us."""
+
+    async def run(self, client: Client) -> Device:
+        """Attach; returns the device as it is then."""
+        if self._terminal is not None:
+            await client.subscribe()
+        self.asked = True
+        call = asyncio.ensure_future(self._attach(client))
+        try:
+            if self._terminal is not None:
+                await self._watch(client, call, self._terminal)
+            path = await call
+        finally:
+            call.cancel()
+            self._wipe()
+        return await self._found(client, path)
+
+    async def existing(self, client: Client) -> Device | None:
+        """The device that is attached already just as it is wanted; None where that is another one."""
+        if not self._uri:
+            return Device.of(await client.device(self.name))
+        for properties in await client.devices():
+            device = Device.of(properties)
+            # A name that is taken by another export must not pass for success.
+            if device.node and _same(device.uri, self._target) and self.name in {"", device.name}:
+                return device
+        return None
+
+    async def _attach(self, client: Client) -> str:
+        if self._uri:
+            return await client.attach_uri(self._target, self._options)
+        return await client.attach(self._target, self._options)
+
+    async def _found(self, client: Client, path: str) -> Device:
+        try:
+            return Device.of(await client.device_at(path))
+        except NbddError as problem:
+            raise NoSuchDevice(
+                f"{self.name or self._target} was attached, and is gone again or can't be looked at: {problem}"
+            ) from problem
+
+    async def _watch(self, client: Client, call: asyncio.Future[str], terminal: IO[str]) -> None:
+        """Keep one line up to date until the call is done."""
+        event = asyncio.ensure_future(client.event())
+        pause = PATIENCE
+        try:
+            while not call.done():
+                both: set[asyncio.Future[Any]] = {call, event}
+                await asyncio.wait(both, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                if event.done() and not call.done():
+                    if event.exception() is not None:
+                        return  # the bus is gone; the call says so
+                    self._hear(event.result())
+                    event = asyncio.ensure_future(client.event())
+                waited = time.monotonic() - self._started
+                pause = max(PATIENCE - waited, 0) or 1
+                if waited >= PATIENCE and not call.done():
+                    self._tell(int(waited), terminal)
+        finally:
+            event.cancel()
+
+    def _hear(self, event: Event) -> None:
+        if not self.name and event.kind is Kind.ADDED and _same(event.properties.get("URI", ""), self._target):
+            self.name = event.name
+        if event.name and event.name == self.name and event.kind in {Kind.ADDED, Kind.CHANGED}:
+            now = Device.of(event.properties)
+            self._device = replace(
+                self._device,
+                state=now.state if "State" in event.properties else self._device.state,
+                uri=now.uri or self._device.uri,
+                last_error=now.last_error if "LastError" in event.properties else self._device.last_error,
+            )
+
+    def _tell(self, waited: int, terminal: IO[str]) -> None:
+        device = self._device
+        state = device.state if device.state != Device().state else "waiting"
+        text = f"{self.name or self._target}: {state} for {waited} s"
+        if device.last_error is not None:
+            text += f"; last error: {device.last_error.message}"
+        columns = None if self._look.width is None else self._look.width - 1
+        terminal.write("\r\x1b[K" + fit(clean(text), columns))
+        terminal.flush()
+        self._shown = True
+
+    def _wipe(self) -> None:
+        if self._terminal is not None and self._shown:
+            self._terminal.write("\r\x1b[K")
+            self._terminal.flush()
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two URIs mean the same export."""
+    try:
+        return URI.parse(one) == URI.parse(other)
+    except InvalidURI:
+        return one == other

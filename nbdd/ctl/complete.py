@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: MIT
+"""Completion of device names in the shell: it asks a running nbdd, briefly, and says nothing when that fails.
+
+Bash: ``eval "$(_NBDCTL_COMPLETE=bash_source nbdctl)"``; zsh and fish alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import click
+from click.shell_completion import CompletionItem
+
+from nbdd.ctl.record import Device
+
+_SECONDS = 1
+"""A person who pressed Tab does not wait longer."""
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def names(wanted: Callable[[Device], bool] = lambda _: True) -> Completer:
+    """A completer for the names of the devices that are `wanted`."""
+
+    def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        found: list[Device] = []
+        with contextlib.suppress(Exception):
+            found = asyncio.run(_devices())
+        return [
+            CompletionItem(device.name, help=device.state)
+            for device in sorted(found, key=lambda device: device.name)
+            if device.name.startswith(begun) and wanted(device)
+        ]
+
+    return complete
+
+
+async def _devices() -> list[Device]:
+    # Imported here: it takes longer than all else together, and --help needs none of it.
+    from nbdd.bus.client import Client  # noqa: PLC0415
+
+    async with asyncio.timeout(_SECONDS), Client(activate=False) as client:
+        return [Device.of(properties) for properties in await client.devices()]

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""A device as nbdctl shows it: the properties of org.nbdd1.Device under the names of the JSON documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+_FIELDS = {
+    "Name": "name",
+    "Node": "node",
+    "State": "state",
+    "Size": "size",
+    "BlockSize": "block_size",
+    "ReadOnly": "read_only",
+    "URI": "uri",
+    "Timeout": "timeout",
+    "DeadTimeout": "dead_timeout",
+    "Connections": "connections",
+    "LiveConnections": "live_connections",
+    "Encryption": "encryption",
+    "WorkerPID": "worker_pid",
+    "Reconnects": "reconnects",
+    "AttachedSince": "attached_since",
+    "Configured": "configured",
+    "LastError": "last_error",
+}
+"""D-Bus property to field; the JSON key is the field with - for _."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The last thing that went wrong."""
+
+    name: str
+    """The D-Bus name of the error, such as org.nbdd1.Error.ConnectFailed."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device. A property that the service does not know yet, or no longer, keeps its default."""
+
+    name: str = ""
+    node: str = ""
+    """/dev/nbdX, or "" while there is none."""
+    state: str = "unknown"
+    size: int = 0
+    """Bytes; 0 while not attached."""
+    block_size: int = 0
+    read_only: bool = False
+    uri: str = ""
+    timeout: int = 0
+    """Seconds; 0 is no limit."""
+    dead_timeout: int = 0
+    """Seconds."""
+    connections: int = 0
+    live_connections: int = 0
+    encryption: str = ""
+    worker_pid: int = 0
+    reconnects: int = 0
+    attached_since: int = 0
+    """Microseconds since 1970; 0 while not attached."""
+    configured: bool = False
+    last_error: Failure | None = None
+
+    @classmethod
+    def of(cls, properties: Mapping[str, Any]) -> Self:
+        """A device from its D-Bus properties; those that nbdctl does not know are left out."""
+        return cls(**{_FIELDS[key]: _value(key, value) for key, value in properties.items() if key in _FIELDS})
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object. Each key always has the same type, except that no last-error is null."""
+        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
+
+
+def changes(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Changed properties as a JSON object, with the keys of `Device.to_json`."""
+    found = {_FIELDS[key].replace("_", "-"): _value(key, value) for key, value in properties.items() if key in _FIELDS}
+    return {key: asdict(value) if isinstance(value, Failure) else value for key, value in found.items()}
+
+
+def _value(key: str, value: Any) -> Any:
+    if key == "LastError" and value is not None:
+        name, message = value
+        return Failure(name, message) if name or message else None
+    return value

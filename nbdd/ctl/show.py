@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: MIT
+"""Text for people: tables, sizes, states. All of it returns strings; nothing here prints.
+
+Names, descriptions and errors may come from an NBD server that means no good. `clean` takes out of them whatever
+could move a terminal's cursor, ring its bell or turn its text around, so nothing else may show them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+import click
+
+from nbdd.ctl.record import Device
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+_COLOURS = {
+    "attached": "green",
+    "connecting": "yellow",
+    "degraded": "yellow",
+    "reconnecting": "yellow",
+    "detaching": "yellow",
+    "failed": "red",
+}
+
+# Transmission flags, "NBD protocol: Transmission flags": bit 0 says that the others mean something.
+_HAS_FLAGS = 1 << 0
+_READ_ONLY = 1 << 1
+_CAN_MULTI_CONN = 1 << 8
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the place that text goes to can show."""
+
+    colour: bool = False
+    width: int | None = None
+    """Columns, or None where lines are as long as they need to be."""
+
+    @classmethod
+    def of(cls, stream: IO[str] | None) -> Look:
+        """What `stream` can show: no colour and no limit unless it is a terminal. NO_COLOR is respected."""
+        if stream is None or not stream.isatty():
+            return cls()
+        try:
+            width: int | None = os.get_terminal_size(stream.fileno()).columns or None
+        except OSError:
+            width = None
+        return cls(not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb", width)
+
+    def paint(self, text: str, **style: Any) -> str:
+        """The text in a style of click.style, or plain."""
+        return click.style(text, **style) if self.colour and text else text
+
+
+def clean(text: str) -> str:
+    """The text on one line, with every character that does not print escaped."""
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def size(count: int) -> str:
+    """Bytes in binary units: "512 B", "10 GiB", "1.5 TiB". A whole number is exact, a decimal is rounded."""
+    unit = min(max(count.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    if round(count / (1 << 10 * unit), 1) >= 1024 and unit < len(_UNITS) - 1:
+        unit += 1  # 1023.99 GiB is better called 1.0 TiB
+    whole, rest = divmod(count, 1 << 10 * unit)
+    return f"{whole} {_UNITS[unit]}" if not rest else f"{count / (1 << 10 * unit):.1f} {_UNITS[unit]}"
+
+
+def duration(seconds: int) -> str:
+    """About how long, as a person says it: "90 s", "12 min", "2 h 30 min", "3 d 4 h"."""
+    if seconds < 120:
+        return f"{seconds} s"
+    if seconds < 7200:
+        return f"{seconds // 60} min"
+    days, hours, minutes = seconds // 86400, seconds % 86400 // 3600, seconds % 3600 // 60
+    parts = ((days, "d"), (hours, "h"), (minutes if not days else 0, "min"))
+    return " ".join(f"{number} {unit}" for number, unit in parts if number)
+
+
+def width(text: str) -> int:
+    """Columns that the text takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
+
+
+def fit(text: str, columns: int | None) -> str:
+    """The text, cut to so many columns; the last one becomes an ellipsis then."""
+    if columns is None or width(text) <= columns:
+        return text
+    while text and width(text) >= columns:
+        text = text[:-1]
+    return text + "…"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], look: Look, *, right: Sequence[str] = ()) -> str:
+    """Aligned columns, two spaces apart; only the last one is cut, and only on a terminal.
+
+    An empty cell is shown as "-", so that a script finds each column in its place. `right` names the columns that are
+    aligned to the right. The column STATE has its colours.
+    """
+    lines = [list(head), *([cell or "-" for cell in row] for row in rows)]
+    widths = [max(width(line[column]) for line in lines) for column in range(len(head))]
+    last = len(head) - 1
+    room = None if look.width is None else max(look.width - sum(widths[:last]) - 2 * last, 8)
+    out = []
+    for number, line in enumerate(lines):
+        cells = []
+        for column, cell in enumerate(line):
+            shown = fit(cell, room) if column == last else cell
+            padding = " " * (widths[column] - width(shown))
+            painted = look.paint(shown, bold=True) if number == 0 else _painted(head[column], shown, look)
+            if head[column] in right:
+                cells.append(padding + painted)
+            else:
+                cells.append(painted if column == last else painted + padding)
+        out.append("  ".join(cells))
+    return "\n".join(out)
+
+
+def _painted(column: str, cell: str, look: Look) -> str:
+    return state(cell, look) if column == "STATE" else cell
+
+
+def state(word: str, look: Look) -> str:
+    """A state in its colour; what is at rest is dim."""
+    colour = _COLOURS.get(word)
+    return look.paint(word, fg=colour) if colour else look.paint(word, dim=True)
+
+
+def devices(found: Iterable[Device], look: Look) -> str:
+    """The table of `nbdctl list`; on a terminal, below it, what went wrong with those that are not well."""
+    known = list(found)
+    rows = [
+        (
+            clean(device.name),
+            clean(device.node),
+            clean(device.state),
+            size(device.size) if device.size else "",
+            "ro" if device.read_only else "rw",
+            f"{device.live_connections}/{device.connections}",
+            clean(device.uri),
+        )
+        for device in known
+    ]
+    text = table(("NAME", "NODE", "STATE", "SIZE", "MODE", "LINKS", "SERVER"), rows, look, right=("SIZE",))
+    if look.width is not None:
+        ill = [device for device in known if device.last_error and device.state not in {"attached", "detached"}]
+        notes = [clean(f"{device.name}: {device.last_error.message}") for device in ill if device.last_error]
+        text = "\n".join([text, "", *notes] if notes else [text])
+    return text
+
+
+def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
+    """The table of `nbdctl exports`. The default export, whose name is empty, is shown as ""."""
+    rows = []
+    for export in found:
+        flags = export.get("flags", 0)
+        meant = flags if flags & _HAS_FLAGS else 0
+        rows.append(
+            (
+                clean(export.get("name", "")) or '""',
+                size(export.get("size", 0)),
+                "ro" if meant & _READ_ONLY else "rw",
+                "many" if meant & _CAN_MULTI_CONN else "1",
+                clean(export.get("description", "")),
+            )
+        )
+    return table(("NAME", "SIZE", "MODE", "LINKS", "DESCRIPTION"), rows, look, right=("SIZE",))
+
+
+def attached(device: Device) -> str:
+    """One sentence about a device that is attached."""
+    mode = ", read-only" if device.read_only else ""
+    return clean(f"{device.name} is {device.node}, {size(device.size)}{mode}, from {device.uri}")
+
+
+def status(device: Device, statistics: Mapping[str, int] | None, look: Look) -> str:
+    """All about one device, a line for each thing."""
+    lines = {"State": state(clean(device.state), look) + _since(device)}
+    if device.node:
+        lines["Node"] = device.node
+        lines["Size"] = f"{size(device.size)} ({device.size} bytes, blocks of {device.block_size})"
+    lines["Server"] = device.uri
+    lines["Mode"] = "read-only" if device.read_only else "read and write"
+    lines["Links"] = f"{device.live_connections} of {device.connections}"
+    if device.reconnects:
+        lines["Links"] += f", {device.reconnects} replaced"
+    lines["Timeout"] = f"{device.timeout} s" if device.timeout else "none"
+    lines["Timeout"] += f"; without any link I/O fails after {device.dead_timeout} s"
+    lines["Encryption"] = device.encryption
+    lines["Worker"] = f"PID {device.worker_pid}" if device.worker_pid else "none"
+    lines["Defined"] = "in the configuration" if device.configured else "ad hoc, until it is detached"
+    if statistics:
+        lines |= _traffic(statistics)
+    if device.last_error:
+        lines["Last error"] = f"{device.last_error.message} ({device.last_error.name})"
+    longest = max(map(len, lines))
+    out = [look.paint(clean(device.name), bold=True)]
+    for label, text in lines.items():
+        # The state carries colours of ours and was cleaned before it got them.
+        out.append(f"  {label:>{longest}}: {text if label == 'State' else clean(text)}")
+    return "\n".join(out)
+
+
+def _since(device: Device) -> str:
+    if not device.attached_since:
+        return ""
+    start = device.attached_since / 1e6
+    ago = max(int(time.time() - start), 0)
+    return f" since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(start))}, {duration(ago)} ago"
+
+
+def _traffic(counts: Mapping[str, int]) -> dict[str, str]:
+    lines = {}
+    for label, requests, amount in (
+        ("Read", "reads", "read-bytes"),
+        ("Written", "writes", "written-bytes"),
+        ("Discarded", "discards", "discarded-bytes"),
+    ):
+        if counts.get(requests):
+            lines[label] = f"{size(counts.get(amount, 0))} in {counts[requests]} requests"
+    if counts.get("flushes"):
+        lines["Flushed"] = f"{counts['flushes']} times"
+    if counts.get("in-flight"):
+        lines["In flight"] = f"{counts['in-flight']} requests"
+    return lines
+
+
+def changed(changes: Mapping[str, Any]) -> str:
+    """Changed properties on one line."""
+    return ", ".join(f"{key.replace('-', ' ')} {_changed(key, value)}" for key, value in changes.items())
+
+
+def _changed(key: str, value: Any) -> str:
+    if value is None:
+        return "none" if key == "last-error" else "changed"
+    if key == "size":
+        return size(value) if value else "-"
+    if key == "last-error":
+        return clean(f"{value['message']} ({value['name']})")
+    if key == "attached-since":
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1e6)) if value else "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return clean(str(value)) or "-"

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: MIT
+"""The long-running process: its parts put together, and its one life from start to end.
+
+    claim the name ─> start the fork server ─> read the configuration ─> adopt ─> READY ─> serve ─> signal ─> end
+
+The name comes first: it is the lock that keeps a second nbdd from touching the devices of the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections import Counter
+from pathlib import Path
+
+from nbdd.bus.connection import BusConnection
+from nbdd.config import load
+from nbdd.device import Device, State, Status
+from nbdd.errors import NbddError
+from nbdd.manager import Manager, Observer
+from nbdd.records import Records, runtime_directory
+from nbdd.supervisor import Supervisor
+from nbdd.systemd import Notifier, kept_sockets
+
+log = logging.getLogger(__name__)
+
+STOP_DEADLINE = 60.0
+"""Seconds that the detaching of idle devices may take at a stop; what is left then stays attached."""
+
+
+async def run(directory: Path) -> int:
+    """Run until SIGTERM or SIGINT; `directory` holds the configuration. Returns the exit code.
+
+    Raises NbddError when it can't start.
+    """
+    notifier = Notifier()
+    bus = BusConnection()
+    await bus.claim()
+    supervisor = Supervisor()
+    await supervisor.start()
+    manager = Manager(
+        lambda: load(directory),
+        supervisor,
+        Records(runtime_directory()),
+        notifier.keep_sockets,
+        _Told(bus.observer, notifier),
+    )
+    try:
+        await manager.start(kept_sockets())
+    except NbddError:
+        await manager.stop(detach=False)
+        await bus.close()
+        raise
+    bus.serve(manager)
+    asked = _Signals()
+    watchdog = asyncio.create_task(notifier.watchdog())
+    lost = asyncio.create_task(bus.lost())
+    notifier.ready()
+    try:
+        while True:
+            event = asyncio.create_task(asked.next())
+            await asyncio.wait({event, lost, watchdog}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                event.cancel()
+                log.critical("the system bus is gone; ending, so that systemd starts us anew. The devices stay.")
+                await manager.stop(detach=False)
+                return 1
+            if event.done() and event.result() is not signal.SIGHUP:
+                break
+            if event.done():
+                await _reload(manager, notifier)
+            else:
+                event.cancel()
+                watchdog = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
+    finally:
+        watchdog.cancel()
+        lost.cancel()
+    await _stop(manager, bus, notifier)
+    return 0
+
+
+async def _reload(manager: Manager, notifier: Notifier) -> None:
+    notifier.reloading()
+    try:
+        changes = await manager.reload()
+    except NbddError as error:
+        log.error("nothing is changed, the configuration is bad:\n%s", error)
+    else:
+        log.info(
+            "reloaded: %d added, %d changed, %d removed", len(changes.added), len(changes.changed), len(changes.removed)
+        )
+    notifier.ready()
+
+
+async def _stop(manager: Manager, bus: BusConnection, notifier: Notifier) -> None:
+    """Detach what is idle if this is the end; keep everything if it is half of a restart, or a plain kill."""
+    notifier.stopping()
+    detach = await bus.job_type() == "stop"
+    try:
+        async with asyncio.timeout(STOP_DEADLINE):
+            for told in await manager.stop(detach=detach):
+                log.warning("%s", told)
+    except TimeoutError:
+        log.error("detaching took longer than %g s; what is left stays attached", STOP_DEADLINE)
+        await manager.stop(detach=False)
+    await bus.close()
+
+
+class _Signals:
+    """SIGTERM, SIGINT and SIGHUP, one at a time."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._queue.put_nowait, number)
+
+    async def next(self) -> signal.Signals:
+        return await self._queue.get()
+
+
+class _Told:
+    """Passes the manager's news on to the bus, and sums them up for ``systemctl status``."""
+
+    def __init__(self, observer: Observer, notifier: Notifier) -> None:
+        self._observer = observer
+        self._notifier = notifier
+        self._states: dict[str, State] = {}
+        self._line = ""
+
+    def added(self, device: Device) -> None:
+        self._observer.added(device)
+        self._states[device.name] = device.status.state
+        self._sum_up()
+
+    def changed(self, device: Device, old: Status) -> None:
+        self._observer.changed(device, old)
+        self._states[device.name] = device.status.state
+        if device.status.state is not old.state:
+            self._sum_up()
+
+    def removed(self, device: Device) -> None:
+        self._observer.removed(device)
+        del self._states[device.name]
+        self._sum_up()
+
+    def _sum_up(self) -> None:
+        count = Counter(self._states.values())
+        bound = sum(number for state, number in count.items() if state.bound)
+        others = [f"{count[state]} {state}" for state in State if count[state] and state is not State.DETACHED]
+        line = f"{bound}/{len(self._states)} attached" + (f" ({', '.join(others)})" if others else "")
+        if line != self._line:
+            self._line = line
+            self._notifier.status(line)

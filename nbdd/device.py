@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: MIT
+"""One device: its state machine, from a definition to a worker and back.
+
+    detached ──attach──> connecting ──bound──> attached <──> degraded / reconnecting
+       ^                     │ error               │ detach
+       │                     v                     v
+       └──────detach────── failed               detaching ──free──> detached
+
+One task, the *runner*, holds a worker by the hand for as long as the device is wanted: it attaches, watches, and when
+the worker ends for whatever reason lets a new one adopt the bound device. `detach` takes the runner's place for the
+time of the detaching. State changes in one method, `_set`, which tells the log and the manager.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+from nbdd.channel import Message
+from nbdd.definition import Attach, Definition
+from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, WorkerFailed
+from nbdd.records import Record, Records
+from nbdd.supervisor import WorkerProcess, backoff
+
+log = logging.getLogger(__name__)
+
+ATTACH_DEADLINE = 60.0
+"""Seconds after which a worker that still attaches counts as hung. Its own deadlines end sooner."""
+
+ORDER_DEADLINE = 30.0
+"""The same for every other order."""
+
+READY_DEADLINE = 10.0
+"""Seconds to wait for a worker's successor before an order for it fails."""
+
+WAIT_INTERVAL = 0.25
+"""Seconds between two looks whether the users of a device have left it."""
+
+ATTEMPTS = 3
+"""How often one request is put to a new worker when workers die under it."""
+
+
+class State(StrEnum):
+    """What a device is doing; the values are those of the D-Bus property State."""
+
+    DETACHED = "detached"
+    CONNECTING = "connecting"
+    ATTACHED = "attached"
+    DEGRADED = "degraded"
+    RECONNECTING = "reconnecting"
+    FAILED = "failed"
+    DETACHING = "detaching"
+
+    @property
+    def bound(self) -> bool:
+        """Whether the kernel has the device and I/O may be under way."""
+        return self in (State.ATTACHED, State.DEGRADED, State.RECONNECTING)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """All that is told of a device, at one moment; the fields are the properties of org.nbdd1.Device."""
+
+    name: str
+    uri: str
+    state: State
+    read_only: bool
+    timeout: int
+    dead_timeout: int
+    connections: int
+    configured: bool
+    node: str = ""
+    size: int = 0
+    block_size: int = 0
+    live_connections: int = 0
+    encryption: str = "none"
+    worker_pid: int = 0
+    reconnects: int = 0
+    attached_since: int = 0
+    last_error: tuple[str, str] = ("", "")
+
+
+KeepSockets = Callable[[str, Sequence[int]], None]
+"""Puts duplicates of a device's links where a successor of this process finds them; an empty list takes them away."""
+
+
+class Spawner(Protocol):
+    """The part of the supervisor that a device needs."""
+
+    def spawn(self, name: str, on_event: Callable[[Message, list[int]], None]) -> Coroutine[Any, Any, WorkerProcess]:
+        """See `Supervisor.spawn`."""
+
+
+class Device:
+    """One definition and what has become of it. Lives in the manager's loop; all times in seconds."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        *,
+        configured: bool,
+        supervisor: Spawner,
+        records: Records,
+        keep_sockets: KeepSockets,
+        on_change: Callable[[Device, Status], None],
+    ) -> None:
+        self._definition = definition
+        # The definition with what this attachment changed: options of Attach, a new timeout.
+        self._active = definition
+        self._supervisor = supervisor
+        self._records = records
+        self._keep_sockets = keep_sockets
+        self._on_change = on_change
+        self._runner: asyncio.Task[None] | None = None
+        self._worker: WorkerProcess | None = None
+        self._record: Record | None = None
+        # Duplicates of the links, for the next worker to watch; and, kept by systemd, for the next manager's.
+        self._sockets: list[int] = []
+        self._kick = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._outcome: asyncio.Future[None] | None = None
+        self._status = self._idle_status(configured)
+
+    @property
+    def name(self) -> str:
+        """The name of the definition."""
+        return self._definition.name
+
+    @property
+    def definition(self) -> Definition:
+        """The definition as configured or as given to AttachURI."""
+        return self._definition
+
+    @property
+    def status(self) -> Status:
+        """What is told of the device now."""
+        return self._status
+
+    @property
+    def active(self) -> bool:
+        """Whether the device is wanted, and so attached or on its way to or from it."""
+        return self._runner is not None or self._status.state is State.DETACHING
+
+    # What the manager asks
+
+    def start(self) -> None:
+        """Begin to attach and return at once; what comes of it is told by the status."""
+        if not self.active:
+            self._run(self._active, self._attach_until_bound())
+
+    def adopt(self, record: Record, sockets: list[int]) -> None:
+        """Take over a device that a predecessor bound, with its links as far as they were kept; return at once."""
+        self._record = record
+        self._sockets = sockets
+        self._active = record.definition
+        self._set(state=State.CONNECTING, **self._told_by(record.definition))
+        self._run(record.definition, self._adopt())
+
+    async def attach(self, definition: Definition | None = None) -> None:
+        """Attach, or join the attempt under way; return when the block device is usable.
+
+        `definition` replaces the device's own for this attachment. Raises AlreadyAttached, Busy while it is being
+        detached, or what the attempt met.
+        """
+        if self._status.state.bound:
+            raise AlreadyAttached(f"{self.name!r} is attached already, as {self._status.node}.")
+        if self._status.state is State.DETACHING:
+            raise Busy(f"{self.name!r} is being detached; try again in a moment.")
+        if self._outcome is None or self._outcome.done():
+            self._outcome = asyncio.get_running_loop().create_future()
+        outcome = self._outcome
+        if self._runner is None:
+            self._active = definition or self._definition
+            self._run(self._active, self._attach_until_bound())
+        else:
+            self._kick.set()
+        # The attempt goes on when the one who asked for it goes away.
+        await asyncio.shield(outcome)
+
+    async def detach(self, *, force: bool = False, wait: float = 0) -> None:
+        """Detach and return when the kernel's device is free again.
+
+        `wait` is how long to wait for openers to leave. Raises NotAttached, Busy (with who uses it), KernelError.
+        """
+        state = self._status.state
+        if state is State.DETACHED:
+            raise NotAttached(f"{self.name!r} is not attached.")
+        if state is State.DETACHING:
+            raise Busy(f"{self.name!r} is being detached already.")
+        # Before the first await, so that no second caller gets in between.
+        self._set(state=State.DETACHING)
+        await self._stop_runner()
+        if state is State.CONNECTING:
+            # The worker may be anywhere between the first connect and the bound device: end it, and look what it left.
+            await self._end_worker()
+        self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
+        try:
+            await self._release(force=force or state is State.CONNECTING, until=time.monotonic() + wait)
+        except BaseException as error:
+            # The device is still there. If it was in use, it wants looking after, even if whoever asked has gone away.
+            told = _told(error) if isinstance(error, NbddError) else self._status.last_error
+            self._set(state=state if state.bound else State.FAILED, last_error=told)
+            if state.bound:
+                self._run(self._active, self._watch() if self._alive() else self._adopt())
+            raise
+        self._detached()
+
+    async def set_timeout(self, seconds: int) -> None:
+        """Change the request timeout of the attached device, live; it holds until the device is detached."""
+        worker = await self._bound_worker()
+        await worker.request("set-timeout", deadline=ORDER_DEADLINE, seconds=seconds)
+        self._active = self._active.with_timeout(seconds)
+        if self._record is not None:
+            self._keep(replace(self._record, definition=self._active))
+        self._set(timeout=seconds)
+
+    async def statistics(self) -> dict[str, int]:
+        """What the kernel counted since the device was attached; the keys are those of GetStatistics."""
+        worker = await self._bound_worker()
+        reply = await worker.request("statistics", deadline=ORDER_DEADLINE)
+        return {str(key): int(value) for key, value in reply["statistics"].items()}
+
+    def redefine(self, definition: Definition) -> None:
+        """Take a changed definition: at once where the device is idle, else at its next attach."""
+        self._definition = definition
+        self._set(configured=True)
+        if not self.active:
+            self._active = definition
+            self._set(**self._told_by(definition))
+
+    def disown(self) -> None:
+        """The configuration no longer has it; it stays for as long as it is attached."""
+        self._set(configured=False)
+        if self._record is not None:
+            self._keep(replace(self._record, configured=False))
+
+    async def close(self) -> None:
+        """Let go without detaching: the device stays in the kernel for a successor to adopt."""
+        await self._stop_runner()
+        if self._worker is not None:
+            await self._worker.close()
+        self._settle(WorkerFailed("nbdd is stopping."))
+        self._close_sockets()
+
+    # The runner
+
+    def _run(self, definition: Definition, first: Coroutine[Any, Any, None]) -> None:
+        self._active = definition
+        self._kick.clear()
+        self._runner = asyncio.create_task(self._hold(first), name=f"device {self.name}")
+
+    async def _hold(self, first: Coroutine[Any, Any, None]) -> None:
+        """Do `first`, then watch the worker and replace it, until the device is lost or detached."""
+        try:
+            await first
+            while True:
+                await self._watch()
+                await self._adopt()
+        except NbddError as error:
+            self._runner = None
+            self._failed(error)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # a fault of ours must not leave a device that only looks alive
+            log.exception("%s: internal error", self.name)
+            self._runner = None
+            self._failed(NbddError(f"Internal error: {error}."))
+
+    async def _stop_runner(self) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await runner
+
+    async def _attach_until_bound(self) -> None:
+        """Attach; a device of boot keeps trying until the server answers, another tries once."""
+        self._set(state=State.CONNECTING, **self._told_by(self._active))
+        waits = backoff()
+        deaths = 0
+        # Set after a worker died on the way: then a device under our name can only be what that one bound.
+        resume = False
+        while True:
+            try:
+                await self._attempt("attach", definition=self._active.to_wire(), resume=resume)
+            except NbddError as error:
+                died = isinstance(error, WorkerFailed)
+                deaths = deaths + 1 if died else 0
+                resume = resume or died
+                await self._end_worker()
+                if not resume:
+                    self._forget()
+                persistent = self._active.attach is Attach.BOOT and self._status.configured
+                if not persistent and not (died and deaths < ATTEMPTS):
+                    raise
+                # A server that is away for hours is worth one line, not one every few seconds.
+                log.log(
+                    logging.DEBUG if _told(error) == self._status.last_error else logging.WARNING,
+                    "%s: %s",
+                    self.name,
+                    error,
+                )
+                self._set(last_error=_told(error))
+                if not died:
+                    self._settle(error)
+                self._kick.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(next(waits)):
+                        await self._kick.wait()
+            else:
+                return
+
+    async def _adopt(self) -> None:
+        """Let a new worker take over the bound device; if the device is gone, boot devices attach anew."""
+        waits = backoff(0.01)
+        while True:
+            record = self._record
+            if record is None:
+                raise NotAttached(f"{self.name!r} is not attached.")
+            try:
+                await self._attempt("adopt", definition=record.definition.to_wire(), binding=record.binding)
+            except WorkerFailed as error:
+                log.warning("%s: %s Trying again.", self.name, error)
+                await asyncio.sleep(next(waits))
+            except NotAttached:
+                self._forget()
+                await self._end_worker()
+                if self._active.attach is not Attach.BOOT or not self._status.configured:
+                    raise
+                await self._attach_until_bound()
+                return
+            else:
+                return
+
+    async def _watch(self) -> None:
+        """Return when the worker has ended."""
+        worker = self._worker
+        if worker is None:
+            return
+        ending = await asyncio.shield(worker.ended)
+        self._ready.clear()
+        self._worker = None
+        log.warning("%s: worker %d %s; the device stays, a new worker adopts it", self.name, worker.pid, ending)
+        self._set(worker_pid=0)
+
+    async def _attempt(self, order: str, **arguments: Any) -> None:
+        """Spawn a worker and give it its first order; on return the device is attached."""
+        if order == "attach":
+            # Before the kernel is asked: see records.py.
+            self._keep(Record(self._active, self._status.configured))
+        await self._end_worker()
+        self._worker = worker = await self._supervisor.spawn(self.name, self._event)
+        self._set(worker_pid=worker.pid)
+        reply, fds = await worker.request_fds(
+            order, deadline=ATTACH_DEADLINE, fds=tuple(self._sockets) if order == "adopt" else (), **arguments
+        )
+        self._take_sockets(fds)
+        self._bound(reply)
+
+    # What happened
+
+    def _event(self, message: Message, fds: list[int]) -> None:
+        """Something the worker says unasked."""
+        match message["event"]:
+            case "links":
+                self._links(message)
+            case "warning":
+                log.warning("%s: %s", self.name, message["message"])
+            case "info":
+                log.info("%s: %s", self.name, message["message"])
+        if message["event"] == "links":
+            self._take_sockets(fds)
+
+    def _links(self, message: Message) -> None:
+        live = message["live"]
+        changes: dict[str, Any] = {
+            "live_connections": live,
+            "reconnects": message["reconnects"],
+            "uri": message["uri"],
+        }
+        if self._record is not None and self._record.binding is not None:
+            binding = {**self._record.binding, "reconnects": message["reconnects"], "uri": message["uri"]}
+            self._keep(replace(self._record, binding=binding))
+        if "error" in message:
+            changes["last_error"] = _told(NbddError.from_wire(message))
+        if self._status.state.bound:
+            changes["state"] = self._state_for(live)
+        self._set(**changes)
+
+    def _bound(self, reply: Message) -> None:
+        since = self._record.attached_since if self._record is not None else 0
+        record = Record(
+            definition=self._active,
+            configured=self._status.configured,
+            binding=reply,
+            attached_since=since or time.time_ns() // 1000,
+        )
+        self._keep(record)
+        self._ready.set()
+        self._set(
+            state=self._state_for(reply["live"]),
+            uri=reply["uri"],
+            node=reply["node"],
+            size=reply["size"],
+            block_size=reply["block-size"],
+            read_only=reply["read-only"],
+            connections=reply["connections"],
+            live_connections=reply["live"],
+            timeout=self._active.timeout,
+            dead_timeout=self._active.dead_timeout,
+            reconnects=reply["reconnects"],
+            attached_since=record.attached_since,
+            last_error=("", "") if self._status.state is State.CONNECTING else self._status.last_error,
+        )
+        self._settle(None)
+
+    def _failed(self, error: NbddError) -> None:
+        """The device is not attached, and nothing more is tried."""
+        log.error("%s: %s", self.name, error)
+        self._ready.clear()
+        if not isinstance(error, WorkerFailed):
+            self._forget()
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+        self._take_sockets([])
+        configured = self._status.configured
+        self._set(**_changed(self._idle_status(configured)) | {"state": State.FAILED, "last_error": _told(error)})
+        self._settle(error)
+
+    def _detached(self) -> None:
+        """The device is free, and the definition is what counts again."""
+        self._ready.clear()
+        self._forget()
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+        self._take_sockets([])
+        self._active = self._definition
+        self._set(**_changed(self._idle_status(self._status.configured)))
+
+    # Tools
+
+    async def _release(self, *, force: bool, until: float) -> None:
+        """Have a worker free the kernel's device; `until`, monotonic, is when to stop waiting for its users."""
+        deaths = 0
+        while True:
+            record = self._record
+            if record is None:
+                return
+            try:
+                if not self._alive():
+                    self._worker = await self._supervisor.spawn(self.name, self._event)
+                    self._set(worker_pid=self._worker.pid)
+                assert self._worker is not None  # noqa: S101 - alive or just spawned
+                await self._worker.request(
+                    "detach",
+                    deadline=ORDER_DEADLINE,
+                    binding=record.binding,
+                    force=force,
+                )
+            except Busy:
+                if time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(min(WAIT_INTERVAL, max(0, until - time.monotonic())))
+            except WorkerFailed:
+                deaths += 1
+                if deaths >= ATTEMPTS:
+                    raise
+            else:
+                return
+
+    async def _bound_worker(self) -> WorkerProcess:
+        """The worker of the attached device, or its successor, which may still be adopting."""
+        if self._status.state.bound:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(READY_DEADLINE):
+                    await self._ready.wait()
+        if not self._status.state.bound:
+            raise NotAttached(f"{self.name!r} is not attached.")
+        if self._worker is None or not self._ready.is_set():
+            raise WorkerFailed(f"{self.name!r} has no worker at the moment; try again.")
+        return self._worker
+
+    def _alive(self) -> bool:
+        return self._worker is not None and not self._worker.ended.done()
+
+    async def _end_worker(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close()
+            self._set(worker_pid=0)
+
+    def _keep(self, record: Record) -> None:
+        self._record = record
+        self._records.write(record)
+
+    def _forget(self) -> None:
+        self._record = None
+        self._records.remove(self.name)
+
+    def _settle(self, error: NbddError | None) -> None:
+        """Tell those who wait in `attach` how the attempt went."""
+        if self._outcome is None or self._outcome.done():
+            return
+        if error is None:
+            self._outcome.set_result(None)
+        else:
+            self._outcome.set_exception(error)
+            self._outcome.exception()  # fetched, in case nobody waits any more
+
+    def _take_sockets(self, fds: list[int]) -> None:
+        self._close_sockets()
+        self._sockets = fds
+        self._keep_sockets(self.name, fds)
+
+    def _close_sockets(self) -> None:
+        while self._sockets:
+            os.close(self._sockets.pop())
+
+    def _state_for(self, live: int) -> State:
+        if live == 0:
+            return State.RECONNECTING
+        return State.ATTACHED if live >= self._status.connections else State.DEGRADED
+
+    def _told_by(self, definition: Definition) -> dict[str, Any]:
+        return {
+            "uri": str(definition.uri[0]),
+            "read_only": bool(definition.read_only),
+            "timeout": definition.timeout,
+            "dead_timeout": definition.dead_timeout,
+            "connections": definition.connections,
+        }
+
+    def _idle_status(self, configured: bool) -> Status:
+        return Status(name=self.name, state=State.DETACHED, configured=configured, **self._told_by(self._definition))
+
+    def _set(self, **changes: Any) -> None:
+        """Change the status: the one place where it happens, where it is logged and where it is told."""
+        old = self._status
+        new = replace(old, **changes)
+        if new == old:
+            return
+        self._status = new
+        if new.state is not old.state:
+            log.info("%s: %s -> %s%s", self.name, old.state, new.state, f" ({new.node})" if new.node else "")
+        self._on_change(self, old)
+
+
+def _told(error: NbddError) -> tuple[str, str]:
+    return error.dbus_name, str(error)
+
+
+def _changed(status: Status) -> dict[str, Any]:
+    """All fields of a status, to be set at once."""
+    return {field: getattr(status, field) for field in Status.__slots__ if field not in ("name", "configured")}

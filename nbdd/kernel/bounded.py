@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: MIT
+"""A call into the kernel that may never come back, made so that the caller does.
+
+Opening a block device reads its partition table through the server, and a netlink command runs to its end inside
+``sendmsg``: both wait in D state where no signal and no time limit reaches. A thread is the only thing that can wait
+there on our behalf. A thread that is left behind ends when the kernel lets go of it, after a DISCONNECT at the latest.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from nbdd.errors import TimedOut
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+NUDGE_SECONDS = 2.0
+"""How long a call may be stuck before it is nudged."""
+
+
+class _Call(Generic[T]):
+    """One call in one daemon thread; exactly one side, caller or thread, gets to keep the result."""
+
+    def __init__(self, call: Callable[[], T], late: Callable[[T], None] | None) -> None:
+        self._call = call
+        self._late = late
+        self._lock = threading.Lock()
+        self.done = threading.Event()
+        self._left = False
+        self._results: list[T] = []
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            result = self._call()
+        except BaseException as error:  # noqa: BLE001 - handed over to the caller's thread
+            self._error = error
+            self.done.set()
+            return
+        with self._lock:
+            self._results.append(result)
+            left = self._left
+            self.done.set()
+        if left and self._late is not None:
+            self._late(result)
+
+    def wait(self, seconds: float) -> bool:
+        if self.done.wait(max(seconds, 0.0)):
+            return True
+        with self._lock:
+            self._left = not self.done.is_set()
+        return not self._left
+
+    def result(self) -> T:
+        if self._error is not None:
+            raise self._error
+        return self._results[0]
+
+
+def bounded(
+    call: Callable[[], T],
+    seconds: float,
+    stuck: str,
+    *,
+    late: Callable[[T], None] | None = None,
+    nudge: Callable[[], None] | None = None,
+) -> T:
+    """Return what `call` returns, or raise what it raises, or raise `TimedOut(stuck)` after `seconds`.
+
+    `nudge` is called once, after `NUDGE_SECONDS`, to set a stuck call free. `late` gets the result of a call
+    that came back when nobody waited any more, for it to be undone (it runs in the left thread).
+    """
+    work = _Call(call, late)
+    threading.Thread(target=work.run, name="nbdd-kernel", daemon=True).start()
+    if nudge is not None and seconds > NUDGE_SECONDS:
+        if not work.done.wait(NUDGE_SECONDS):
+            nudge()
+        seconds -= NUDGE_SECONDS
+    if not work.wait(seconds):
+        raise TimedOut(stuck)
+    return work.result()

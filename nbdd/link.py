@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""Links: connections to a server, negotiated and checked against what the device is to be."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Self
+
+from nbdd.definition import Definition
+from nbdd.errors import ConnectFailed, NegotiationFailed, ServerError
+from nbdd.protocol import Export, Flags
+from nbdd.transport import Deadline, open_export
+from nbdd.uri import URI
+
+MIN_BLOCK_SIZE = 512
+"""Bytes; what the kernel can address at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Open links to one export, all of one mind about it."""
+
+    uri: URI
+    export: Export
+    sockets: tuple[socket.socket, ...]
+    block_size: int
+    """Logical block size in bytes."""
+    read_only: bool
+    warnings: tuple[str, ...] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every socket."""
+        for sock in self.sockets:
+            sock.close()
+
+
+def open_links(definition: Definition, deadline: Deadline, connections: int | None = None) -> Links:
+    """Connect to the first server of the definition that gives what it asks for.
+
+    `connections` is how many links to open, where it is not the definition's number.
+    Raises the ServerError of the only server, or one that tells of each.
+    """
+    failures: list[ServerError] = []
+    for uri in definition.uri:
+        try:
+            return _open(definition, uri, deadline, connections or definition.connections)
+        except ServerError as error:
+            failures.append(error)
+    if len(failures) == 1:
+        raise failures[0]
+    # Every one is told; the class is the last one's, which the person just waited for.
+    raise (
+        type(failures[-1])(" ".join(str(failure) for failure in failures))
+        if failures
+        else ConnectFailed(f"{definition.name!r} names no server.")
+    )
+
+
+def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> Links:
+    sock, export = open_export(uri, deadline)
+    sockets = [sock]
+    try:
+        block_size = _block_size(definition, uri, export)
+        read_only = _read_only(definition, uri, export)
+        if export.size == 0:
+            raise NegotiationFailed(f"{uri} has a size of 0 bytes; there is nothing to attach.")
+        warnings = []
+        if wanted > 1 and not export.flags & Flags.NBD_FLAG_CAN_MULTI_CONN:
+            warnings.append(f"{uri} does not allow several connections; one is used instead of {wanted}.")
+            wanted = 1
+        if export.size % block_size:
+            warnings.append(
+                f"{uri} has {export.size} bytes, no multiple of the block size {block_size}; "
+                f"the last {export.size % block_size} are not reachable."
+            )
+        for _ in range(wanted - 1):
+            other, other_export = open_export(uri, deadline)
+            sockets.append(other)
+            difference = differs(export, other_export)
+            if difference:
+                raise NegotiationFailed(f"{uri} is not the same on every connection: {difference}.")
+        return Links(uri, export, tuple(sockets), block_size, read_only, tuple(warnings))
+    except BaseException:
+        for opened in sockets:
+            opened.close()
+        raise
+
+
+def differs(one: Export, other: Export) -> str:
+    """What makes two answers about an export different for a block device; "" where nothing does."""
+    for what in ("size", "flags", "minimum", "maximum"):
+        before, now = getattr(one, what), getattr(other, what)
+        if before != now:
+            name = what if what in ("size", "flags") else f"{what} block size"
+            return f"the {name} was {before!r} and is {now!r}"
+    return ""
+
+
+def _read_only(definition: Definition, uri: URI, export: Export) -> bool:
+    offered = bool(export.flags & Flags.NBD_FLAG_READ_ONLY)
+    if offered and definition.read_only is False:
+        raise NegotiationFailed(
+            f"{uri} is offered read-only, and {definition.name!r} says 'read-only: false'. "
+            "Make the export writable on the server, or leave the key out or say 'read-only: true' to attach it so."
+        )
+    return offered or bool(definition.read_only)
+
+
+def _block_size(definition: Definition, uri: URI, export: Export) -> int:
+    minimum = max(export.minimum or 1, MIN_BLOCK_SIZE)
+    wanted = definition.block_size
+    if wanted is None:
+        return minimum
+    if wanted < minimum:
+        raise NegotiationFailed(
+            f"{uri} takes no requests below {minimum} bytes, and {definition.name!r} says 'block-size: {wanted}'."
+        )
+    return wanted

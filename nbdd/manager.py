@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: MIT
+"""All devices: what the configuration wants, what was attached by hand, and what a predecessor left bound."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+from nbdd.channel import Message
+from nbdd.config import Configuration, definition_from_options, options_with
+from nbdd.definition import Attach, Definition, check_name
+from nbdd.device import Device, KeepSockets, State, Status
+from nbdd.errors import AlreadyAttached, Busy, InvalidArgs, NbddError, NoSuchDevice, NotAttached
+from nbdd.records import Records
+from nbdd.supervisor import Supervisor
+from nbdd.uri import URI
+
+log = logging.getLogger(__name__)
+
+LIST_DEADLINE = 60.0
+"""Seconds after which a worker that lists exports counts as hung. Its own deadline ends sooner."""
+
+MAX_DEVICES = 4096
+"""Ad-hoc devices beside the configured ones; the kernel numbers its nodes no further with many partitions each."""
+
+
+class Observer(Protocol):
+    """Who wants to know; the bus, or nobody."""
+
+    def added(self, device: Device) -> None:
+        """A device is there now, attached or not."""
+
+    def changed(self, device: Device, old: Status) -> None:
+        """Something about it is different."""
+
+    def removed(self, device: Device) -> None:
+        """It is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a reload did, by name."""
+
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class Manager:
+    """Attach, detach, set_timeout, reload, for all devices. Knows neither D-Bus nor the kernel."""
+
+    def __init__(
+        self,
+        load: Callable[[], Configuration],
+        supervisor: Supervisor,
+        records: Records,
+        keep_sockets: KeepSockets,
+        observer: Observer,
+    ) -> None:
+        self._load = load
+        self._supervisor = supervisor
+        self._records = records
+        self._keep_sockets = keep_sockets
+        self._observer = observer
+        self._devices: dict[str, Device] = {}
+        self._defaults: Mapping[str, object] = {}
+        self._reloading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def devices(self) -> Mapping[str, Device]:
+        """Every device by name."""
+        return self._devices
+
+    def device(self, name: str) -> Device:
+        """The device of that name; raises InvalidArgs for what can't be a name, NoSuchDevice for what is none."""
+        try:
+            return self._devices[check_name(name)]
+        except KeyError:
+            raise NoSuchDevice(
+                f"There is no device {name!r}: no file in the configuration defines it, and nobody attached it. "
+                "'nbdctl list' shows all."
+            ) from None
+
+    async def start(self, sockets: Mapping[str, list[int]]) -> None:
+        """Read the configuration, take over what a predecessor left bound, begin to attach what says ``attach: boot``.
+
+        `sockets` are the links that a predecessor kept, by device; those of no device are closed.
+        Raises InvalidConfig if the configuration is bad and nothing is there to be taken over; with devices to look
+        after, a bad file is told and the devices come first.
+        """
+        kept = dict(sockets)
+        records = {record.definition.name: record for record in self._records.load()}
+        try:
+            configuration = await asyncio.to_thread(self._load)
+            definitions, self._defaults = configuration.devices, configuration.defaults
+        except NbddError as error:
+            if not records:
+                raise
+            log.error("the configuration is not used, only devices attached before are looked after:\n%s", error)
+            definitions = {name: record.definition for name, record in records.items() if record.configured}
+        for definition in definitions.values():
+            self._add(definition, configured=True)
+        for name, record in records.items():
+            device = self._devices.get(name) or self._add(record.definition, configured=False)
+            device.adopt(record, kept.pop(name, []))
+            if record.configured and name not in definitions:
+                # It left the configuration while nobody was looking.
+                self._background(self._retire_when_adopted(device))
+        for name, fds in kept.items():
+            for fd in fds:
+                os.close(fd)
+            self._keep_sockets(name, [])
+        for definition in definitions.values():
+            if definition.attach is Attach.BOOT:
+                self._devices[definition.name].start()
+
+    async def attach(self, name: str, options: Mapping[str, object]) -> Device:
+        """Attach a device that has a definition; return when it is usable."""
+        device = self.device(name)
+        await device.attach(options_with(device.definition, options) if options else None)
+        return device
+
+    async def attach_uri(self, uri: str, options: Mapping[str, object]) -> Device:
+        """Attach an export that has no definition; return when it is usable."""
+        options = dict(options)
+        given = options.pop("name", None)
+        if given is not None and not isinstance(given, str):
+            raise InvalidArgs("The option 'name' must be a string.")
+        parsed = URI.parse(uri)
+        name = check_name(given) if given is not None else self._name_for(parsed)
+        definition = definition_from_options(name, {**options, "uri": uri}, self._defaults)
+        taken = self._devices.get(name)
+        if taken is not None and taken.status.configured:
+            raise InvalidArgs(
+                f"{name!r} is the name of a configured device: attach that by its name, or choose another."
+            )
+        if taken is not None and taken.status.state is not State.FAILED:
+            raise AlreadyAttached(f"A device {name!r} is there already: detach it first, or choose another name.")
+        if taken is not None:
+            self._remove(taken)
+        if sum(not device.status.configured for device in self._devices.values()) >= MAX_DEVICES:
+            raise Busy(f"nbdd looks after {MAX_DEVICES} ad-hoc devices already; detach one first.")
+        device = self._add(definition, configured=False)
+        try:
+            await device.attach()
+        except NbddError:
+            self._drop(device)
+            raise
+        return device
+
+    async def detach(self, name: str, *, force: bool = False, wait: float = 0) -> None:
+        """Detach a device; return when the kernel's device is free again."""
+        device = self.device(name)
+        await device.detach(force=force, wait=wait)
+        self._drop(device)
+
+    async def set_timeout(self, name: str, seconds: int) -> None:
+        """Change the request timeout of an attached device, live."""
+        await self.device(name).set_timeout(seconds)
+
+    async def list_exports(self, uri: str) -> list[dict[str, Any]]:
+        """Ask a server, in a process of its own, what it exports: one JSON object for each, as `Export.to_wire`."""
+        parsed = URI.parse(uri)
+        found: list[dict[str, Any]] = []
+
+        def collect(message: Message, _fds: list[int]) -> None:
+            found.extend(message.get("exports", []))
+
+        worker = await self._supervisor.spawn("exports", collect)
+        try:
+            await worker.request("list-exports", deadline=LIST_DEADLINE, uri=str(parsed))
+        finally:
+            await worker.close()
+        return found
+
+    async def reload(self) -> Changes:
+        """Read the configuration again: keep the equal, add the new, stop the leftovers; a bad file changes nothing.
+
+        Returns when the leftovers nobody uses are detached; the new ones are attached behind the caller's back.
+        """
+        async with self._reloading:
+            configuration = await asyncio.to_thread(self._load)
+            wanted, self._defaults = configuration.devices, configuration.defaults
+            have = [device for device in self._devices.values() if device.status.configured]
+            added, changed = [], []
+            for name, definition in wanted.items():
+                device = self._devices.get(name)
+                if device is None:
+                    added.append(name)
+                    device = self._add(definition, configured=True)
+                elif not device.status.configured:
+                    # Somebody attached it by hand before it had a definition.
+                    added.append(name)
+                    device.redefine(definition)
+                elif device.definition != definition:
+                    changed.append(name)
+                    device.redefine(definition)
+                else:
+                    continue
+                if definition.attach is Attach.BOOT:
+                    device.start()
+            leftovers = [device for device in have if device.name not in wanted]
+            await asyncio.gather(*map(self._retire, leftovers))
+            return Changes(tuple(added), tuple(changed), tuple(device.name for device in leftovers))
+
+    async def stop(self, *, detach: bool) -> list[str]:
+        """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached."""
+        left: list[str] = []
+        if detach:
+            left = [
+                told for told in await asyncio.gather(*map(self._detach_quietly, list(self._devices.values()))) if told
+            ]
+        await asyncio.gather(*(device.close() for device in self._devices.values()))
+        await self._supervisor.close()
+        return left
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _retire_when_adopted(self, device: Device) -> None:
+        with contextlib.suppress(NbddError):
+            await device.attach()  # joins the adoption
+        await self._retire(device)
+
+    async def _retire(self, device: Device) -> None:
+        """The configuration no longer has the device: detach it, unless somebody uses it; then it stays for them."""
+        device.disown()
+        told = await self._detach_quietly(device)
+        if told:
+            log.warning("%s", told)
+        self._drop(device)
+
+    async def _detach_quietly(self, device: Device) -> str:
+        try:
+            await device.detach()
+        except NotAttached:
+            pass
+        except NbddError as error:
+            return f"{device.name} stays attached: {error}"
+        return ""
+
+    def _name_for(self, uri: URI) -> str:
+        base = re.sub(r"[^A-Za-z0-9._:-]+", "-", uri.export or uri.host or "nbd").strip("-._:")[:56] or "nbd"
+        if base not in self._devices:
+            return base
+        return next(name for number in count(2) if (name := f"{base}-{number}") not in self._devices)
+
+    def _add(self, definition: Definition, *, configured: bool) -> Device:
+        device = Device(
+            definition,
+            configured=configured,
+            supervisor=self._supervisor,
+            records=self._records,
+            keep_sockets=self._keep_sockets,
+            on_change=self._changed,
+        )
+        self._devices[device.name] = device
+        self._observer.added(device)
+        return device
+
+    def _remove(self, device: Device) -> None:
+        if self._devices.get(device.name) is device:
+            del self._devices[device.name]
+            self._observer.removed(device)
+
+    def _drop(self, device: Device) -> None:
+        """Remove a device that no file defines, once it is idle."""
+        if not device.status.configured and not device.active and not device.status.state.bound:
+            self._remove(device)
+
+    def _changed(self, device: Device, old: Status) -> None:
+        self._observer.changed(device, old)

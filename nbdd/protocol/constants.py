@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""Numbers of the NBD protocol, by the names that doc/proto.md of the NBD project gives them.
+
+Only what a client needs that hands its socket to the kernel: the handshake phase, and the transmission flags.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+NBDMAGIC = b"NBDMAGIC"
+"""The first eight bytes of every NBD server."""
+
+IHAVEOPT = b"IHAVEOPT"
+"""What a newstyle server sends next, and what every option of a client begins with."""
+
+OLDSTYLE_MAGIC = (0x00420281861253).to_bytes(8, "big")
+"""What an oldstyle server sends there instead (cliserv_magic)."""
+
+REPLY_MAGIC = 0x0003E889045565A9
+"""What every reply to an option begins with."""
+
+EXPORT_NAME_PADDING = 124
+"""Zero bytes after the answer to NBD_OPT_EXPORT_NAME, unless NO_ZEROES was agreed on."""
+
+REP_FLAG_ERROR = 1 << 31
+"""Set in the type of every reply that is an error, the unknown ones too."""
+
+
+class HandshakeFlags(IntFlag):
+    """What a server says about itself in its greeting, 16 bits."""
+
+    NBD_FLAG_FIXED_NEWSTYLE = 1 << 0
+    NBD_FLAG_NO_ZEROES = 1 << 1
+
+
+class ClientFlags(IntFlag):
+    """What a client answers to the greeting, 32 bits."""
+
+    NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0
+    NBD_FLAG_C_NO_ZEROES = 1 << 1
+
+
+class Flags(IntFlag):
+    """Transmission flags, 16 bits: what an export is and what its server can do. Unknown bits are kept."""
+
+    NBD_FLAG_HAS_FLAGS = 1 << 0
+    NBD_FLAG_READ_ONLY = 1 << 1
+    NBD_FLAG_SEND_FLUSH = 1 << 2
+    NBD_FLAG_SEND_FUA = 1 << 3
+    NBD_FLAG_ROTATIONAL = 1 << 4
+    NBD_FLAG_SEND_TRIM = 1 << 5
+    NBD_FLAG_SEND_WRITE_ZEROES = 1 << 6
+    NBD_FLAG_SEND_DF = 1 << 7
+    NBD_FLAG_CAN_MULTI_CONN = 1 << 8
+    NBD_FLAG_SEND_RESIZE = 1 << 9
+    NBD_FLAG_SEND_CACHE = 1 << 10
+    NBD_FLAG_SEND_FAST_ZERO = 1 << 11
+    NBD_FLAG_BLOCK_STATUS_PAYLOAD = 1 << 12
+
+
+class Opt(IntEnum):
+    """The options that nbdd sends."""
+
+    NBD_OPT_EXPORT_NAME = 1
+    NBD_OPT_ABORT = 2
+    NBD_OPT_LIST = 3
+    NBD_OPT_INFO = 6
+    NBD_OPT_GO = 7
+
+
+class Rep(IntEnum):
+    """Types of replies that are no errors."""
+
+    NBD_REP_ACK = 1
+    NBD_REP_SERVER = 2
+    NBD_REP_INFO = 3
+    NBD_REP_META_CONTEXT = 4
+
+
+class RepErr(IntEnum):
+    """Types of replies that are errors."""
+
+    NBD_REP_ERR_UNSUP = REP_FLAG_ERROR + 1
+    NBD_REP_ERR_POLICY = REP_FLAG_ERROR + 2
+    NBD_REP_ERR_INVALID = REP_FLAG_ERROR + 3
+    NBD_REP_ERR_PLATFORM = REP_FLAG_ERROR + 4
+    NBD_REP_ERR_TLS_REQD = REP_FLAG_ERROR + 5
+    NBD_REP_ERR_UNKNOWN = REP_FLAG_ERROR + 6
+    NBD_REP_ERR_SHUTDOWN = REP_FLAG_ERROR + 7
+    NBD_REP_ERR_BLOCK_SIZE_REQD = REP_FLAG_ERROR + 8
+    NBD_REP_ERR_TOO_BIG = REP_FLAG_ERROR + 9
+    NBD_REP_ERR_EXT_HEADER_REQD = REP_FLAG_ERROR + 10
+
+
+class Info(IntEnum):
+    """What NBD_OPT_GO and NBD_OPT_INFO tell about an export."""
+
+    NBD_INFO_EXPORT = 0
+    NBD_INFO_NAME = 1
+    NBD_INFO_DESCRIPTION = 2
+    NBD_INFO_BLOCK_SIZE = 3

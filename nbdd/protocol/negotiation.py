@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: MIT
+"""The handshake phase of fixed newstyle NBD, as a client, without any I/O.
+
+Each of `go`, `info` and `list_exports` is a generator that yields what it needs done, a `Send` or a `Receive`, and is
+sent the bytes that were received: exactly as many as it asked for, so that not one byte of the transmission phase is
+ever read here; after `go` the connection belongs to the kernel.
+Where the request can't be fulfilled, the driver throws a `ServerError` in.
+
+The text of an error begins with a verb: the driver puts "The NBD server <address>" before it.
+
+Structured replies, extended headers and metadata contexts are never negotiated: the kernel's driver has none.
+Sections named here are those of doc/proto.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Generator
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
+
+from nbdd.errors import NegotiationFailed, ServerError
+from nbdd.protocol.constants import (
+    EXPORT_NAME_PADDING,
+    IHAVEOPT,
+    NBDMAGIC,
+    OLDSTYLE_MAGIC,
+    REP_FLAG_ERROR,
+    REPLY_MAGIC,
+    ClientFlags,
+    Flags,
+    HandshakeFlags,
+    Info,
+    Opt,
+    Rep,
+    RepErr,
+)
+from nbdd.protocol.export import Export, Infos, parse_size_and_flags
+from nbdd.protocol.refusal import Refusal
+from nbdd.protocol.text import MAX_STRING, decode, encode, printable
+
+MAX_REPLY = 4 * MAX_STRING
+"""Bytes in one reply. The longest that we know holds two strings; the rest is room for replies that we only skip."""
+
+MAX_INFOS = 256
+"""Replies to one question about an export. Four are asked for; a server may add some that we skip, not thousands."""
+
+MAX_EXPORTS = 100_000
+"""Names in a list: far beyond what any server offers, and still a list that this machine can hold."""
+
+MAX_LIST = 16 << 20
+"""Bytes of all names and descriptions in a list: 160 for each of MAX_EXPORTS, so that one does not imply gigabytes."""
+
+MAX_DESCRIBED = 1000
+"""Exports of a list whose size is asked for. Each costs a round trip, since the protocol allows one open question."""
+
+REQUESTED = (Info.NBD_INFO_EXPORT, Info.NBD_INFO_BLOCK_SIZE, Info.NBD_INFO_NAME, Info.NBD_INFO_DESCRIPTION)
+
+_SIZE_ZERO = "The server gives its size as 0; nbd-server does that for every export until it is opened."
+# Measured with nbd-server 3.24. The size in its answer to NBD_OPT_GO is right, but only if NBD_OPT_INFO did not come
+# before it on that connection.
+
+_REPLY = struct.Struct(">QIII")
+
+
+class Send:
+    """The driver shall send `data`, which is `what` for a person."""
+
+    __slots__ = ("data", "what")
+
+    def __init__(self, data: bytes, what: str) -> None:
+        self.data = data
+        self.what = what
+
+
+class Receive:
+    """The driver shall receive exactly `count` bytes; `hint` is a sentence for the case that nothing comes at all."""
+
+    __slots__ = ("count", "hint", "what")
+
+    def __init__(self, count: int, what: str, hint: str = "") -> None:
+        self.count = count
+        self.what = what
+        self.hint = hint
+
+
+_T = TypeVar("_T")
+Steps: TypeAlias = Generator[Send | Receive, bytes, _T]
+"""A negotiation that ends with a `_T`."""
+
+
+def go(export: str) -> Steps[Export]:
+    """Open `export` (empty: the server's default). When this returns the connection is in the transmission phase.
+
+    NBD_OPT_GO; NBD_OPT_EXPORT_NAME only where the server says that it does not know NBD_OPT_GO. Any other refusal
+    stands, the demand for TLS above all.
+    Raises `NoSuchExport`, `TLSFailed`, and `NegotiationFailed` for the rest.
+    """
+    no_zeroes = yield from _greet()
+    answer = yield from _describe(Opt.NBD_OPT_GO, export)
+    if isinstance(answer, Export):
+        return answer
+    if answer.kind == RepErr.NBD_REP_ERR_UNSUP:
+        return (yield from _export_name(export, no_zeroes))
+    yield from _abort()
+    raise answer.error(export)
+
+
+def info(export: str) -> Steps[Export]:
+    """Ask what `go` would give and leave. Raises what `go` raises; a server without NBD_OPT_INFO can't be asked."""
+    yield from _greet()
+    answer = yield from _describe(Opt.NBD_OPT_INFO, export)
+    yield from _abort()
+    if isinstance(answer, Export):
+        return answer
+    raise answer.error(export)
+
+
+def list_exports() -> Steps[list[Export]]:
+    """All exports that the server shows, in its order, each described as far as it goes, and leave.
+
+    An export that the server lists but does not describe has a `problem`, and so have those after MAX_DESCRIBED.
+    Raises `NegotiationFailed` where the server does not list, `TLSFailed` where it wants TLS for that.
+    """
+    yield from _greet()
+    listed = yield from _list()
+    if isinstance(listed, Refusal):
+        yield from _abort()
+        raise listed.error("")
+    exports: list[Export] = []
+    able = True
+    for name, description in listed:
+        if not able or len(exports) >= MAX_DESCRIBED:
+            problem = (
+                f"It was not asked: nbdd asks for the first {MAX_DESCRIBED} exports of a list."
+                if able
+                else "The server is too old to describe an export without opening it."
+            )
+            exports.append(Export(name, 0, Flags(0), description=description, problem=problem))
+            continue
+        answer = yield from _describe(Opt.NBD_OPT_INFO, name)
+        if isinstance(answer, Export):
+            # The name of the list stays: it is the one that leads here. INFO's may be the same for several.
+            problem = "" if answer.size else _SIZE_ZERO
+            described = answer.description or description
+            exports.append(replace(answer, name=name, description=described, problem=problem))
+            continue
+        if answer.kind == RepErr.NBD_REP_ERR_SHUTDOWN:
+            yield from _abort()
+            raise answer.error(name)
+        able = answer.kind != RepErr.NBD_REP_ERR_UNSUP
+        problem = f"The server {answer.error(name)}"
+        exports.append(Export(name, 0, Flags(0), description=description, problem=problem))
+    yield from _abort()
+    return exports
+
+
+def _greet() -> Steps[bool]:
+    """Exchange greetings (Newstyle negotiation); returns whether NO_ZEROES was agreed on."""
+    what = "its greeting"
+    magic = yield Receive(8, what, "Perhaps it is not an NBD server, or does not let this machine in.")
+    if magic != NBDMAGIC:
+        kind = " but a web server" if magic.startswith(b"HTTP") else ""
+        raise NegotiationFailed(f"is not an NBD server{kind}: its first bytes are {printable(magic)}.")
+    style = yield Receive(8, what)
+    if style == OLDSTYLE_MAGIC:
+        raise NegotiationFailed("speaks the oldstyle NBD protocol, which has no export names; nbdd needs newstyle.")
+    if style != IHAVEOPT:
+        raise NegotiationFailed(f"greeted with {printable(style)} where NBD has 'IHAVEOPT'.")
+    offered = HandshakeFlags(int.from_bytes((yield Receive(2, what)), "big"))
+    if HandshakeFlags.NBD_FLAG_FIXED_NEWSTYLE not in offered:
+        raise NegotiationFailed("speaks newstyle NBD as it was before 2012; nbdd needs the fixed newstyle.")
+    no_zeroes = HandshakeFlags.NBD_FLAG_NO_ZEROES in offered
+    flags = ClientFlags.NBD_FLAG_C_FIXED_NEWSTYLE
+    if no_zeroes:
+        flags |= ClientFlags.NBD_FLAG_C_NO_ZEROES
+    yield Send(int(flags).to_bytes(4, "big"), "our greeting")
+    return no_zeroes
+
+
+def _option(option: Opt, data: bytes = b"") -> Send:
+    return Send(IHAVEOPT + struct.pack(">II", option, len(data)) + data, option.name)
+
+
+def _reply(option: Opt) -> Steps[tuple[int, bytes]]:
+    """Type and data of one reply to `option` (Fixed newstyle negotiation)."""
+    what = f"its reply to {option.name}"
+    magic, echoed, kind, length = _REPLY.unpack((yield Receive(_REPLY.size, what)))
+    if magic != REPLY_MAGIC:
+        raise NegotiationFailed(f"sent something else than {what}: it does not begin with the magic number of replies.")
+    if echoed != option:
+        raise NegotiationFailed(f"answered to option {echoed} when {option.name} ({int(option)}) was open.")
+    if length > MAX_REPLY:
+        raise NegotiationFailed(f"announced {what} with {length} bytes; nbdd reads up to {MAX_REPLY}.")
+    data = (yield Receive(length, what)) if length else b""
+    if kind == Rep.NBD_REP_ACK and data:
+        # "No data." For NBD_OPT_GO, the next byte already belongs to the kernel: better no doubt about where it is.
+        raise NegotiationFailed(f"put {length} bytes of data into the end of {what}, where there are none.")
+    return kind, data
+
+
+def _describe(option: Opt, export: str) -> Steps[Export | Refusal]:
+    """NBD_OPT_GO or NBD_OPT_INFO, which have the same question and answers."""
+    name = encode(export)
+    wanted = struct.pack(f">H{len(REQUESTED)}H", len(REQUESTED), *REQUESTED)
+    yield _option(option, struct.pack(">I", len(name)) + name + wanted)
+    infos = Infos()
+    for _ in range(MAX_INFOS):
+        kind, data = yield from _reply(option)
+        if kind == Rep.NBD_REP_ACK:
+            return infos.export(export)
+        if kind & REP_FLAG_ERROR:
+            return Refusal(option, kind, data)
+        if kind == Rep.NBD_REP_INFO:
+            infos.add(data)
+        else:
+            _skip(option, kind)
+    raise NegotiationFailed(f"sent more than {MAX_INFOS} replies to {option.name}.")
+
+
+def _list() -> Steps[list[tuple[str, str]] | Refusal]:
+    """NBD_OPT_LIST: name and description of each export."""
+    option = Opt.NBD_OPT_LIST
+    yield _option(option)
+    found: list[tuple[str, str]] = []
+    octets = 0
+    for _ in range(MAX_EXPORTS + MAX_INFOS):
+        kind, data = yield from _reply(option)
+        if kind == Rep.NBD_REP_ACK:
+            return found
+        if kind & REP_FLAG_ERROR:
+            return Refusal(option, kind, data)
+        if kind != Rep.NBD_REP_SERVER:
+            _skip(option, kind)
+            continue
+        length = int.from_bytes(data[:4], "big")
+        if len(data) < 4 or length > len(data) - 4:
+            raise NegotiationFailed("sent an entry of its list whose name is longer than the entry.")
+        found.append((decode(data[4 : 4 + length], "an export name"), decode(data[4 + length :], "a description")))
+        octets += len(data)
+        if len(found) > MAX_EXPORTS or octets > MAX_LIST:
+            break
+    raise NegotiationFailed(f"lists too much: nbdd reads {MAX_EXPORTS} exports and {MAX_LIST >> 20} MiB of names.")
+
+
+def _skip(option: Opt, kind: int) -> None:
+    """Pass over a reply of a type that we don't know; one that we know has no place here, since others were due."""
+    if kind in (Rep.NBD_REP_SERVER, Rep.NBD_REP_INFO, Rep.NBD_REP_META_CONTEXT):
+        raise NegotiationFailed(f"answered {option.name} with {Rep(kind).name}, which is no answer to that.")
+
+
+def _export_name(export: str, no_zeroes: bool) -> Steps[Export]:
+    """NBD_OPT_EXPORT_NAME. The only error that it knows is to hang up."""
+    yield _option(Opt.NBD_OPT_EXPORT_NAME, encode(export))
+    name = printable(export) if export else "a default export"
+    what = f"its reply to {Opt.NBD_OPT_EXPORT_NAME.name}"
+    payload = yield Receive(10, what, f"Most likely it does not have {name}; a server this old can't say so.")
+    size, flags = parse_size_and_flags(payload)
+    if not no_zeroes:
+        yield Receive(EXPORT_NAME_PADDING, what)
+    return Export(export, size, flags)
+
+
+def _abort() -> Steps[None]:
+    """Take leave, as a client must where the server did nothing wrong (Termination of the session).
+
+    The acknowledgement is not waited for: some servers just close, and a slow one would cost us what it has told.
+    """
+    with contextlib.suppress(ServerError):
+        yield _option(Opt.NBD_OPT_ABORT)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""What a successor of this manager must know: one small JSON file for each device that is, or may be, bound.
+
+A record is written before the kernel is asked for a device and taken away after the device is verified free, so at
+no moment is there a device of ours without one. What has no record is not ours and is never touched. The files live
+in /run: a device does not outlive a reboot, and neither do they.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbdd.definition import Definition
+from nbdd.errors import NbddError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One device, as it was last known to be bound."""
+
+    definition: Definition
+    """With what Attach, AttachURI and SetTimeout changed."""
+    configured: bool
+    """Whether a YAML file defines it."""
+    binding: Mapping[str, Any] | None = None
+    """What the worker said of the device when it was bound, for the next worker; None before it said anything.
+
+    "index" (X of /dev/nbdX), "diskseq" (the kernel's number of this very disk, as an index is recycled; 0 where there
+    is none), "export" (what the server told) and more: the worker's own notes, kept whole.
+    """
+    attached_since: int = 0
+    """Microseconds since 1970."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "definition": self.definition.to_wire(),
+            "configured": self.configured,
+            "binding": self.binding,
+            "attached-since": self.attached_since,
+        }
+
+    @staticmethod
+    def from_wire(wire: dict[str, Any]) -> Record:
+        """The inverse of `to_wire`."""
+        return Record(
+            definition=Definition.from_wire(wire["definition"]),
+            configured=wire["configured"],
+            binding=wire["binding"],
+            attached_since=wire["attached-since"],
+        )
+
+
+class Records:
+    """The directory of records, by default /run/nbdd/devices."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def write(self, record: Record) -> None:
+        """Write, or replace, the record of a device; whole or not at all.
+
+        Raises NbddError where it can't be written: then nothing must be bound.
+        """
+        path = self._path(record.definition.name)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+            draft = path.with_suffix(".new")
+            draft.write_text(json.dumps(record.to_wire()) + "\n")
+            draft.replace(path)
+        except OSError as error:
+            raise NbddError(f"The record {path} can't be written: {error.strerror}.") from None
+
+    def remove(self, name: str) -> None:
+        """Forget a device; it is no fault if it has no record."""
+        try:
+            self._path(name).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: the record can't be removed: %s", name, error)
+
+    def load(self) -> list[Record]:
+        """Every record that can be read, in name order; one that can't is told and left where it is."""
+        found = []
+        try:
+            paths = sorted(path for path in self._directory.iterdir() if path.suffix == ".json")
+        except FileNotFoundError:
+            return []
+        for path in paths:
+            try:
+                found.append(Record.from_wire(json.loads(path.read_text())))
+            except (OSError, ValueError, KeyError, TypeError, NbddError) as error:
+                log.error("%s can't be read, its device is left alone: %s", path, error)
+        return found
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+
+def runtime_directory() -> Path:
+    """Where records live: below $RUNTIME_DIRECTORY as systemd sets it, else /run/nbdd."""
+    return Path(os.environ.get("RUNTIME_DIRECTORY", "/run/nbdd")) / "devices"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""Guests for tests: `guest` is shared by all tests of a release, `clean_guest` boots one for a single test.
+
+A test that asks for either runs once for each release, is marked `guest`, and all tests of one release run together,
+so that one shared guest is up at a time. `--guest-release debian12` (repeatable) runs the tests of that one alone:
+two runs of pytest, one for each release, can go side by side. A guest that does not come up is a failure, not a skip.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+from tests.guest import RELEASES, Guest, GuestError, deb
+
+FAILURES = Path(__file__).parent / "failures"
+GUEST_TEST_SECONDS = 600
+_LIVE = pytest.StashKey[list[Guest]]()
+
+CleanGuest = Callable[..., Guest]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--guest-release",
+        action="append",
+        choices=sorted(RELEASES),
+        help="run the guest tests of this release only (repeatable; default: all)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_LIVE] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "release" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--guest-release") or list(RELEASES)
+        metafunc.parametrize("release", chosen, scope="session", indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Early enough for `-m guest` and `-m "not guest"`.
+    for item in items:
+        if "release" in getattr(item, "fixturenames", ()):
+            item.add_marker("guest")
+            # The fixtures have deadlines of their own; what is timed here is the test.
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))
+
+
+@pytest.fixture(scope="session")
+def release(request: pytest.FixtureRequest) -> str:
+    """`debian12` or `debian13`."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
+def nbdd_deb() -> Path:
+    """The newest package in dist/."""
+    try:
+        return deb.required()
+    except GuestError as error:
+        pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def guest(release: str, nbdd_deb: Path, request: pytest.FixtureRequest) -> Guest:
+    """A booted guest with nbdd installed, shared by all tests of the release: leave it as you found it."""
+    return _make(request, release, nbdd_deb)
+
+
+@pytest.fixture
+def clean_guest(release: str, request: pytest.FixtureRequest) -> CleanGuest:
+    """Call it for a freshly booted guest of the test's own: `clean_guest()`, or `clean_guest(bare=True)` without nbdd.
+
+    Other keywords (`memory`, `cpus`) go to `Guest`.
+    """
+
+    def make(*, bare: bool = False, memory: int = 2048, cpus: int = 2) -> Guest:
+        package = None if bare else request.getfixturevalue("nbdd_deb")
+        return _make(request, release, package, memory=memory, cpus=cpus)
+
+    return make
+
+
+def _make(
+    request: pytest.FixtureRequest, release: str, package: Path | None, *, memory: int = 2048, cpus: int = 2
+) -> Guest:
+    live = request.config.stash[_LIVE]
+    made = Guest(release, memory=memory, cpus=cpus)
+
+    def end() -> None:
+        live.remove(made)
+        made.close()
+
+    # Before the boot: a guest that does not come up is there for its evidence until the test is torn down.
+    live.append(made)
+    request.addfinalizer(end)
+    try:
+        made.boot()
+        if package is not None:
+            made.install(package)
+    except GuestError as error:
+        pytest.fail(str(error), pytrace=False)
+    return made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "setup":
+        shutil.rmtree(_evidence(item), ignore_errors=True)
+    if report.failed and "release" in getattr(item, "fixturenames", ()):
+        for made in item.config.stash[_LIVE]:
+            _keep(made, item, report)
+    return report
+
+
+def _keep(made: Guest, item: pytest.Item, report: pytest.TestReport) -> None:
+    FAILURES.mkdir(exist_ok=True)
+    (FAILURES / ".gitignore").write_text("*\n")
+    directory = _evidence(item)
+    made.save_evidence(directory)
+    state = "it is up" if made.alive else "it is dead"
+    report.sections.append((f"console of {made.release} ({state}; all of it in {directory})", made.console(40)))
+    journal = next(iter(sorted(directory.glob(f"{made.name}-journal.log"))), None)
+    if journal is not None:
+        tail = journal.read_text(errors="replace").splitlines()[-40:]
+        report.sections.append((f"journal of {made.release}", "\n".join(tail)))
+
+
+def _evidence(item: pytest.Item) -> Path:
+    return FAILURES / re.sub(r"[^A-Za-z0-9_.=-]+", "-", item.nodeid.removeprefix("tests/"))[:150].strip("-")

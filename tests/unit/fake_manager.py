@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: MIT
+"""A private message bus, and on it something that answers like nbdd and does what a test tells it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import nbdd.bus  # noqa: F401 - mends dbus_next for the newest Python
+from dbus_next.aio.message_bus import MessageBus
+from dbus_next.constants import MessageType
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+T = TypeVar("T")
+
+DEADLINE = 20.0
+"""Seconds after which a test gives up on something that takes a moment."""
+
+TYPES = {
+    "Name": "s", "URI": "s", "State": "s", "Node": "s", "Size": "t", "BlockSize": "u", "ReadOnly": "b", "Timeout": "u",
+    "DeadTimeout": "u", "Connections": "u", "LiveConnections": "u", "Encryption": "s", "WorkerPID": "u",
+    "Reconnects": "t", "AttachedSince": "t", "Configured": "b", "LastError": "(ss)",
+}  # fmt: skip
+
+ABSENT: dict[str, Any] = {
+    "Name": "", "URI": "nbd://storage.example/backup", "State": "detached", "Node": "", "Size": 0, "BlockSize": 0,
+    "ReadOnly": False, "Timeout": 0, "DeadTimeout": 300, "Connections": 1, "LiveConnections": 0, "Encryption": "none",
+    "WorkerPID": 0, "Reconnects": 0, "AttachedSince": 0, "Configured": True, "LastError": ["", ""],
+}  # fmt: skip
+
+PRESENT = ABSENT | {
+    "State": "attached", "Node": "/dev/nbd0", "Size": 10 << 30, "BlockSize": 512, "LiveConnections": 1,
+    "WorkerPID": 4711, "AttachedSince": 1_700_000_000_000_000,
+}  # fmt: skip
+
+CONFIG = """<busconfig>
+  <listen>unix:path={path}</listen>
+  <auth>EXTERNAL</auth>
+  <policy context="default"><allow send_destination="*" eavesdrop="true"/><allow own="*"/></policy>
+</busconfig>
+"""
+
+
+@contextlib.contextmanager
+def private_bus(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A dbus-daemon of our own: its address and its process."""
+    config = folder / "bus.conf"
+    config.write_text(CONFIG.format(path=folder / "bus"))
+    command = ["dbus-daemon", f"--config-file={config}", "--nofork", "--nopidfile", "--print-address"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as daemon:
+        try:
+            assert daemon.stdout is not None
+            assert daemon.stdout.readline().startswith("unix:"), "no dbus-daemon: apt-get install dbus"
+            yield f"unix:path={folder / 'bus'}", daemon
+        finally:
+            daemon.kill()
+
+
+def typed(properties: dict[str, Any]) -> dict[str, Variant]:
+    return {key: Variant(TYPES[key], value) for key, value in properties.items()}
+
+
+def label(name: str) -> str:
+    """Enough of sd_bus_path_encode(3) for the names of the tests."""
+    return "".join(char if char.isalnum() and (index or char.isalpha()) else f"_{ord(char):02x}"
+                   for index, char in enumerate(name))  # fmt: skip
+
+
+class FakeManager:
+    """Answers on org.nbdd1, in a thread of its own, for use in ``with``."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.devices: dict[str, dict[str, Any]] = {}
+        self.errors: dict[str, tuple[str, str]] = {}
+        self.replies: dict[str, tuple[str, list[Any]]] = {}
+        self.actions: dict[str, Callable[[], None]] = {}
+        """What to do in the thread when a member is called, before it is answered."""
+        self.held: set[str] = set()
+        """Members that are not answered."""
+        self.calls: list[Message] = []
+        self.called = threading.Condition()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self.do(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.do(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(DEADLINE)
+
+    async def _start(self) -> None:
+        self.bus: Any = MessageBus(bus_address=self.address)
+        await self.bus.connect()
+        self.end = asyncio.ensure_future(self.bus.wait_for_disconnect())
+        self.bus.add_message_handler(self._serve)
+        await self.bus.request_name("org.nbdd1")
+
+    async def _stop(self) -> None:
+        if not self.end.done():
+            self.bus.disconnect()
+        await asyncio.wait({self.end})
+        with contextlib.suppress(Exception):
+            self.end.result()
+        self.bus._stream.close()
+        self.bus._sock.close()
+
+    def leave(self) -> None:
+        """Be gone from the bus, as if killed."""
+        self.do(self._leave())
+
+    async def _leave(self) -> None:
+        self.bus.disconnect()
+        await asyncio.wait({self.end})
+
+    def wait_for(self, member: str) -> Message:
+        """The first call of `member`, when it has come."""
+        with self.called:
+            assert self.called.wait_for(lambda: any(call.member == member for call in self.calls), DEADLINE), member
+            return next(call for call in self.calls if call.member == member)
+
+    def signal(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
+        message = Message(
+            path=path, interface=interface, member=member, signature=signature, body=body,
+            message_type=MessageType.SIGNAL,
+        )  # fmt: skip
+        self._loop.call_soon_threadsafe(self.bus.send, message)
+
+    def add(self, name: str, properties: dict[str, Any]) -> None:
+        self.devices[name] = properties | {"Name": name}
+        interfaces = {"org.nbdd1.Device": typed(self.devices[name])}
+        body = [f"/org/nbdd1/device/{label(name)}", interfaces]
+        self.signal("/org/nbdd1", "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", body)
+
+    def change(self, name: str, **changes: Any) -> None:
+        self.devices[name] |= changes
+        body = ["org.nbdd1.Device", typed(changes), []]
+        path = f"/org/nbdd1/device/{label(name)}"
+        self.signal(path, "org.freedesktop.DBus.Properties", "PropertiesChanged", "sa{sv}as", body)
+
+    def remove(self, name: str) -> None:
+        del self.devices[name]
+        body = [f"/org/nbdd1/device/{label(name)}", ["org.nbdd1.Device"]]
+        self.signal("/org/nbdd1", "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", body)
+
+    def release(self, member: str) -> None:
+        """Answer a call that was held."""
+        self.held.discard(member)
+        call = self.wait_for(member)
+        self._loop.call_soon_threadsafe(lambda: self.bus.send(self._answer(call)))
+
+    def _serve(self, call: Message) -> Message | bool:
+        if call.message_type is not MessageType.METHOD_CALL:
+            return False
+        with self.called:
+            self.calls.append(call)
+            self.called.notify_all()
+        return True if call.member in self.held else self._answer(call)
+
+    def _answer(self, call: Message) -> Message:
+        member = str(call.member)
+        self.actions.get(member, lambda: None)()
+        if member in self.errors:
+            return Message.new_error(call, *self.errors[member])
+        if member in self.replies:
+            return Message.new_method_return(call, *self.replies[member])
+        paths = {f"/org/nbdd1/device/{label(name)}": name for name in self.devices}
+        match member:
+            case "Attach":
+                return Message.new_method_return(call, "o", [f"/org/nbdd1/device/{label(call.body[0])}"])
+            case "AttachURI":
+                name = call.body[1]["name"].value if "name" in call.body[1] else next(iter(self.devices))
+                return Message.new_method_return(call, "o", [f"/org/nbdd1/device/{label(name)}"])
+            case "GetManagedObjects":
+                found = {path: {"org.nbdd1.Device": typed(self.devices[name])} for path, name in paths.items()}
+                return Message.new_method_return(call, "a{oa{sa{sv}}}", [{"/org/nbdd1": {}} | found])
+            case "GetAll" if call.path in paths:
+                return Message.new_method_return(call, "a{sv}", [typed(self.devices[paths[call.path]])])
+            case "Detach" | "SetTimeout":
+                return Message.new_method_return(call)
+            case _:
+                return Message.new_error(call, "org.freedesktop.DBus.Error.UnknownObject", f"no {call.path}")

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from nbdd.errors import Busy, NotAttached, TimedOut
+from nbdd.kernel import Node, Usage
+
+
+class Machine:
+    """A made-up /proc, /sys and /dev with one partitioned device in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.proc = root / "proc"
+        self.sysfs = root / "sys"
+        self.dev = root / "dev"
+        for directory in (self.proc, self.dev, self.sysfs / "block" / "nbd0" / "nbd0p1" / "holders"):
+            directory.mkdir(parents=True)
+        disk = self.sysfs / "block" / "nbd0"
+        (disk / "dev").write_text("43:0\n")
+        (disk / "nbd0p1" / "dev").write_text("43:1\n")
+        (disk / "nbd0p1" / "partition").write_text("1\n")
+        (self.dev / "nbd0").touch()
+        self.node = Node(0, sysfs=str(self.sysfs), dev=str(self.dev))
+        self.usage = Usage(proc=str(self.proc), sysfs_root=str(self.sysfs))
+
+    def process(self, pid: str, *, comm: str = "cat", mountinfo: str = "", namespace: str = "mnt:[1]") -> Path:
+        directory = self.proc / pid
+        (directory / "ns").mkdir(parents=True)
+        (directory / "fd").mkdir()
+        (directory / "ns" / "mnt").symlink_to(namespace)
+        (directory / "comm").write_text(comm + "\n")
+        (directory / "mountinfo").write_text(mountinfo)
+        return directory
+
+    def mount(self, number: str, where: str, source: str = "/dev/x") -> str:
+        return f"36 35 {number} / {where} rw,noatime shared:1 - ext4 {source} rw\n"
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_an_unused_device_has_no_users(machine: Machine) -> None:
+    machine.process("1", mountinfo=machine.mount("8:1", "/"))
+    assert machine.usage.users(machine.node) == []
+
+
+def test_a_mounted_partition_names_its_mount_point(machine: Machine) -> None:
+    machine.process("self", mountinfo=machine.mount("43:1", r"/mnt/my\040disk"))
+    assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is mounted on /mnt/my disk"]
+
+
+def test_a_mount_in_another_namespace_is_found_once(machine: Machine) -> None:
+    line = machine.mount("43:0", "/data")
+    machine.process("self")
+    machine.process("1")
+    machine.process("500", mountinfo=line, namespace="mnt:[2]")
+    machine.process("501", mountinfo=line, namespace="mnt:[2]")
+    assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0 is mounted on /data"]
+
+
+def test_a_btrfs_mount_is_known_by_its_source(machine: Machine) -> None:
+    machine.process("self", mountinfo=machine.mount("0:42", "/data", f"{machine.dev}/nbd0p1"))
+    assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is mounted on /data"]
+
+
+def test_a_member_of_a_mounted_btrfs_is_found(machine: Machine) -> None:
+    (machine.sysfs / "fs" / "btrfs" / "1234" / "devices" / "nbd0p1").mkdir(parents=True)
+    assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is part of the mounted btrfs 1234"]
+
+
+def test_swap_is_found(machine: Machine) -> None:
+    (machine.proc / "swaps").write_text(
+        f"Filename\t\t\t\tType\t\tSize\nother file 1\n{machine.dev}/nbd0p1 partition\t10236\t0\t-2\n"
+    )
+    assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is used as swap"]
+
+
+def test_a_holder_is_told_with_its_name(machine: Machine) -> None:
+    (machine.sysfs / "block" / "nbd0" / "nbd0p1" / "holders" / "dm-0").touch()
+    (machine.sysfs / "block" / "nbd0" / "nbd0p1" / "holders" / "md127").touch()
+    (machine.sysfs / "block" / "dm-0" / "dm").mkdir(parents=True)
+    (machine.sysfs / "block" / "dm-0" / "dm" / "name").write_text("vg-data\n")
+    assert machine.usage.users(machine.node) == [
+        f"{machine.dev}/nbd0p1 is held by dm-0 (vg-data)",
+        f"{machine.dev}/nbd0p1 is held by md127",
+    ]
+
+
+def test_a_loop_device_is_found(machine: Machine) -> None:
+    (machine.sysfs / "block" / "loop3" / "loop").mkdir(parents=True)
+    (machine.sysfs / "block" / "loop3" / "loop" / "backing_file").write_text(f"{machine.dev}/nbd0\n")
+    assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0 is behind /dev/loop3"]
+
+
+def test_a_process_is_told_by_number_and_name_but_not_ourselves_nor_udev(machine: Machine) -> None:
+    for pid, comm in (("77", "qemu"), ("78", "(udev-worker)"), (str(os.getpid()), "python3")):
+        (machine.process(pid, comm=comm) / "fd" / "5").symlink_to(machine.dev / "nbd0p1")
+    assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is open in process 77 (qemu)"]
+
+
+def test_udev_at_work_is_seen_apart_from_users(machine: Machine) -> None:
+    assert not machine.usage.probed(machine.node)
+    (machine.process("78", comm="(udev-worker)") / "fd" / "5").symlink_to(machine.dev / "nbd0")
+    assert machine.usage.probed(machine.node)
+    assert machine.usage.users(machine.node) == []
+
+
+def test_a_claim_is_refused_with_the_users_names(machine: Machine) -> None:
+    machine.process("self", mountinfo=machine.mount("43:0", "/data"))
+    with pytest.raises(Busy, match="nbd0 is mounted on /data"), machine.usage.claim(machine.node):
+        pytest.fail("claimed")
+
+
+def test_a_claim_is_refused_when_the_kernel_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(Busy, match="the kernel holds it"), machine.usage.claim(machine.node):
+        pytest.fail("claimed")
+
+
+def test_a_claim_waits_for_the_last_user_to_leave(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [["somebody"], ["somebody"], []]
+    monkeypatch.setattr(machine.usage, "users", lambda _node: answers.pop(0))
+    with machine.usage.claim(machine.node, patience=60) as fd:
+        assert os.fstat(fd)
+    assert not answers
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(fd)
+
+
+def test_a_claim_of_a_device_that_hangs_ends_and_closes_what_comes_late(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, closed = threading.Event(), threading.Event()
+    real = os.close
+
+    def hang(*_: object) -> int:
+        assert go.wait(10)
+        return -5
+
+    def close(fd: int) -> None:
+        if fd == -5:
+            closed.set()
+        else:
+            real(fd)
+
+    monkeypatch.setattr(os, "open", hang)
+    monkeypatch.setattr(os, "close", close)
+    with pytest.raises(TimedOut, match="hangs"), machine.usage.claim(machine.node, seconds=0.05):
+        pytest.fail("claimed")
+    go.set()
+    assert closed.wait(10)
+
+
+def test_a_claim_of_a_gone_device_says_so(machine: Machine) -> None:
+    (machine.dev / "nbd0").unlink()
+    with pytest.raises(NotAttached, match="is gone"), machine.usage.claim(machine.node):
+        pytest.fail("claimed")
