@@ -87,7 +87,17 @@ class _Unknown(NbddError):
 
 
 class _Bus(MessageBus):
-    """A connection that notices a bus that closes while it lets us in."""
+    """A connection that ends when the bus ends, and leaves nothing open."""
+
+    def _setup_socket(self) -> None:
+        # dbus-next: forgets the socket when it can't connect it.
+        base: Any = super()
+        try:
+            base._setup_socket()  # noqa: SLF001
+        except Exception:
+            if hasattr(self, "_sock"):
+                self.close()
+            raise
 
     async def _auth_readline(self) -> str:
         # dbus-next: its own loop never ends, and never yields, when the bus hangs up during authentication.

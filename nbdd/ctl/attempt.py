@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -84,6 +85,8 @@ class Attempt:
     async def _watch(self, client: Client, call: asyncio.Future[str], terminal: IO[str]) -> None:
         """Keep one line up to date until the call is done."""
         event = asyncio.ensure_future(client.event())
+        # It may be on its way already, and have nothing new to tell for a while.
+        before = asyncio.ensure_future(self._before(client))
         pause = PATIENCE
         try:
             while not call.done():
@@ -100,6 +103,13 @@ class Attempt:
                     self._tell(int(waited), terminal)
         finally:
             event.cancel()
+            before.cancel()
+
+    async def _before(self, client: Client) -> None:
+        with contextlib.suppress(NbddError):
+            found = Device.of(await client.device(self.name)) if self.name else Device()
+            if self._device == Device():
+                self._device = found
 
     def _hear(self, event: Event) -> None:
         if not self.name and event.kind is Kind.ADDED and _same(event.properties.get("URI", ""), self._target):

@@ -97,8 +97,7 @@ class Guest:
             raise GuestError(f"{self.release} is up already")
         host.ensure_runtime()
         if self._image is None:
-            self._image = ensure(self.release)
-            self._held.enter_context(self._image.in_use())
+            self._image = self._take_image()
             argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self._image.disk)]
             host.command([*argv, str(self._overlay)], "making the guest's disk", timeout=60)
         self._drop_qemu()
@@ -249,6 +248,16 @@ class Guest:
         for name, value in options.items():
             argv += ["-o", f"{name}={value}"]
         return [*argv, "root@127.0.0.1"]
+
+    def _take_image(self) -> Image:
+        while True:
+            image = ensure(self.release)
+            try:
+                self._held.enter_context(image.in_use())
+            except FileNotFoundError:
+                # Another checkout's build removed it at this very moment.
+                continue
+            return image
 
     def _wait_up(self, deadline: float) -> None:
         qemu = self._running()

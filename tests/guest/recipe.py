@@ -17,10 +17,9 @@ DISK_GIB = 6
 """Size of a guest's root disk; the image is sparse, so this costs nothing until it is written."""
 
 _SYSTEM = (
-    "linux-image-amd64 systemd systemd-sysv udev dbus dbus-bin polkitd libpam-systemd udisks2 openssh-server busybox-static "
-    "kmod iproute2 nftables procps psmisc lsof strace util-linux-extra ca-certificates "
-    # What Debian 12 has inside systemd itself, and 13 has beside it.
-    "init-system-helpers less"
+    "linux-image-amd64 systemd systemd-sysv udev dbus dbus-bin polkitd libpam-systemd udisks2 openssh-server "
+    "busybox-static kmod iproute2 nftables procps psmisc lsof strace util-linux-extra ca-certificates "
+    "init-system-helpers less libglib2.0-bin jq"
 )
 _SERVERS = "nbdkit nbd-server nbd-client qemu-utils libnbd-bin"
 _STORAGE = "e2fsprogs xfsprogs parted fdisk gdisk dmsetup lvm2 mdadm cryptsetup-bin fio"

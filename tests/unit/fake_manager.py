@@ -7,11 +7,11 @@ import asyncio
 import contextlib
 import subprocess
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+import xml.etree.ElementTree as ET
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import nbdd.bus  # noqa: F401 - mends dbus_next for the newest Python
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
@@ -21,12 +21,6 @@ T = TypeVar("T")
 
 DEADLINE = 20.0
 """Seconds after which a test gives up on something that takes a moment."""
-
-TYPES = {
-    "Name": "s", "URI": "s", "State": "s", "Node": "s", "Size": "t", "BlockSize": "u", "ReadOnly": "b", "Timeout": "u",
-    "DeadTimeout": "u", "Connections": "u", "LiveConnections": "u", "Encryption": "s", "WorkerPID": "u",
-    "Reconnects": "t", "AttachedSince": "t", "Configured": "b", "LastError": "(ss)",
-}  # fmt: skip
 
 ABSENT: dict[str, Any] = {
     "Name": "", "URI": "nbd://storage.example/backup", "State": "detached", "Node": "", "Size": 0, "BlockSize": 0,
@@ -42,9 +36,36 @@ PRESENT = ABSENT | {
 CONFIG = """<busconfig>
   <listen>unix:path={path}</listen>
   <auth>EXTERNAL</auth>
-  <policy context="default"><allow send_destination="*" eavesdrop="true"/><allow own="*"/></policy>
+  <policy context="default">
+    <allow own="*"/><allow send_destination="*"/><allow receive_type="method_call"/>
+    <allow receive_type="method_return"/><allow receive_type="error"/><allow receive_type="signal"/>
+  </policy>
 </busconfig>
 """
+
+
+INTERFACES = Path(__file__).parents[2] / "dbus"
+
+
+def signatures(interface: str, direction: str) -> dict[str, str]:
+    """Method to signature, as the reference has it."""
+    root = ET.parse(INTERFACES / f"{interface}.xml").getroot()
+    return {
+        method.attrib["name"]: "".join(
+            arg.attrib["type"] for arg in method.iter("arg") if arg.attrib["direction"] == direction
+        )
+        for method in root.iter("method")
+    }
+
+
+def properties(interface: str) -> dict[str, str]:
+    """Property to signature, as the reference has it."""
+    root = ET.parse(INTERFACES / f"{interface}.xml").getroot()
+    return {item.attrib["name"]: item.attrib["type"] for item in root.iter("property")}
+
+
+TYPES = properties("org.nbdd1.Device")
+TAKES = signatures("org.nbdd1.Manager", "in")
 
 
 @contextlib.contextmanager
@@ -53,7 +74,8 @@ def private_bus(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     config = folder / "bus.conf"
     config.write_text(CONFIG.format(path=folder / "bus"))
     command = ["dbus-daemon", f"--config-file={config}", "--nofork", "--nopidfile", "--print-address"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as daemon:
+    log = (folder / "bus.log").open("w")
+    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as daemon:
         try:
             assert daemon.stdout is not None
             assert daemon.stdout.readline().startswith("unix:"), "no dbus-daemon: apt-get install dbus"
@@ -62,14 +84,18 @@ def private_bus(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
             daemon.kill()
 
 
-def typed(properties: dict[str, Any]) -> dict[str, Variant]:
-    return {key: Variant(TYPES[key], value) for key, value in properties.items()}
+def typed(values: dict[str, Any]) -> dict[str, Variant]:
+    return {key: Variant(TYPES[key], value) for key, value in values.items()}
 
 
 def label(name: str) -> str:
     """Enough of sd_bus_path_encode(3) for the names of the tests."""
     return "".join(char if char.isalnum() and (index or char.isalpha()) else f"_{ord(char):02x}"
                    for index, char in enumerate(name))  # fmt: skip
+
+
+async def _end_of(bus: Any) -> None:
+    await bus.wait_for_disconnect()
 
 
 class FakeManager:
@@ -80,8 +106,6 @@ class FakeManager:
         self.devices: dict[str, dict[str, Any]] = {}
         self.errors: dict[str, tuple[str, str]] = {}
         self.replies: dict[str, tuple[str, list[Any]]] = {}
-        self.actions: dict[str, Callable[[], None]] = {}
-        """What to do in the thread when a member is called, before it is answered."""
         self.held: set[str] = set()
         """Members that are not answered."""
         self.calls: list[Message] = []
@@ -106,7 +130,7 @@ class FakeManager:
     async def _start(self) -> None:
         self.bus: Any = MessageBus(bus_address=self.address)
         await self.bus.connect()
-        self.end = asyncio.ensure_future(self.bus.wait_for_disconnect())
+        self.end: asyncio.Future[None] = asyncio.ensure_future(_end_of(self.bus))
         self.bus.add_message_handler(self._serve)
         await self.bus.request_name("org.nbdd1")
 
@@ -140,8 +164,8 @@ class FakeManager:
         )  # fmt: skip
         self._loop.call_soon_threadsafe(self.bus.send, message)
 
-    def add(self, name: str, properties: dict[str, Any]) -> None:
-        self.devices[name] = properties | {"Name": name}
+    def add(self, name: str, values: dict[str, Any]) -> None:
+        self.devices[name] = values | {"Name": name}
         interfaces = {"org.nbdd1.Device": typed(self.devices[name])}
         body = [f"/org/nbdd1/device/{label(name)}", interfaces]
         self.signal("/org/nbdd1", "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", body)
@@ -169,11 +193,13 @@ class FakeManager:
         with self.called:
             self.calls.append(call)
             self.called.notify_all()
+        takes = TAKES.get(str(call.member), call.signature)
+        if call.signature != takes:
+            return Message.new_error(call, "org.freedesktop.DBus.Error.InvalidArgs", f"{call.member} takes {takes}")
         return True if call.member in self.held else self._answer(call)
 
     def _answer(self, call: Message) -> Message:
         member = str(call.member)
-        self.actions.get(member, lambda: None)()
         if member in self.errors:
             return Message.new_error(call, *self.errors[member])
         if member in self.replies:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: MIT
+"""The proving ground keeps its own promises, on both Debians and without nbdd."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.guest import Guest, GuestError
+
+CleanGuest = Callable[..., Guest]
+
+# Prints QEMU's pid and then waits to be killed.
+_DRIVER = """
+import sys, time
+from tests.guest import Guest
+with Guest(sys.argv[1]) as guest:
+    print(guest.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_guest_is_booted_used_rebooted_and_crashed(clean_guest: CleanGuest, release: str, tmp_path: Path) -> None:
+    guest = clean_guest(bare=True)
+    assert guest.read("/etc/debian_version").startswith(release.removeprefix("debian"))
+    assert guest.run("systemctl is-system-running --wait", check=False).stdout == "running\n"
+    assert "nbd" not in {line.split()[0] for line in guest.read("/proc/modules").splitlines()}
+    _use_nbd(guest)
+
+    guest.write("/root/a b/c'd", "text\n", 0o600)
+    assert guest.run('stat -c %a "/root/a b/c\'d"').stdout == "600\n"
+    guest.get("/root/a b/c'd", tmp_path / "back")
+    assert (tmp_path / "back").read_text() == "text\n"
+    assert guest.run("cat", input=b"through").stdout == "through"
+    assert guest.run("id -un", user="visitor").stdout == "visitor\n"
+
+    with pytest.raises(GuestError, match=r"`echo out; exit 3` failed with exit code 3\nout"):
+        guest.run("echo out; exit 3")
+    with pytest.raises(GuestError, match="did not end within 1 s"):
+        guest.run("sleep 60", timeout=1)
+
+    boots = [guest.read("/proc/sys/kernel/random/boot_id")]
+    for again in (guest.reboot, guest.reset):
+        guest.run("sync")
+        again()
+        boots.append(guest.read("/proc/sys/kernel/random/boot_id"))
+    assert len(set(boots)) == 3
+    assert guest.read("/root/a b/c'd") == "text\n"
+    guest.power_off()
+    assert not guest.alive
+
+
+def test_no_qemu_outlives_a_killed_driver(release: str) -> None:
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", _DRIVER, release], cwd=root, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        pidfd = os.pidfd_open(int(driver.stdout.readline()))
+        try:
+            driver.send_signal(signal.SIGKILL)
+            ended, _, _ = select.select([pidfd], [], [], 10)
+        finally:
+            os.close(pidfd)
+        assert ended, "QEMU still runs 10 s after its driver was killed"
+
+
+def _use_nbd(guest: Guest) -> None:
+    guest.run("modprobe nbd && mkdir -p /run/t && systemd-run -q --unit=tcp nbdkit -f -p 10809 memory 64M")
+    guest.run("systemd-run -q --unit=unix nbdkit -f -U /run/t/nbd.sock memory 32M")
+    for uri, size in (("nbd://localhost", 64 << 20), ("nbd+unix:///?socket=/run/t/nbd.sock", 32 << 20)):
+        found = guest.run(f"timeout 60 sh -c 'until nbdinfo --size \"{uri}\" 2>/dev/null; do sleep 0.2; done'")
+        assert int(found.stdout) == size
+    written = guest.run(
+        "set -e; nbd-client localhost /dev/nbd0 >/dev/null; mkfs.ext4 -q /dev/nbd0; mount /dev/nbd0 /mnt;"
+        "head -c 20M /dev/urandom >/mnt/file; sha256sum /mnt/file; umount /mnt; e2fsck -fn /dev/nbd0 >/dev/null"
+    ).stdout
+    assert written == guest.run("mount /dev/nbd0 /mnt && sha256sum /mnt/file && umount /mnt").stdout
+    guest.run("nbd-client -d /dev/nbd0 && systemctl stop tcp unix")

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: MIT
+"""A guest with nbdd in it, as the tests of the whole system speak to it: D-Bus calls, servers, and the state after."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from tests.guest import Guest
+
+ATTACH_SECONDS = 90
+"""Emulated guests on busy machines are slow; no test waits this long when all is well."""
+
+_KERNEL_TROUBLE = re.compile(
+    r"WARNING:|BUG:|Oops|blocked for more than|general protection|refcount_t|list_del corruption"
+)
+
+
+class BusError(Exception):
+    """A D-Bus call failed; `name` is the error's name, the text is what the caller reads."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(f"{name}: {text}")
+        self.name = name
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server in the guest, as a systemd unit."""
+
+    unit: str
+    uri: str
+
+
+class Lab:
+    """One guest, used by one test at a time. `cleanup` puts back what a test changed and checks what is left."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self._servers: list[str] = []
+        self._port = 10900
+        self._log_mark = ""
+
+    # Calls
+
+    def call(
+        self,
+        member: str,
+        *arguments: str,
+        interface: str = "org.nbdd1.Manager",
+        path: str = "/org/nbdd1",
+        user: str = "root",
+        timeout: float = ATTACH_SECONDS,
+    ) -> str:
+        """Call a method; arguments are GVariant texts such as `"'backup'"` and `"{'wait': <uint32 5>}"`.
+
+        Returns the out-arguments as gdbus prints them; raises BusError.
+        """
+        words = ["gdbus", "call", "--system", f"--timeout={timeout:.0f}", "--dest=org.nbdd1", f"--object-path={path}"]
+        words += [f"--method={interface}.{member}", "--", *arguments]
+        done = self.guest.run(shlex.join(words), check=False, timeout=timeout + 30, user=user)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        found = re.search(r"GDBus\.Error:([\w.]+): (.*)", done.stderr, re.DOTALL)
+        if found is None:
+            raise BusError("gdbus", done.stderr.strip())
+        raise BusError(found[1], found[2].strip().removesuffix("'"))
+
+    def attach(self, name: str, options: str = "@a{sv} {}", **kwargs: Any) -> str:
+        """`Manager.Attach`; returns the object path."""
+        return _path_in(self.call("Attach", f"'{name}'", options, **kwargs))
+
+    def attach_uri(self, uri: str, name: str, more: str = "", **kwargs: Any) -> str:
+        """`Manager.AttachURI` with a name; `more` holds further options, such as `"'timeout': <uint32 5>"`."""
+        options = "{" + ", ".join(filter(None, [f"'name': <'{name}'>", more])) + "}"
+        return _path_in(self.call("AttachURI", f"'{uri}'", options, **kwargs))
+
+    def detach(self, name: str, options: str = "@a{sv} {}", **kwargs: Any) -> None:
+        """`Manager.Detach`."""
+        self.call("Detach", f"'{name}'", options, **kwargs)
+
+    def devices(self) -> dict[str, dict[str, Any]]:
+        """Every device's properties by name, from GetManagedObjects."""
+        reply = self.guest.run(
+            "busctl --json=short call org.nbdd1 /org/nbdd1 org.freedesktop.DBus.ObjectManager GetManagedObjects"
+        )
+        objects = json.loads(reply.stdout)["data"][0]
+        found = {}
+        for interfaces in objects.values():
+            properties = {key: value["data"] for key, value in interfaces["org.nbdd1.Device"].items()}
+            found[properties["Name"]] = properties
+        return found
+
+    def device(self, name: str) -> dict[str, Any]:
+        """One device's properties."""
+        return self.devices()[name]
+
+    def wait_for(self, name: str, prop: str, value: str, seconds: float = ATTACH_SECONDS) -> None:
+        """Wait until a property has a value, as busctl prints it (`s "attached"`, `u 1`)."""
+        path = object_path(name)
+        get = f"busctl get-property org.nbdd1 {path} org.nbdd1.Device {prop} 2>&1"
+        self.until(f"""[ "$({get})" = {shlex.quote(value)} ]""", seconds, what=f"{name}.{prop} = {value}")
+
+    def until(self, condition: str, seconds: float = ATTACH_SECONDS, *, what: str = "") -> None:
+        """Wait until a shell condition holds in the guest; a failure shows what nbdd last said."""
+        end = f"end=$(($(date +%s) + {int(seconds)}))"
+        loop = f"{end}; until {condition}; do [ $(date +%s) -lt $end ] || exit 99; sleep 0.1; done"
+        done = self.guest.run(loop, check=False, timeout=seconds + 60)
+        assert done.returncode == 0, f"not within {seconds} s: {what or condition}\n{self.guest.journal('nbdd', 30)}"
+
+    # Configuration and servers
+
+    def define(self, yaml: str) -> None:
+        """Make this the whole configuration below devices.d, and reload."""
+        self.guest.write("/etc/nbdd/devices.d/test.yaml", yaml)
+        self.guest.run("systemctl reload nbdd", timeout=ATTACH_SECONDS)
+
+    def serve(self, command: str, uri: str, *, ready: str = "") -> Server:
+        """Start a server as a unit of its own, in the foreground; `ready` is a shell condition, by default the port's.
+
+        "{port}" in command and uri becomes a free port; "{unit}" the unit's name.
+        """
+        self._port += 1
+        unit = f"server-{self._port}"
+        command = command.replace("{port}", str(self._port)).replace("{unit}", unit)
+        uri = uri.replace("{port}", str(self._port)).replace("{unit}", unit)
+        self.guest.run(f"systemd-run --quiet --collect --unit={unit} -p KillMode=control-group {command}")
+        self._servers.append(unit)
+        socket = re.search(r"socket=([^&]+)", uri)
+        default = f"[ -S {socket[1]} ]" if socket else f"ss -ltnH sport = :{self._port} | grep -q ."
+        self.until(ready or default, 60, what=f"{unit}: {command}")
+        return Server(unit, uri)
+
+    def nbdkit(self, arguments: str = "memory 64M", export: str = "") -> Server:
+        """Start nbdkit on a TCP port of 127.0.0.1."""
+        return self.serve(f"nbdkit -f -i 127.0.0.1 -p {{port}} {arguments}", f"nbd://127.0.0.1:{{port}}/{export}")
+
+    def stop(self, server: Server) -> None:
+        """Stop a server."""
+        self.guest.run(f"systemctl stop {server.unit}", check=False)
+
+    # State
+
+    def manager_pid(self) -> int:
+        """The daemon's main process."""
+        return int(self.guest.run("systemctl show -P MainPID nbdd").stdout)
+
+    def bound(self) -> list[str]:
+        """Kernel names of bound NBD devices, whoever bound them."""
+        return [
+            PurePosixPath(path).parent.name for path in self.guest.run("ls -d /sys/block/nbd*/pid || :").stdout.split()
+        ]
+
+    def kernel_trouble(self) -> list[str]:
+        """Lines of the kernel's log since `mark` that no kernel should write."""
+        log = self.guest.run("dmesg").stdout.splitlines()
+        start = log.index(self._log_mark) + 1 if self._log_mark in log else 0
+        return [line for line in log[start:] if _KERNEL_TROUBLE.search(line)]
+
+    def mark(self) -> None:
+        """Begin: what the kernel said so far is not this test's."""
+        log = self.guest.run("dmesg").stdout.splitlines()
+        self._log_mark = log[-1] if log else ""
+
+    def cleanup(self) -> None:
+        """Put back what a test changed, and fail if nbdd or the kernel took harm."""
+        self.guest.run("rm -f /etc/nbdd/devices.d/*; systemctl start nbdd", timeout=ATTACH_SECONDS)
+        self.guest.run("for m in $(findmnt -rno SOURCE,TARGET | awk '/nbd/{print $2}'); do umount $m; done")
+        self.guest.run("systemctl reload nbdd", check=False, timeout=ATTACH_SECONDS)
+        for name, device in self.devices().items():
+            if device["State"] != "detached":
+                self.detach(name, "{'force': <true>}")
+        for unit in self._servers:
+            self.guest.run(f"systemctl stop {unit} 2>/dev/null", check=False)
+        self._servers.clear()
+        assert self.bound() == [], "devices are left bound"
+        assert self.guest.run("ls /run/nbdd/devices 2>/dev/null || :").stdout == "", "records are left"
+        assert self.devices() == {}, "devices are left on the bus"
+        workers = self.guest.run("pgrep -xc 'nbdd:.*' || :").stdout.strip()
+        assert workers == "0", f"{workers} workers are left"
+        assert self.kernel_trouble() == []
+
+
+def object_path(name: str) -> str:
+    """The D-Bus path of a device, escaped by systemd's own rules; written again here to check the product's."""
+    label = re.sub(r"[^a-zA-Z0-9]", lambda found: f"_{ord(found[0]):02x}", name)
+    if label[0].isdigit():
+        label = f"_{ord(label[0]):02x}" + label[1:]
+    return f"/org/nbdd1/device/{label}"
+
+
+def _path_in(reply: str) -> str:
+    found = re.search(r"'(/[^']*)'", reply)
+    assert found is not None, reply
+    return found[1]
