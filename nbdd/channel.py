@@ -19,6 +19,7 @@ MAX_LINE = 64 << 20
 
 _CHUNK = 1 << 16
 _MAX_FDS = 64
+_MAX_WAITING_FDS = 256
 
 Message = dict[str, Any]
 
@@ -37,6 +38,7 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._buffer = bytearray()
+        self._searched = 0  # bytes of the buffer that are known to hold no end of a line
         self._fds: deque[int] = deque()
 
     @staticmethod
@@ -76,10 +78,13 @@ class Channel:
     def receive(self) -> bool:
         """Read once what is there; False at the end of the stream.
 
-        Raises BlockingIOError when a non-blocking socket has nothing, ChannelError when a line is too long.
+        Raises BlockingIOError when a non-blocking socket has nothing, ChannelError when a line is too long or
+        descriptors come that no message speaks of.
         """
         try:
-            data, ancillary, _flags, _ = self._sock.recvmsg(_CHUNK, socket.CMSG_SPACE(_MAX_FDS * 4))
+            data, ancillary, _flags, _ = self._sock.recvmsg(
+                _CHUNK, socket.CMSG_SPACE(_MAX_FDS * 4), socket.MSG_CMSG_CLOEXEC
+            )
         except ConnectionResetError:
             return False
         for level, kind, payload in ancillary:
@@ -92,17 +97,22 @@ class Channel:
         self._buffer += data
         if len(self._buffer) > MAX_LINE:
             raise ChannelError("message too long")
+        if len(self._fds) > _MAX_WAITING_FDS:
+            raise ChannelError("too many descriptors")
         return True
 
     def pop(self) -> tuple[Message, list[int]] | None:
         """The next whole message with its descriptors, now the caller's to close; None where there is none yet."""
-        line, separator, rest = self._buffer.partition(b"\n")
-        if not separator:
+        end = self._buffer.find(b"\n", self._searched)
+        if end < 0:
+            self._searched = len(self._buffer)
             return None
-        self._buffer = rest
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        self._searched = 0
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ChannelError("not JSON") from error
         if not isinstance(message, dict):
             raise ChannelError("not a JSON object")

@@ -37,6 +37,7 @@ async def run(directory: Path) -> int:
     notifier = Notifier()
     bus = BusConnection()
     await bus.claim()
+    asked = _Signals()
     supervisor = Supervisor()
     await supervisor.start()
     manager = Manager(
@@ -53,7 +54,6 @@ async def run(directory: Path) -> int:
         await bus.close()
         raise
     bus.serve(manager)
-    asked = _Signals()
     watchdog = asyncio.create_task(notifier.watchdog())
     lost = asyncio.create_task(bus.lost())
     notifier.ready()
@@ -73,11 +73,11 @@ async def run(directory: Path) -> int:
             else:
                 event.cancel()
                 watchdog = asyncio.create_task(asyncio.Event().wait())  # type: ignore[arg-type]
+        await _stop(manager, bus, notifier)
+        return 0
     finally:
         watchdog.cancel()
         lost.cancel()
-    await _stop(manager, bus, notifier)
-    return 0
 
 
 async def _reload(manager: Manager, notifier: Notifier) -> None:
@@ -127,6 +127,7 @@ class _Told:
         self._notifier = notifier
         self._states: dict[str, State] = {}
         self._line = ""
+        self._soon: asyncio.Handle | None = None
 
     def added(self, device: Device) -> None:
         self._observer.added(device)
@@ -145,6 +146,12 @@ class _Told:
         self._sum_up()
 
     def _sum_up(self) -> None:
+        # Once for all that happens in one turn of the loop: ten thousand devices are added in one.
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_soon(self._tell)
+
+    def _tell(self) -> None:
+        self._soon = None
         count = Counter(self._states.values())
         bound = sum(number for state, number in count.items() if state.bound)
         others = [f"{count[state]} {state}" for state in State if count[state] and state is not State.DETACHED]

@@ -40,6 +40,9 @@ ORDER_DEADLINE = 30.0
 READY_DEADLINE = 10.0
 """Seconds to wait for a worker's successor before an order for it fails."""
 
+STEADY = 5.0
+"""Seconds after which a worker that dies has its successor at once; a worker that dies sooner is no hurry."""
+
 WAIT_INTERVAL = 0.25
 """Seconds between two looks whether the users of a device have left it."""
 
@@ -126,6 +129,9 @@ class Device:
         self._kick = asyncio.Event()
         self._ready = asyncio.Event()
         self._outcome: asyncio.Future[None] | None = None
+        # Whether only the attempt under way can have bound the device: then nobody was told of it and uses it.
+        self._fresh = False
+        self._closed = False
         self._status = self._idle_status(configured)
 
     @property
@@ -148,12 +154,17 @@ class Device:
         """Whether the device is wanted, and so attached or on its way to or from it."""
         return self._runner is not None or self._status.state is State.DETACHING
 
+    @property
+    def idle(self) -> bool:
+        """Whether the device is not wanted, and nothing of it can be left in the kernel."""
+        return not self.active and self._record is None
+
     # What the manager asks
 
     def start(self) -> None:
         """Begin to attach and return at once; what comes of it is told by the status."""
         if not self.active:
-            self._run(self._active, self._attach_until_bound())
+            self._begin(self._definition)
 
     def adopt(self, record: Record, sockets: list[int]) -> None:
         """Take over a device that a predecessor bound, with its links as far as they were kept; return at once."""
@@ -161,24 +172,27 @@ class Device:
         self._sockets = sockets
         self._active = record.definition
         self._set(state=State.CONNECTING, **self._told_by(record.definition))
-        self._run(record.definition, self._adopt())
+        self._run(self._adopt)
 
     async def attach(self, definition: Definition | None = None) -> None:
         """Attach, or join the attempt under way; return when the block device is usable.
 
         `definition` replaces the device's own for this attachment. Raises AlreadyAttached, Busy while it is being
-        detached, or what the attempt met.
+        detached or attached otherwise, or what the attempt met.
         """
+        if self._closed:
+            raise WorkerFailed("nbdd is stopping.")
         if self._status.state.bound:
             raise AlreadyAttached(f"{self.name!r} is attached already, as {self._status.node}.")
         if self._status.state is State.DETACHING:
             raise Busy(f"{self.name!r} is being detached; try again in a moment.")
+        if self._runner is not None and definition not in (None, self._active):
+            raise Busy(f"{self.name!r} is being attached already, with other options; wait for it, or detach it first.")
         if self._outcome is None or self._outcome.done():
             self._outcome = asyncio.get_running_loop().create_future()
         outcome = self._outcome
         if self._runner is None:
-            self._active = definition or self._definition
-            self._run(self._active, self._attach_until_bound())
+            self._begin(definition or self._definition)
         else:
             self._kick.set()
         # The attempt goes on when the one who asked for it goes away.
@@ -196,72 +210,86 @@ class Device:
             raise Busy(f"{self.name!r} is being detached already.")
         # Before the first await, so that no second caller gets in between.
         self._set(state=State.DETACHING)
-        await self._stop_runner()
-        if state is State.CONNECTING:
-            # The worker may be anywhere between the first connect and the bound device: end it, and look what it left.
-            await self._end_worker()
-        self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
+        # Of a device that is only being adopted, a predecessor's users may still be there.
+        fresh = state is State.CONNECTING and self._fresh
         try:
-            await self._release(force=force or state is State.CONNECTING, until=time.monotonic() + wait)
+            await self._stop_runner()
+            if state is State.CONNECTING:
+                # The worker may be anywhere between the first connect and the bound device: end it, and look what it
+                # left.
+                await self._end_worker()
+                if fresh:
+                    self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
+            await self._release(force=force or fresh, until=time.monotonic() + wait)
         except BaseException as error:
-            # The device is still there. If it was in use, it wants looking after, even if whoever asked has gone away.
-            told = _told(error) if isinstance(error, NbddError) else self._status.last_error
-            self._set(state=state if state.bound else State.FAILED, last_error=told)
-            if state.bound:
-                self._run(self._active, self._watch() if self._alive() else self._adopt())
+            self._not_detached(state, error, fresh=fresh)
             raise
+        self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
         self._detached()
 
     async def set_timeout(self, seconds: int) -> None:
         """Change the request timeout of the attached device, live; it holds until the device is detached."""
-        worker = await self._bound_worker()
-        await worker.request("set-timeout", deadline=ORDER_DEADLINE, seconds=seconds)
+        await self._ask("set-timeout", seconds=seconds)
         self._active = self._active.with_timeout(seconds)
-        if self._record is not None:
-            self._keep(replace(self._record, definition=self._active))
+        self._note(definition=self._active)
         self._set(timeout=seconds)
 
     async def statistics(self) -> dict[str, int]:
         """What the kernel counted since the device was attached; the keys are those of GetStatistics."""
-        worker = await self._bound_worker()
-        reply = await worker.request("statistics", deadline=ORDER_DEADLINE)
+        reply = await self._ask("statistics")
         return {str(key): int(value) for key, value in reply["statistics"].items()}
 
     def redefine(self, definition: Definition) -> None:
-        """Take a changed definition: at once where the device is idle, else at its next attach."""
+        """Take a changed definition: at once where the device is idle, else at its next attach, or attempt to."""
         self._definition = definition
         self._set(configured=True)
+        self._note(configured=True)
         if not self.active:
             self._active = definition
             self._set(**self._told_by(definition))
+        elif self._status.state is State.CONNECTING:
+            self._kick.set()
 
     def disown(self) -> None:
         """The configuration no longer has it; it stays for as long as it is attached."""
         self._set(configured=False)
-        if self._record is not None:
-            self._keep(replace(self._record, configured=False))
+        self._note(configured=False)
 
     async def close(self) -> None:
         """Let go without detaching: the device stays in the kernel for a successor to adopt."""
+        self._closed = True
         await self._stop_runner()
-        if self._worker is not None:
-            await self._worker.close()
+        await self._end_worker()
         self._settle(WorkerFailed("nbdd is stopping."))
         self._close_sockets()
 
     # The runner
 
-    def _run(self, definition: Definition, first: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, definition: Definition) -> None:
         self._active = definition
+        # With a record there may be a device under our name already, and somebody may use it.
+        self._fresh = self._record is None
+        self._clear(state=State.CONNECTING, last_error=self._status.last_error, **self._told_by(definition))
+        self._run(self._attach_until_bound)
+
+    def _run(self, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        if self._closed:
+            return
         self._kick.clear()
         self._runner = asyncio.create_task(self._hold(first), name=f"device {self.name}")
 
-    async def _hold(self, first: Coroutine[Any, Any, None]) -> None:
+    async def _hold(self, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Do `first`, then watch the worker and replace it, until the device is lost or detached."""
         try:
-            await first
+            await first()
+            waits = backoff(0.01, 1.0)
             while True:
+                since = time.monotonic()
                 await self._watch()
+                if time.monotonic() - since < STEADY:
+                    await asyncio.sleep(next(waits))
+                else:
+                    waits = backoff(0.01, 1.0)
                 await self._adopt()
         except NbddError as error:
             self._runner = None
@@ -277,45 +305,61 @@ class Device:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await runner
+            # Not `await runner`: its being cancelled and ours could not be told apart.
+            await asyncio.wait({runner})
 
     async def _attach_until_bound(self) -> None:
         """Attach; a device of boot keeps trying until the server answers, another tries once."""
-        self._set(state=State.CONNECTING, **self._told_by(self._active))
         waits = backoff()
         deaths = 0
-        # Set after a worker died on the way: then a device under our name can only be what that one bound.
-        resume = False
         while True:
+            # With a record, a device under our name can only be what a worker, or a manager, bound before it died.
+            resume = self._record is not None
+            as_configured = self._active == self._definition
+            self._kick.clear()
             try:
                 await self._attempt("attach", definition=self._active.to_wire(), resume=resume)
+                return
             except NbddError as error:
                 died = isinstance(error, WorkerFailed)
                 deaths = deaths + 1 if died else 0
-                resume = resume or died
                 await self._end_worker()
-                if not resume:
+                if not resume and not died:
                     self._forget()
-                persistent = self._active.attach is Attach.BOOT and self._status.configured
-                if not persistent and not (died and deaths < ATTEMPTS):
+                if not self._persistent and not (died and deaths < ATTEMPTS):
+                    await self._clean_up()
                     raise
-                # A server that is away for hours is worth one line, not one every few seconds.
-                log.log(
-                    logging.DEBUG if _told(error) == self._status.last_error else logging.WARNING,
-                    "%s: %s",
-                    self.name,
-                    error,
-                )
-                self._set(last_error=_told(error))
+                self._retrying(error)
                 if not died:
                     self._settle(error)
-                self._kick.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(next(waits)):
                         await self._kick.wait()
-            else:
-                return
+                if as_configured and self._active != self._definition:
+                    # It was changed by a reload, perhaps for the very fault that is in the way.
+                    self._active = self._definition
+                    self._set(**self._told_by(self._active))
+
+    async def _clean_up(self) -> None:
+        """After an attach in which workers died: what one of them may have bound goes, or else keeps its record."""
+        if self._record is None:
+            return
+        try:
+            await self._release(force=False, until=time.monotonic())
+        except NbddError as error:
+            log.warning("%s: what was begun can't be cleaned up: %s", self.name, error)
+        else:
+            self._forget()
+
+    @property
+    def _persistent(self) -> bool:
+        return self._active.attach is Attach.BOOT and self._status.configured
+
+    def _retrying(self, error: NbddError) -> None:
+        # A server that is away for hours is worth one line, not one every few seconds.
+        known = _told(error) == self._status.last_error
+        log.log(logging.DEBUG if known else logging.WARNING, "%s: %s Trying again.", self.name, error)
+        self._set(last_error=_told(error))
 
     async def _adopt(self) -> None:
         """Let a new worker take over the bound device; if the device is gone, boot devices attach anew."""
@@ -324,20 +368,30 @@ class Device:
             record = self._record
             if record is None:
                 raise NotAttached(f"{self.name!r} is not attached.")
-            try:
-                await self._attempt("adopt", definition=record.definition.to_wire(), binding=record.binding)
-            except WorkerFailed as error:
-                log.warning("%s: %s Trying again.", self.name, error)
-                await asyncio.sleep(next(waits))
-            except NotAttached:
-                self._forget()
-                await self._end_worker()
-                if self._active.attach is not Attach.BOOT or not self._status.configured:
-                    raise
+            if record.binding is None:
+                # Our predecessor ended while it attached the device: go on where it was.
                 await self._attach_until_bound()
                 return
-            else:
+            try:
+                await self._attempt("adopt", definition=record.definition.to_wire(), binding=record.binding)
                 return
+            except NotAttached as error:
+                self._forget()
+                self._take_sockets([])
+                await self._end_worker()
+                if not self._persistent:
+                    raise
+                log.warning("%s: %s Attaching it anew.", self.name, error)
+                self._active = self._definition
+                self._fresh = True
+                self._ready.clear()
+                self._clear(state=State.CONNECTING, last_error=_told(error))
+                await self._attach_until_bound()
+                return
+            except NbddError as error:
+                # It may well be bound, and in use.
+                self._retrying(error)
+                await asyncio.sleep(next(waits))
 
     async def _watch(self) -> None:
         """Return when the worker has ended."""
@@ -352,10 +406,11 @@ class Device:
 
     async def _attempt(self, order: str, **arguments: Any) -> None:
         """Spawn a worker and give it its first order; on return the device is attached."""
+        self._ready.clear()
+        await self._end_worker()
         if order == "attach":
             # Before the kernel is asked: see records.py.
             self._keep(Record(self._active, self._status.configured))
-        await self._end_worker()
         self._worker = worker = await self._supervisor.spawn(self.name, self._event)
         self._set(worker_pid=worker.pid)
         reply, fds = await worker.request_fds(
@@ -368,44 +423,37 @@ class Device:
 
     def _event(self, message: Message, fds: list[int]) -> None:
         """Something the worker says unasked."""
-        match message["event"]:
-            case "links":
-                self._links(message)
-            case "warning":
-                log.warning("%s: %s", self.name, message["message"])
-            case "info":
-                log.info("%s: %s", self.name, message["message"])
-        if message["event"] == "links":
+        if message["event"] == "links" and self._worker is not None:
             self._take_sockets(fds)
+            self._links(message)
+            return
+        for fd in fds:
+            os.close(fd)
+        if message["event"] == "warning":
+            log.warning("%s: %s", self.name, message["message"])
+        elif message["event"] == "info":
+            log.info("%s: %s", self.name, message["message"])
 
     def _links(self, message: Message) -> None:
-        live = message["live"]
-        changes: dict[str, Any] = {
-            "live_connections": live,
-            "reconnects": message["reconnects"],
-            "uri": message["uri"],
-        }
+        live, reconnects, uri = int(message["live"]), int(message["reconnects"]), str(message["uri"])
+        changes: dict[str, Any] = {"live_connections": live, "reconnects": reconnects, "uri": uri}
         if self._record is not None and self._record.binding is not None:
-            binding = {**self._record.binding, "reconnects": message["reconnects"], "uri": message["uri"]}
-            self._keep(replace(self._record, binding=binding))
+            self._note(binding={**self._record.binding, "live": live, "reconnects": reconnects, "uri": uri})
         if "error" in message:
             changes["last_error"] = _told(NbddError.from_wire(message))
         if self._status.state.bound:
-            changes["state"] = self._state_for(live)
+            changes["state"] = _state_for(live, self._status.connections)
         self._set(**changes)
 
     def _bound(self, reply: Message) -> None:
         since = self._record.attached_since if self._record is not None else 0
-        record = Record(
-            definition=self._active,
-            configured=self._status.configured,
-            binding=reply,
-            attached_since=since or time.time_ns() // 1000,
-        )
-        self._keep(record)
+        self._fresh = False
+        # If this can't be written, the record of the attempt still stands, and a successor finds the device by name.
+        self._note(binding=reply, definition=self._active, attached_since=since or time.time_ns() // 1000)
+        since = self._record.attached_since if self._record is not None else 0
         self._ready.set()
         self._set(
-            state=self._state_for(reply["live"]),
+            state=_state_for(reply["live"], reply["connections"]),
             uri=reply["uri"],
             node=reply["node"],
             size=reply["size"],
@@ -416,35 +464,41 @@ class Device:
             timeout=self._active.timeout,
             dead_timeout=self._active.dead_timeout,
             reconnects=reply["reconnects"],
-            attached_since=record.attached_since,
-            last_error=("", "") if self._status.state is State.CONNECTING else self._status.last_error,
+            attached_since=since,
+            last_error=("", "") if reply["live"] >= reply["connections"] else self._status.last_error,
         )
         self._settle(None)
 
     def _failed(self, error: NbddError) -> None:
         """The device is not attached, and nothing more is tried."""
         log.error("%s: %s", self.name, error)
-        self._ready.clear()
-        if not isinstance(error, WorkerFailed):
-            self._forget()
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
-        self._take_sockets([])
-        configured = self._status.configured
-        self._set(**_changed(self._idle_status(configured)) | {"state": State.FAILED, "last_error": _told(error)})
+        self._let_go()
+        self._clear(state=State.FAILED, last_error=_told(error))
         self._settle(error)
 
     def _detached(self) -> None:
         """The device is free, and the definition is what counts again."""
-        self._ready.clear()
         self._forget()
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
-        self._take_sockets([])
+        self._let_go()
         self._active = self._definition
-        self._set(**_changed(self._idle_status(self._status.configured)))
+        self._clear()
+
+    def _not_detached(self, state: State, error: BaseException, *, fresh: bool) -> None:
+        """The device may still be there. If it is in use it wants looking after, even if whoever asked has gone."""
+        told = _told(error) if isinstance(error, NbddError) else self._status.last_error
+        if self._record is None or fresh or not (state.bound or state is State.CONNECTING):
+            self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
+            self._let_go()
+            self._clear(state=State.FAILED, last_error=told)
+            return
+        if not isinstance(error, NbddError) and self._worker is not None:
+            # It may be in the middle of the detach. Its successor sees what came of it.
+            self._ready.clear()
+            self._worker.kill()
+        live = self._status.live_connections
+        back = _state_for(live, self._status.connections) if state.bound else state
+        self._set(state=back, last_error=told)
+        self._run(self._watch if self._alive() and self._ready.is_set() else self._adopt)
 
     # Tools
 
@@ -456,7 +510,11 @@ class Device:
             if record is None:
                 return
             try:
+                if self._closed:
+                    raise WorkerFailed("nbdd is stopping.")
                 if not self._alive():
+                    # It is there to detach, and looks after nothing.
+                    self._ready.clear()
                     self._worker = await self._supervisor.spawn(self.name, self._event)
                     self._set(worker_pid=self._worker.pid)
                 assert self._worker is not None  # noqa: S101 - alive or just spawned
@@ -477,8 +535,23 @@ class Device:
             else:
                 return
 
+    async def _ask(self, order: str, **arguments: Any) -> Message:
+        """Put an order to the worker of the attached device; if that dies, to its successor."""
+        deaths = 0
+        while True:
+            worker = await self._bound_worker()
+            try:
+                return await worker.request(order, deadline=ORDER_DEADLINE, **arguments)
+            except WorkerFailed:
+                deaths += 1
+                if deaths >= ATTEMPTS:
+                    raise
+
     async def _bound_worker(self) -> WorkerProcess:
         """The worker of the attached device, or its successor, which may still be adopting."""
+        if not self._alive():
+            # It ended, and the runner has not looked yet.
+            self._ready.clear()
         if self._status.state.bound:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(READY_DEADLINE):
@@ -498,9 +571,27 @@ class Device:
             await worker.close()
             self._set(worker_pid=0)
 
+    def _let_go(self) -> None:
+        """Nobody looks after the device any more."""
+        self._ready.clear()
+        if self._worker is not None:
+            self._worker.kill()
+            self._worker = None
+        self._take_sockets([])
+
     def _keep(self, record: Record) -> None:
-        self._record = record
         self._records.write(record)
+        self._record = record
+
+    def _note(self, **changes: Any) -> None:
+        """Bring the record up to date; what was done is done, even if that can't be written."""
+        if self._record is None:
+            return
+        self._record = replace(self._record, **changes)
+        try:
+            self._records.write(self._record)
+        except NbddError as error:
+            log.error("%s: %s", self.name, error)
 
     def _forget(self) -> None:
         self._record = None
@@ -525,11 +616,6 @@ class Device:
         while self._sockets:
             os.close(self._sockets.pop())
 
-    def _state_for(self, live: int) -> State:
-        if live == 0:
-            return State.RECONNECTING
-        return State.ATTACHED if live >= self._status.connections else State.DEGRADED
-
     def _told_by(self, definition: Definition) -> dict[str, Any]:
         return {
             "uri": str(definition.uri[0]),
@@ -541,6 +627,11 @@ class Device:
 
     def _idle_status(self, configured: bool) -> Status:
         return Status(name=self.name, state=State.DETACHED, configured=configured, **self._told_by(self._definition))
+
+    def _clear(self, **told: Any) -> None:
+        """Set all that is told to what an idle device tells, but for what is given."""
+        idle = replace(self._idle_status(self._status.configured), **told)
+        self._set(**{field: getattr(idle, field) for field in Status.__slots__})
 
     def _set(self, **changes: Any) -> None:
         """Change the status: the one place where it happens, where it is logged and where it is told."""
@@ -558,6 +649,7 @@ def _told(error: NbddError) -> tuple[str, str]:
     return error.dbus_name, str(error)
 
 
-def _changed(status: Status) -> dict[str, Any]:
-    """All fields of a status, to be set at once."""
-    return {field: getattr(status, field) for field in Status.__slots__ if field not in ("name", "configured")}
+def _state_for(live: int, connections: int) -> State:
+    if live == 0:
+        return State.RECONNECTING
+    return State.ATTACHED if live >= connections else State.DEGRADED

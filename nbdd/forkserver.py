@@ -30,6 +30,13 @@ def main() -> None:
     # What is loaded by now lives as long as the process: keep the collector from touching, and so copying, its pages.
     gc.collect()
     gc.freeze()
+    try:
+        _serve(control, reader, writer)
+    except BrokenPipeError:
+        return  # The manager went away while it was told something.
+
+
+def _serve(control: Channel, reader: int, writer: int) -> None:
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(reader, select.POLLIN)
@@ -60,11 +67,23 @@ def _fork(control: Channel, message: Message, channel_fd: int, inherited: tuple[
             for fd in inherited:
                 os.close(fd)
             control.close()
-            code = work(Channel(socket.socket(fileno=channel_fd)), message["name"])
+            # Held until the very end: the manager kills whose channel closes, and the exit code would be lost.
+            channel = Channel(socket.socket(fileno=channel_fd))
+            code = work(channel, message["name"])
         finally:
             os._exit(code)
     os.close(channel_fd)
-    control.send({"event": "spawned", "id": message["id"], "pid": pid})
+    # A descriptor for the process, opened while nobody else can have its number: we have not reaped it yet.
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:
+        # Its channel will be closed, and that ends it.
+        control.send({"event": "refused", "id": message["id"], "message": error.strerror})
+        return
+    try:
+        control.send({"event": "spawned", "id": message["id"], "pid": pid}, [pidfd])
+    finally:
+        os.close(pidfd)
 
 
 def _reap(control: Channel) -> None:

@@ -48,9 +48,12 @@ def open_links(definition: Definition, deadline: Deadline, connections: int | No
     Raises the ServerError of the only server, or one that tells of each.
     """
     failures: list[ServerError] = []
-    for uri in definition.uri:
+    for number, uri in enumerate(definition.uri):
         try:
-            return _open(definition, uri, deadline, connections or definition.connections)
+            # A server that is silent must leave time for the next one.
+            left = len(definition.uri) - number
+            share = deadline if left == 1 else Deadline(deadline.remaining() / left)
+            return _open(definition, uri, share, connections or definition.connections)
         except ServerError as error:
             failures.append(error)
     if len(failures) == 1:

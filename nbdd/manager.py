@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import re
@@ -113,7 +112,7 @@ class Manager:
             device.adopt(record, kept.pop(name, []))
             if record.configured and name not in definitions:
                 # It left the configuration while nobody was looking.
-                self._background(self._retire_when_adopted(device))
+                self._background(self._retire(device))
         for name, fds in kept.items():
             for fd in fds:
                 os.close(fd)
@@ -142,7 +141,7 @@ class Manager:
             raise InvalidArgs(
                 f"{name!r} is the name of a configured device: attach that by its name, or choose another."
             )
-        if taken is not None and taken.status.state is not State.FAILED:
+        if taken is not None and not (taken.status.state is State.FAILED and taken.idle):
             raise AlreadyAttached(f"A device {name!r} is there already: detach it first, or choose another name.")
         if taken is not None:
             self._remove(taken)
@@ -171,7 +170,9 @@ class Manager:
         parsed = URI.parse(uri)
         found: list[dict[str, Any]] = []
 
-        def collect(message: Message, _fds: list[int]) -> None:
+        def collect(message: Message, fds: list[int]) -> None:
+            for fd in fds:
+                os.close(fd)
             found.extend(message.get("exports", []))
 
         worker = await self._supervisor.spawn("exports", collect)
@@ -214,6 +215,10 @@ class Manager:
     async def stop(self, *, detach: bool) -> list[str]:
         """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached."""
         left: list[str] = []
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         if detach:
             left = [
                 told for told in await asyncio.gather(*map(self._detach_quietly, list(self._devices.values()))) if told
@@ -226,11 +231,6 @@ class Manager:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _retire_when_adopted(self, device: Device) -> None:
-        with contextlib.suppress(NbddError):
-            await device.attach()  # joins the adoption
-        await self._retire(device)
 
     async def _retire(self, device: Device) -> None:
         """The configuration no longer has the device: detach it, unless somebody uses it; then it stays for them."""
@@ -275,7 +275,7 @@ class Manager:
 
     def _drop(self, device: Device) -> None:
         """Remove a device that no file defines, once it is idle."""
-        if not device.status.configured and not device.active and not device.status.state.bound:
+        if not device.status.configured and device.idle:
             self._remove(device)
 
     def _changed(self, device: Device, old: Status) -> None:

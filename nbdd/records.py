@@ -51,11 +51,14 @@ class Record:
     @staticmethod
     def from_wire(wire: dict[str, Any]) -> Record:
         """The inverse of `to_wire`."""
+        binding = wire["binding"]
+        if binding is not None and not isinstance(binding, dict):
+            raise TypeError("the binding is no JSON object")
         return Record(
             definition=Definition.from_wire(wire["definition"]),
-            configured=wire["configured"],
-            binding=wire["binding"],
-            attached_since=wire["attached-since"],
+            configured=bool(wire["configured"]),
+            binding=binding,
+            attached_since=int(wire["attached-since"]),
         )
 
 
@@ -96,7 +99,7 @@ class Records:
         for path in paths:
             try:
                 found.append(Record.from_wire(json.loads(path.read_text())))
-            except (OSError, ValueError, KeyError, TypeError, NbddError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, NbddError) as error:
                 log.error("%s can't be read, its device is left alone: %s", path, error)
         return found
 

@@ -6,7 +6,7 @@ Every outcome of a worker's life is one `Ending`:
 
     exit      it returned by itself, with an exit code
     signal    somebody killed it
-    hang      it did not answer in time and was killed by us
+    hang      it did not answer in time, or talked without end, and was killed by us
     orphaned  its fork server died; it was killed by us, and a new fork server started
 """
 
@@ -38,6 +38,15 @@ PING_DEADLINE = 10.0
 
 SPAWN_DEADLINE = 10.0
 """Seconds a fork may take."""
+
+KILL_DEADLINE = 10.0
+"""Seconds a killed process may take to go. The kernel holds one that takes longer, and nobody waits for it."""
+
+MAX_MESSAGES = 10_000
+"""Messages between two pings; a worker that says more has lost its mind."""
+
+_READS = 16
+"""Reads from one worker before the loop turns to the others."""
 
 
 class How(StrEnum):
@@ -86,7 +95,9 @@ def backoff(first: float = 0.1, most: float = 5.0) -> Iterator[float]:
 class WorkerProcess:
     """One running worker. `request` asks it something, `ended` is done when it is gone."""
 
-    def __init__(self, name: str, pid: int, channel: Channel, on_event: Callable[[Message, list[int]], None]) -> None:
+    def __init__(
+        self, name: str, pid: int, pidfd: int, channel: Channel, on_event: Callable[[Message, list[int]], None]
+    ) -> None:
         self.name = name
         self.pid = pid
         self.ended: asyncio.Future[Ending] = asyncio.get_running_loop().create_future()
@@ -95,9 +106,11 @@ class WorkerProcess:
         self._replies: dict[int, asyncio.Future[Message]] = {}
         self._reply_fds: dict[int, list[int]] = {}
         self._next_id = 0
+        self._said = 0
         self._killed_as: How | None = None
+        self._giving_up: asyncio.TimerHandle | None = None
         # A descriptor for the process, not its number: a kill can never hit a stranger that got the number later.
-        self._pidfd = os.pidfd_open(pid)
+        self._pidfd = pidfd
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(channel.fileno(), self._readable)
         self._heartbeat = asyncio.create_task(self._beat())
@@ -131,21 +144,25 @@ class WorkerProcess:
         try:
             async with asyncio.timeout(deadline):
                 reply = await future
+            if "error" in reply:
+                raise NbddError.from_wire({key: str(reply.get(key, "")) for key in ("error", "message")})
+            return reply, self._reply_fds.pop(number, [])
         except TimeoutError:
             self.kill(How.HANG)
             raise WorkerFailed(f"The worker of {self.name!r} did not finish {order!r} in {deadline:g} s.") from None
         finally:
             self._replies.pop(number, None)
-            fds_back = self._reply_fds.pop(number, [])
-        if "error" in reply:
-            raise NbddError.from_wire(reply)
-        return reply, fds_back
+            # Still there after an error, or if whoever asked was cancelled just when the reply came.
+            for fd in self._reply_fds.pop(number, []):
+                os.close(fd)
 
     def kill(self, how: How | None = None) -> None:
         """Kill the process at once; costs no I/O, the kernel keeps the device. `how` is told as its ending."""
         if self.ended.done():
             return
         self._killed_as = self._killed_as or how
+        if self._giving_up is None:
+            self._giving_up = self._loop.call_later(KILL_DEADLINE, self._give_up)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -154,12 +171,18 @@ class WorkerProcess:
         self.kill()
         return await asyncio.shield(self.ended)
 
+    def _give_up(self) -> None:
+        log.error("%s: worker %d does not die, the kernel holds it; going on without it", self.name, self.pid)
+        self._end(How.HANG)
+
     def _end(self, how: How, code: int = 0) -> None:
         """The one way out: called once by the supervisor when the process is gone."""
         if self.ended.done():
             return
-        self._readable()  # what it still had to say
+        self._readable(reads=MAX_MESSAGES)  # what it still had to say
         self._heartbeat.cancel()
+        if self._giving_up is not None:
+            self._giving_up.cancel()
         self._loop.remove_reader(self._channel.fileno())
         self._channel.close()
         os.close(self._pidfd)
@@ -171,24 +194,37 @@ class WorkerProcess:
                 # Whoever asked may have been cancelled; an exception nobody fetches is then no news.
                 future.exception()
 
-    def _readable(self) -> None:
+    def _readable(self, reads: int = _READS) -> None:
         try:
-            while self._channel.receive():
+            for _ in range(reads):
+                if not self._channel.receive():
+                    break
                 while (found := self._channel.pop()) is not None:
                     self._handle(*found)
+            else:
+                return  # The loop calls again.
         except BlockingIOError:
             return
         except (ChannelError, OSError) as error:
             log.warning("%s: worker %d broke its channel: %s", self.name, self.pid, error)
+        except Exception:  # whatever a worker says, it is the worker that goes
+            log.exception("%s: worker %d said what nobody understands", self.name, self.pid)
         # End of the stream: the process is on its way out, and the fork server will tell how it went.
         # Its own exit code, if it has one by now, survives the signal.
         self._loop.remove_reader(self._channel.fileno())
         self.kill()
 
     def _handle(self, message: Message, fds: list[int]) -> None:
-        future = self._replies.get(message.get("id", 0))
-        if future is not None and not future.done():
-            self._reply_fds[message["id"]] = fds
+        self._said += 1
+        if self._said > MAX_MESSAGES:
+            self._killed_as = self._killed_as or How.HANG
+            for fd in fds:
+                os.close(fd)
+            raise ChannelError("it does not stop talking")
+        number = message.get("id")
+        future = self._replies.get(number) if isinstance(number, int) else None
+        if isinstance(number, int) and future is not None and not future.done():
+            self._reply_fds[number] = fds
             future.set_result(message)
         elif "event" in message:
             self._on_event(message, fds)
@@ -199,6 +235,7 @@ class WorkerProcess:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(PING_INTERVAL)
+            self._said = 0
             if not self._replies:
                 with contextlib.suppress(NbddError):
                     await self.request("ping", deadline=PING_DEADLINE)
@@ -209,9 +246,7 @@ class Supervisor:
 
     def __init__(self) -> None:
         self._workers: dict[int, WorkerProcess] = {}
-        self._spawning: dict[int, asyncio.Future[int]] = {}
-        # A worker may end before its spawner runs again: None while it lives, its code once it does not.
-        self._unclaimed: dict[int, int | None] = {}
+        self._births: dict[int, _Birth] = {}
         self._next_id = 0
         self._server: asyncio.subprocess.Process | None = None
         self._control: Channel | None = None
@@ -224,118 +259,123 @@ class Supervisor:
         return self._server.pid if self._server else 0
 
     async def start(self) -> None:
-        """Start the fork server, if it does not run."""
+        """Start the fork server, if it does not run; raises WorkerFailed where that can't be done."""
         async with self._starting:
+            if self._closed:
+                raise WorkerFailed("nbdd is stopping.")
             if self._control is not None:
                 return
-            ours, theirs = Channel.pair()
-            with theirs:
-                # -S: site-packages' start-up files would only cost memory; the package is found by PYTHONPATH.
-                self._server = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-S",
-                    "-m",
-                    "nbdd.forkserver",
-                    str(theirs.fileno()),
-                    pass_fds=(theirs.fileno(),),
-                    env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
-                )
+            await self._reap_server()
+            try:
+                ours, theirs = Channel.pair()
+            except OSError as error:
+                raise WorkerFailed(f"The fork server can't be started: {error.strerror}.") from None
+            try:
+                with theirs:
+                    # -S: site-packages' start-up files would only cost memory; the package is found by PYTHONPATH.
+                    self._server = await asyncio.create_subprocess_exec(
+                        sys.executable,
+                        "-S",
+                        "-m",
+                        "nbdd.forkserver",
+                        str(theirs.fileno()),
+                        pass_fds=(theirs.fileno(),),
+                        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+                    )
+            except OSError as error:
+                ours.close()
+                raise WorkerFailed(f"The fork server can't be started: {error.strerror}.") from None
+            except BaseException:
+                ours.close()
+                raise
             ours.setblocking(False)
             self._control = Channel(ours)
             asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, self._control)
 
     async def spawn(self, name: str, on_event: Callable[[Message, list[int]], None]) -> WorkerProcess:
-        """Fork a worker for the device `name`; `on_event` gets what it says unasked, with its descriptors.
+        """Fork a worker for the device `name`; `on_event` gets what it says unasked, and owns the descriptors with it.
 
         Raises WorkerFailed when no process can be had.
         """
-        if self._closed:
-            raise WorkerFailed("nbdd is stopping.")
         await self.start()
         control = self._control
         assert control is not None  # noqa: S101 - start() returned
+        try:
+            ours, theirs = Channel.pair()
+        except OSError as error:
+            raise WorkerFailed(f"No worker could be started for {name!r}: {error.strerror}.") from None
+        ours.setblocking(False)
+        birth = _Birth(name, Channel(ours), on_event, asyncio.get_running_loop().create_future())
         self._next_id += 1
         number = self._next_id
-        future = self._spawning[number] = asyncio.get_running_loop().create_future()
-        ours, theirs = Channel.pair()
-        ours.setblocking(False)
-        channel = Channel(ours)
+        self._births[number] = birth
         try:
             with theirs:
                 control.send({"order": "spawn", "id": number, "name": name}, [theirs.fileno()])
             async with asyncio.timeout(SPAWN_DEADLINE):
-                pid = await future
-            code = self._unclaimed.pop(pid, None)
-            worker = WorkerProcess(name, pid, channel, on_event)
+                return await birth.worker
         except OSError as error:  # TimeoutError is one
-            channel.close()
-            self._stop_server()
+            birth.abort()
+            self._server_gone(control)
             raise WorkerFailed(
                 f"No worker could be started for {name!r}: {error.strerror or 'the fork server does not answer'}."
             ) from None
         except BaseException:
-            # Refused, or whoever wanted it no longer does: the closed channel ends a worker that was forked.
-            channel.close()
+            # Refused, or whoever wanted it no longer does.
+            birth.abort()
             raise
         finally:
-            self._spawning.pop(number, None)
-            if future.done() and not future.cancelled() and future.exception() is None:
-                self._unclaimed.pop(future.result(), None)
-        self._workers[pid] = worker
-        if control is not self._control:
-            self._orphan(worker)
-        elif code is not None:
-            self._finish(pid, code)
-        return worker
+            del self._births[number]
 
     async def close(self) -> None:
         """End every worker and the fork server; the kernel keeps the devices."""
         self._closed = True
         await asyncio.gather(*(worker.close() for worker in list(self._workers.values())))
-        self._stop_server()
+        async with self._starting:
+            if self._control is not None:
+                self._server_gone(self._control)
+            await self._reap_server()
+
+    async def _reap_server(self) -> None:
         if self._server is not None:
-            await self._server.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KILL_DEADLINE):
+                    await self._server.wait()
 
     def _readable(self, control: Channel) -> None:
         try:
             while control.receive():
                 while (found := control.pop()) is not None:
-                    self._handle(found[0])
+                    self._handle(*found)
         except BlockingIOError:
             return
         except (ChannelError, OSError) as error:
             log.warning("fork server: %s", error)
         self._server_gone(control)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message, fds: list[int]) -> None:
         match message["event"]:
             case "ended":
-                pid = message["pid"]
-                if pid in self._workers:
-                    self._finish(pid, message["code"])
-                elif pid in self._unclaimed:
-                    self._unclaimed[pid] = message["code"]
+                worker = self._workers.pop(message["pid"], None)
+                code = message["code"]
+                if worker is not None and code < 0:
+                    worker._end(How.SIGNAL, -code)  # noqa: SLF001 - the supervisor is the one who may
+                elif worker is not None:
+                    worker._end(How.EXIT, code)  # noqa: SLF001
             case "spawned":
-                future = self._spawning.get(message["id"])
-                if future is not None and not future.done():
-                    self._unclaimed[message["pid"]] = None
-                    future.set_result(message["pid"])
-                # A worker whose pid nobody awaits any more ends by itself, at the end of its channel.
+                birth = self._births.get(message["id"])
+                if birth is not None and not birth.worker.done():
+                    # Here and not in spawn(): the next message may tell of its end already.
+                    worker = WorkerProcess(birth.name, message["pid"], fds.pop(), birth.channel, birth.on_event)
+                    self._workers[worker.pid] = worker
+                    birth.worker.set_result(worker)
+                # Else nobody wants it any more; it ends by itself, at the end of its channel.
             case "refused":
-                future = self._spawning.get(message["id"])
-                if future is not None and not future.done():
-                    future.set_exception(WorkerFailed(f"No worker could be started: {message['message']}."))
-
-    def _finish(self, pid: int, code: int) -> None:
-        worker = self._workers.pop(pid)
-        if code < 0:
-            worker._end(How.SIGNAL, -code)  # noqa: SLF001 - the supervisor is the one who may
-        else:
-            worker._end(How.EXIT, code)  # noqa: SLF001
-
-    def _stop_server(self) -> None:
-        if self._control is not None:
-            self._server_gone(self._control)
+                birth = self._births.get(message["id"])
+                if birth is not None:
+                    birth.fail(f"No worker could be started for {birth.name!r}: {message['message']}.")
+        for fd in fds:
+            os.close(fd)
 
     def _server_gone(self, control: Channel) -> None:
         """Every worker is orphaned: end them all; the next spawn starts a new fork server and adopts."""
@@ -349,14 +389,32 @@ class Supervisor:
                 self._server.kill()
         if not self._closed:
             log.error("the fork server ended; starting a new one, the devices stay attached")
-        self._unclaimed.clear()
-        for future in self._spawning.values():
-            if not future.done():
-                future.set_exception(WorkerFailed("The fork server ended."))
-        for worker in list(self._workers.values()):
-            self._orphan(worker)
+        for birth in self._births.values():
+            birth.fail("The fork server ended.")
+        while self._workers:
+            _, worker = self._workers.popitem()
+            worker.kill(How.ORPHANED)
+            worker._end(How.ORPHANED)  # noqa: SLF001
 
-    def _orphan(self, worker: WorkerProcess) -> None:
-        del self._workers[worker.pid]
-        worker.kill(How.ORPHANED)
-        worker._end(How.ORPHANED)  # noqa: SLF001
+
+@dataclass(frozen=True, slots=True)
+class _Birth:
+    """A worker that was ordered and has not been heard of yet."""
+
+    name: str
+    channel: Channel
+    on_event: Callable[[Message, list[int]], None]
+    worker: asyncio.Future[WorkerProcess]
+
+    def fail(self, why: str) -> None:
+        if not self.worker.done():
+            self.worker.set_exception(WorkerFailed(why))
+
+    def abort(self) -> None:
+        """Nobody waits for it any more."""
+        if not self.worker.cancel() and not self.worker.cancelled() and self.worker.exception() is None:
+            # It came at the last moment.
+            self.worker.result().kill()
+        else:
+            # If it is forked yet, the end of its channel ends it.
+            self.channel.close()

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from nbdd.channel import Channel, Message
@@ -50,8 +51,8 @@ def main(channel: Channel, name: str) -> int:
     _title(name)
     try:
         Worker(channel, name).run()
-    except BrokenPipeError:
-        return 0  # The manager went away while it was told something.
+    except (BrokenPipeError, SystemExit):
+        return 0  # The manager went away while it was told something; or nothing is left to do.
     except Exception:  # noqa: BLE001 - the last word of a process: say what happened, end, be replaced
         traceback.print_exc(file=sys.stderr)
         return 1
@@ -117,7 +118,10 @@ class Worker:
         # Descriptors become sockets with the order that brings them; what is left over is closed here.
         reply_fds: list[int] = []
         try:
-            reply = self._orders[order["order"]](order, fds)
+            obey = self._orders.get(order["order"])
+            if obey is None:
+                raise NbddError(f"The worker of {self._name!r} knows no order {order['order']!r}.")
+            reply = obey(order, fds)
             if order["order"] in ("attach", "adopt"):
                 reply_fds = [sock.fileno() for sock in self._watched.values()]
         except NbddError as error:
@@ -137,8 +141,8 @@ class Worker:
         bound = find(self._name)
         if bound and order["resume"]:
             # A worker before us died between the kernel's answer and its own: it knew the server, we must ask again.
-            with open_links(definition, Deadline(CONNECT_SECONDS), 1) as links:
-                binding = self._describe(definition, links, 0)
+            with open_links(definition, Deadline(CONNECT_SECONDS)) as links:
+                binding = self._describe(links)
             return self._take_over(definition, {**binding, "index": bound[0].index}, [])
         if bound:
             raise Busy(
@@ -167,12 +171,11 @@ class Worker:
         except NbddError:
             client.close()
             raise
-        return self._attached(client, definition, self._describe(definition, links, len(links.sockets)))
+        return self._attached(client, definition, self._describe(links))
 
     def _adopt(self, order: Message, fds: list[int]) -> Message:
         definition = Definition.from_wire(order["definition"])
-        sockets = [socket.socket(fileno=fd) for fd in fds]
-        fds.clear()
+        sockets = _sockets(fds)
         try:
             if order["binding"] is None:
                 raise NotAttached(f"{self._name!r} was not bound to any device yet.")
@@ -189,18 +192,18 @@ class Worker:
         except NbddError:
             client.close()
             raise
-        # Whoever kept the links keeps dead ones too; where nobody did, they count as live until the kernel says no.
-        live = len(sockets) or binding["connections"]
+        # One that died since is seen by the first poll. Where nobody kept any, as many live as when we last knew.
+        live = len(sockets) or binding["live"]
         return self._attached(client, definition, {**binding, "live": live})
 
     @staticmethod
-    def _describe(definition: Definition, links: Links, live: int) -> Message:
+    def _describe(links: Links) -> Message:
         """The worker's notes about a device, but for what only the kernel knows."""
         return {
             "uri": str(links.uri),
             "export": links.export.to_wire(),
-            "connections": live or definition.connections,
-            "live": live,
+            "connections": len(links.sockets),
+            "live": len(links.sockets),
             "reconnects": 0,
         }
 
@@ -226,31 +229,33 @@ class Worker:
         return self._binding
 
     def _detach(self, order: Message, _fds: list[int]) -> Message:
-        client = self._client
-        if client is None:
-            # Called in after the device's own worker died: the notes say which device it was.
-            binding = order["binding"] or next(({"index": node.index} for node in find(self._name)), None)
-            if binding is None:
-                return {}
-            client = Client(self._name)
-            try:
+        if self._client is not None:
+            self._disconnect(self._client, force=order["force"])
+            self._forget()
+            return {}
+        # Called in after the device's own worker died: the notes say which device it was.
+        binding = order["binding"] or next(({"index": node.index} for node in find(self._name)), None)
+        if binding is not None:
+            with Client(self._name) as client, suppress(NotAttached):
                 client.adopt(binding["index"], diskseq=binding.get("diskseq") or None)
-            except NotAttached:
-                client.close()
-                return {}
+                self._disconnect(client, force=order["force"])
+        return {}
+
+    def _disconnect(self, client: Client, *, force: bool) -> None:
         try:
-            left = client.disconnect(seconds=DETACH_SECONDS, force=order["force"])
+            left = client.disconnect(seconds=DETACH_SECONDS, force=force)
         except NotAttached:
-            left = []
+            return
         if left:
             self._tell("warning", message=f"detached, and the node is taken until they leave: {'; '.join(left)}")
+
+    def _forget(self) -> None:
         for sock in self._watched.values():
             self._poll.unregister(sock)
         self._watched.clear()
         self._next_mend = None
-        client.close()
+        self._bound().close()
         self._client = None
-        return {}
 
     def _set_timeout(self, order: Message, _fds: list[int]) -> Message:
         self._bound().set_timeout(order["seconds"])
@@ -327,9 +332,10 @@ class Worker:
             return
         for sock in links.sockets:
             self._watch(sock)
-        self._binding["live"] += missing
-        self._binding["reconnects"] += missing
+        self._binding["live"] += len(links.sockets)
+        self._binding["reconnects"] += len(links.sockets)
         self._binding["uri"] = str(links.uri)
+        self._mends = 0
         self._next_mend = None
         self._report(None)
 
@@ -347,3 +353,15 @@ class Worker:
         fields = {key: self._binding[key] for key in ("live", "reconnects", "uri")}
         fds = [sock.fileno() for sock in self._watched.values()]
         self._channel.send({"event": "links", **fields, **told}, fds)
+
+
+def _sockets(fds: list[int]) -> list[socket.socket]:
+    """The descriptors as sockets, which own them; what is no socket stays in `fds`."""
+    found = []
+    for fd in list(fds):
+        try:
+            found.append(socket.socket(fileno=fd))
+        except OSError:
+            continue
+        fds.remove(fd)
+    return found

@@ -103,12 +103,16 @@ def _make(
     # Before the boot: a guest that does not come up is there for its evidence until the test is torn down.
     live.append(made)
     request.addfinalizer(end)
+    problem = ""
     try:
         made.boot()
         if package is not None:
             made.install(package)
     except GuestError as error:
-        pytest.fail(str(error), pytrace=False)
+        # Outside of here, or the report shows the same text twice.
+        problem = str(error)
+    if problem:
+        pytest.fail(problem, pytrace=False)
     return made
 
 

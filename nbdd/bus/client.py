@@ -149,8 +149,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # dbus-next: disconnecting a bus that is already gone logs a traceback.
-        if self._bus is not None and self._end is not None and not self._end.done():
+        if self._bus is not None and self._end is not None:
             self._bus.disconnect()
             await asyncio.wait({self._end}, timeout=1)
         self._close()
@@ -291,8 +290,8 @@ class Client:
     async def _call(
         self, path: str, interface: str, member: str, signature: str = "", *body: Any, reply: str = "", to: str = NAME
     ) -> list[Any]:
-        # dbus-next: a call on a bus that has ended waits for ever.
-        if self._bus is None or self._end is None or self._end.done():
+        # dbus-next: a call on a bus that has ended waits for ever. Only `connected` knows at once.
+        if self._bus is None or not self._bus.connected:
             raise _lost()
         message = Message(to, path, interface, member, flags=self._flags, signature=signature, body=list(body))
         try:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dbus_next import AuthError
+from dbus_next import AuthError, InvalidAddressError
 
 from nbdd.bus.calls import DBUS, CallError
 from nbdd.bus.objects import ROOT, Announcer, ManagerInterface
@@ -25,7 +25,7 @@ class BusConnection:
     def __init__(self) -> None:
         try:
             self._bus = ServiceBus(ROOT)
-        except (OSError, AuthError) as error:
+        except (OSError, InvalidAddressError) as error:
             raise NbddError(f"The system bus can't be reached: {error}. nbdd needs dbus.service.") from None
         self.observer = Announcer(self._bus)
 
@@ -36,14 +36,13 @@ class BusConnection:
         """
         try:
             await self._bus.connect()
-        except (OSError, EOFError, AuthError) as error:
-            raise NbddError(f"The system bus does not let us in: {error}.") from None
-        try:
             [answer] = await DBUS.call(self._bus, "RequestName", "su", [NAME, _DO_NOT_QUEUE])
         except CallError as error:
             raise NbddError(
                 f"The bus name {NAME} can't be owned: {error} nbdd runs as root, with its bus policy installed."
             ) from None
+        except (OSError, EOFError, AuthError) as error:
+            raise NbddError(f"The system bus does not let us in: {str(error) or 'it hung up'}.") from None
         if answer != _PRIMARY_OWNER:
             raise NbddError(
                 f"Another nbdd is running: it owns the bus name {NAME}. This one ends without having touched anything."

@@ -32,7 +32,7 @@ ATTACH_OPTIONS = {
 ATTACH_URI_OPTIONS = {"name": "s"} | ATTACH_OPTIONS
 DETACH_OPTIONS = {"force": "b", "wait": "u"}
 
-_TYPES = {"s": "string (s)", "b": "boolean (b)", "u": "unsigned number (u)"}
+_TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)"}
 
 
 def object_path(name: str) -> str:
@@ -52,7 +52,7 @@ def read_options(options: Mapping[str, Variant], known: Mapping[str, str]) -> di
             raise InvalidArgs(f"There is no option {key!r}; known are {', '.join(sorted(known)) or 'none'}.")
         if variant.signature != known[key]:
             raise InvalidArgs(
-                f"The option {key!r} must be a {_TYPES[known[key]]}, not of the type {variant.signature!r}."
+                f"The option {key!r} must be {_TYPES[known[key]]}, not of the type {variant.signature!r}."
             )
         found[key] = variant.value
     return found

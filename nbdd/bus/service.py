@@ -5,6 +5,7 @@ What dbus-next 0.2.3 gets wrong in its own service layer is done here instead, a
 each point: methods see their caller; InterfacesAdded and InterfacesRemoved come from the object manager's path, and
 GetManagedObjects answers there alone; children are whole path elements; no traceback reaches a caller; a cancelled
 call is answered; no descriptors are taken; introspection is the XML of dbus/, with named arguments and annotations.
+Its message layer has faults that any user of the machine could stop us with; those are mended here and in reader.py.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ from dbus_next import BusType, Message, MessageFlag, MessageType, Variant
 from dbus_next.aio import MessageBus
 
 from nbdd.bus.interface import INTROSPECTABLE, OBJECT_MANAGER, PEER, PROPERTIES, Interface
+from nbdd.bus.reader import MAX_BODY, Reader
 from nbdd.errors import InvalidArgs, NbddError
 
 log = logging.getLogger(__name__)
 
 _FREEDESKTOP = "org.freedesktop.DBus.Error."
+
+_AT_ONCE = 8
+"""Messages taken in one turn of the loop, so that a flood of them leaves turns for everything else."""
+
+_FLUSH_DEADLINE = 5.0
+"""Seconds for the last answers to reach the bus."""
 
 
 class DispatchError(Exception):
@@ -49,8 +57,8 @@ Handler = Callable[[Caller, list[Any]], Awaitable[list[Any]]]
 class ExportedInterface:
     """One interface of one object: handlers for its methods, values for its properties.
 
-    Subclasses fill `methods` (a handler takes the caller and the arguments, and returns the out-arguments) and
-    override `values`. Both are held against the XML here.
+    Subclasses fill `methods`, which must be those of the XML (a handler takes the caller and the arguments, and returns
+    the out-arguments), and override `values`.
     """
 
     def __init__(self, interface: Interface, methods: Mapping[str, Handler]) -> None:
@@ -85,6 +93,9 @@ class ServiceBus(MessageBus):
         self._served: dict[str, tuple[ExportedInterface, ...]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
+        self._reader = Reader(self._stream)
+        self._turn: asyncio.Handle | None = None
+        self._written: asyncio.Future[None] | None = None
         self.add_message_handler(self._received)
 
     def open(self) -> None:
@@ -92,7 +103,10 @@ class ServiceBus(MessageBus):
         self._opened.set()
 
     def add_object(self, path: str, *interfaces: ExportedInterface) -> None:
-        """Put an object on the bus and, below the root, tell InterfacesAdded."""
+        """Put an object on the bus and, below the root, tell InterfacesAdded.
+
+        Before `open` no signal is sent: nobody has been told anything that it could change.
+        """
         self._served[path] = interfaces
         if path != self._root:
             added = {exported.interface.name: exported.variants() for exported in interfaces}
@@ -117,6 +131,44 @@ class ServiceBus(MessageBus):
             task.cancel()
         if self._calls:
             await asyncio.wait(self._calls)
+        if self._written is not None and not self._disconnected:
+            await asyncio.wait({self._written}, timeout=_FLUSH_DEADLINE)
+
+    # The message layer
+
+    async def _auth_readline(self) -> str:
+        # dbus-next waits for the end of the line even after the end of the stream, and never lets go of the loop.
+        line = b""
+        while not line.endswith(b"\r\n"):
+            more = await self._loop.sock_recv(self._sock, 1)
+            if not more:
+                raise EOFError("the bus hung up during the login")
+            line += more
+        return line.decode().removesuffix("\r\n")
+
+    def _message_reader(self) -> None:
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+        if self._disconnected:
+            return
+        try:
+            for _ in range(_AT_ONCE):
+                message = self._reader.next()
+                if message is None:
+                    return
+                self._on_message(message)
+        except (EOFError, OSError) as error:
+            self._finalize(error)
+        else:
+            # The stream may hold what the socket no longer announces.
+            self._turn = self._loop.call_soon(self._message_reader)
+
+    def _put(self, message: Message) -> None:
+        """Send; it is marshalled at once, so a value of the wrong type raises here."""
+        self._written = self.send(message)
+        # A write that fails ends the connection, which `wait_for_disconnect` tells; nobody else wants to know.
+        self._written.add_done_callback(lambda written: written.cancelled() or written.exception())
 
     # Calls
 
@@ -125,32 +177,36 @@ class ServiceBus(MessageBus):
             return False
         task = asyncio.get_running_loop().create_task(self._serve(message))
         self._calls.add(task)
-        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(lambda task: self._ended(message, task))
         return True
+
+    def _ended(self, message: Message, task: asyncio.Task[None]) -> None:
+        self._calls.discard(task)
+        if task.cancelled():
+            # Told here, as a task that had not begun knows nothing of its end.
+            self._fail(message, _FREEDESKTOP + "Failed", "nbdd is stopping; try again when it runs.")
 
     async def _serve(self, message: Message) -> None:
         try:
             await self._opened.wait()
             signature, body = await self._dispatch(message)
-            await self._reply(message, Message.new_method_return(message, signature, body))
+            self._reply(message, Message.new_method_return(message, signature, body))
         except DispatchError as error:
-            await self._fail(message, error.name, str(error))
+            self._fail(message, error.name, str(error))
         except NbddError as error:
-            await self._fail(message, error.dbus_name, str(error))
-        except asyncio.CancelledError:
-            await self._fail(message, _FREEDESKTOP + "Failed", "nbdd is stopping; try again when it runs.")
+            self._fail(message, error.dbus_name, str(error))
         except Exception:
+            if self._disconnected:
+                return  # Most likely because of that, and nobody waits for an answer.
             log.exception("internal error in %s.%s", message.interface, message.member)
-            await self._fail(message, _FREEDESKTOP + "Failed", "Internal error of nbdd; the journal has its trace.")
+            self._fail(message, _FREEDESKTOP + "Failed", "Internal error of nbdd; the journal has its trace.")
 
-    async def _fail(self, message: Message, name: str, text: str) -> None:
-        await self._reply(message, Message.new_error(message, name, clean(text)))
+    def _fail(self, message: Message, name: str, text: str) -> None:
+        self._reply(message, Message.new_error(message, name, clean(text)))
 
-    async def _reply(self, message: Message, reply: Message) -> None:
-        if message.flags & MessageFlag.NO_REPLY_EXPECTED or self._disconnected:
-            return
-        # Marshals at once, so a value of the wrong type raises here and becomes an error reply.
-        await self.send(reply)
+    def _reply(self, message: Message, reply: Message) -> None:
+        if not (message.flags & MessageFlag.NO_REPLY_EXPECTED or self._disconnected):
+            self._put(reply)
 
     async def _dispatch(self, message: Message) -> tuple[str, list[Any]]:
         path, member = message.path, message.member
@@ -168,6 +224,8 @@ class ServiceBus(MessageBus):
                 candidates[OBJECT_MANAGER.name] = (OBJECT_MANAGER, {"GetManagedObjects": self._on_managed_objects})
         elif not self._children(path):
             raise DispatchError("UnknownObject", f"There is no object {path}.")
+        if message.signature and not message.body:
+            raise DispatchError("LimitsExceeded", f"The arguments are longer than {MAX_BODY} bytes.")
         if message.interface:
             if message.interface not in candidates:
                 raise DispatchError("UnknownInterface", f"{path} has no interface {message.interface}.")
@@ -250,8 +308,8 @@ class ServiceBus(MessageBus):
         ]
 
     def _signal(self, interface: Interface, member: str, signature: str, body: list[Any], path: str) -> None:
-        if self.connected and not self._disconnected:
-            self.send(Message.new_signal(path, interface.name, member, signature, body))
+        if self.connected and self._opened.is_set():
+            self._put(Message.new_signal(path, interface.name, member, signature, body))
 
 
 def clean(value: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -40,8 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as problem:  # noqa: BLE001 - a person at a terminal is spared the traceback of our mistakes
         _complain(f"This is a mistake in nbdctl, please report it: {type(problem).__name__}: {problem}")
         status = FAILED
-    if status in {UNREAD, FAILED}:
-        _forget_output()
     return status
 
 
@@ -52,7 +51,8 @@ def _run(arguments: list[str]) -> int:
     except click.exceptions.Exit as end:
         return end.exit_code
     except click.UsageError as problem:
-        problem.show()
+        with contextlib.suppress(OSError):  # nobody can be told, but the status still tells
+            problem.show()
         return USAGE
     except click.ClickException as problem:
         _complain(problem.format_message())
@@ -73,25 +73,12 @@ def _complain(*problems: str) -> None:
 
 
 def _prepare() -> None:
-    # With a closed stdin, stdout or stderr the bus would get its number, and somebody's output with it.
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(spare)
     # A name that this terminal's character set lacks is no reason to fail.
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
     # dbus-next logs tracebacks when a bus goes away; we have a sentence for that.
     logging.getLogger().addHandler(logging.NullHandler())
-
-
-def _forget_output() -> None:
-    """Let what could not be written go, or the interpreter complains about it at its very end."""
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 if __name__ == "__main__":

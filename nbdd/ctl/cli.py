@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -57,15 +58,13 @@ def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callab
     return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
 
 
-def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True) -> T:
+def call(action: Callable[[Client], Awaitable[T]]) -> T:
     """Connect to the service, do one thing there, and return what came of it."""
     # Imported here: it takes longer than all else together, and --help needs none of it.
     from nbdd.bus.client import Client  # noqa: PLC0415
 
     async def run() -> T:
-        # dbus-next leaves behind futures of failed writes that nobody waits for; the call itself reports it.
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)
-        async with Client(activate=activate) as client:
+        async with Client() as client:
             return await action(client)
 
     return asyncio.run(run())
@@ -82,9 +81,10 @@ def document(value: Any) -> None:
 
 
 def say(text: str) -> None:
-    """Print one line for a person, on stderr."""
-    if sys.stderr is not None:
-        print(f"nbdctl: {text}", file=sys.stderr)
+    """Print one line for a person, on stderr; where that can't be, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(f"nbdctl: {text}", file=sys.stderr)
 
 
 def terminal() -> IO[str] | None:
@@ -185,10 +185,6 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
         options["wait"] = wait
 
     async def action(client: Client) -> bool:
-        if if_needed:
-            # A name that never was is an error even so: it is a slip of the pen, and whoever believed the success
-            # would go on while the device that was meant is still attached.
-            await client.device(name)
         try:
             await client.detach(name, options)
         except (NotAttached, NoSuchDevice):
@@ -305,7 +301,7 @@ def monitor(as_json: bool) -> None:
             print(json.dumps(_event(event)) if as_json else _event_line(event), flush=True)
 
     try:
-        call(action, activate=False)
+        call(action)
     except KeyboardInterrupt:
         return
 

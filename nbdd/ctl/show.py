@@ -42,6 +42,7 @@ class Look:
     colour: bool = False
     width: int | None = None
     """Columns, or None where lines are as long as they need to be."""
+    terminal: bool = False
 
     @classmethod
     def of(cls, stream: IO[str] | None) -> Look:
@@ -52,7 +53,7 @@ class Look:
             width: int | None = os.get_terminal_size(stream.fileno()).columns or None
         except OSError:
             width = None
-        return cls(not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb", width)
+        return cls(not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb", width, terminal=True)
 
     def paint(self, text: str, **style: Any) -> str:
         """The text in a style of click.style, or plain."""
@@ -158,7 +159,7 @@ def devices(found: Iterable[Device], look: Look) -> str:
         for device in known
     ]
     text = table(("NAME", "NODE", "STATE", "SIZE", "MODE", "LINKS", "SERVER"), rows, look, right=("SIZE",))
-    if look.width is not None:
+    if look.terminal:
         ill = [device for device in known if device.last_error and device.state not in {"attached", "detached"}]
         notes = [clean(f"{device.name}: {device.last_error.message}") for device in ill if device.last_error]
         text = "\n".join([text, "", *notes] if notes else [text])

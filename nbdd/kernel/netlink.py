@@ -2,7 +2,8 @@
 """The netlink face of the kernel's NBD driver: bind, change and end a /dev/nbdX.
 
 Source: drivers/block/nbd.c and include/uapi/linux/nbd-netlink.h. Every call is bounded in time and every errno
-becomes a sentence. The module is not loaded from here.
+becomes a sentence. The module is not loaded from here; newer kernels load it themselves when the family is asked for
+(Debian 13's does, Debian 12's doesn't).
 """
 
 from __future__ import annotations

@@ -46,15 +46,12 @@ _LOOK = 0.25
 _NODE_PAUSE = 0.02
 
 
-class Overflow(Exception):
-    """The kernel dropped events because they came faster than we read; never leaves this module."""
-
-
 class Monitor:
     """Hears the events that udevd has finished."""
 
     def __init__(self, sock: socket.socket | None = None) -> None:
         self._socket = sock if sock is not None else self._open()
+        self.lost = False
 
     @staticmethod
     def _open() -> socket.socket:
@@ -81,7 +78,10 @@ class Monitor:
         self._socket.close()
 
     def tokens(self, seconds: float) -> list[str]:
-        """Tokens of synthetic events that udevd has finished, [] after `seconds`; raises Overflow."""
+        """Tokens of synthetic events that udevd has finished, [] after `seconds`.
+
+        Sets `lost` where the kernel had to drop events; those that it kept are still read.
+        """
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         if not poll.poll(max(seconds, 0.0) * 1000):
@@ -93,9 +93,10 @@ class Monitor:
             except BlockingIOError:
                 return found
             except OSError as error:
-                if error.errno == errno.ENOBUFS:
-                    raise Overflow from error
-                raise KernelError(f"udev can't be listened to: {error.strerror}.", error.errno) from error
+                if error.errno != errno.ENOBUFS:
+                    raise KernelError(f"udev can't be listened to: {error.strerror}.", error.errno) from error
+                self.lost = True
+                continue
             token = synthetic_token(data)
             if token:
                 found.append(token)
@@ -139,32 +140,31 @@ def settle(
             wanted = [name for name in (node.name, *node.partitions()) if name not in done]
             if not wanted:
                 return True
-            pending: dict[str, str] = {}
-            for name in wanted:
-                token = new_token()
-                if trigger(node, name, token):
-                    pending[token] = name
-                else:
-                    done.add(name)
-            try:
-                left = _wait(events, node, pending, end)
-            except Overflow:
-                continue
-            if left:
+            tokens = {name: new_token() for name in wanted}
+            pending = {token: name for name, token in tokens.items() if trigger(node, name, token)}
+            left = _wait(events, node, pending, end)
+            if left and time.monotonic() >= end:
                 return False
-            done.update(wanted)
+            done.update(name for name in wanted if name not in left)
 
 
-def _wait(events: Monitor, node: Node, pending: dict[str, str], end: float) -> dict[str, str]:
-    """Wait until the tokens in `pending` are back or their devices gone; what is left at `end` is returned."""
+def _wait(events: Monitor, node: Node, pending: dict[str, str], end: float) -> set[str]:
+    """Wait until the tokens in `pending` are back or their devices gone.
+
+    Returns the devices still to come: at `end`, and before it where events were lost and no more arrive.
+    """
+    events.lost = False
     while pending:
         left = end - time.monotonic()
         if left <= 0:
-            return pending
-        for token in events.tokens(min(left, _LOOK)):
+            break
+        tokens = events.tokens(min(left, _LOOK))
+        if events.lost and not tokens:
+            break
+        for token in tokens:
             pending.pop(token, None)
         pending = {token: name for token, name in pending.items() if os.path.exists(_uevent(node, name))}
-    return pending
+    return set(pending.values())
 
 
 def trigger(node: Node, name: str, token: str) -> bool:

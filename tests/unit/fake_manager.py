@@ -10,7 +10,7 @@ import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import MessageType
@@ -157,9 +157,17 @@ class FakeManager:
             assert self.called.wait_for(lambda: any(call.member == member for call in self.calls), DEADLINE), member
             return next(call for call in self.calls if call.member == member)
 
-    def signal(self, path: str, interface: str, member: str, signature: str, body: list[Any]) -> None:
+    def connections(self) -> list[str]:
+        """The unique names on the bus; the answer comes after all that was sent before."""
+        bus = "org.freedesktop.DBus"
+        call = self.bus.call(Message(bus, "/org/freedesktop/DBus", bus, "ListNames"))
+        return [name for name in self.do(call).body[0] if name.startswith(":")]
+
+    def signal(self, path: str, name: str, signature: str, body: list[Any], to: str | None = None) -> None:
+        """Send a signal; `name` is its interface, a dot and its member."""
+        interface, _, member = name.rpartition(".")
         message = Message(
-            path=path, interface=interface, member=member, signature=signature, body=body,
+            destination=cast("str", to), path=path, interface=interface, member=member, signature=signature, body=body,
             message_type=MessageType.SIGNAL,
         )  # fmt: skip
         self._loop.call_soon_threadsafe(self.bus.send, message)
@@ -168,18 +176,18 @@ class FakeManager:
         self.devices[name] = values | {"Name": name}
         interfaces = {"org.nbdd1.Device": typed(self.devices[name])}
         body = [f"/org/nbdd1/device/{label(name)}", interfaces]
-        self.signal("/org/nbdd1", "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", body)
+        self.signal("/org/nbdd1", "org.freedesktop.DBus.ObjectManager.InterfacesAdded", "oa{sa{sv}}", body)
 
-    def change(self, name: str, **changes: Any) -> None:
+    def change(self, name: str, to: str | None = None, **changes: Any) -> None:
         self.devices[name] |= changes
         body = ["org.nbdd1.Device", typed(changes), []]
         path = f"/org/nbdd1/device/{label(name)}"
-        self.signal(path, "org.freedesktop.DBus.Properties", "PropertiesChanged", "sa{sv}as", body)
+        self.signal(path, "org.freedesktop.DBus.Properties.PropertiesChanged", "sa{sv}as", body, to)
 
     def remove(self, name: str) -> None:
         del self.devices[name]
         body = [f"/org/nbdd1/device/{label(name)}", ["org.nbdd1.Device"]]
-        self.signal("/org/nbdd1", "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", body)
+        self.signal("/org/nbdd1", "org.freedesktop.DBus.ObjectManager.InterfacesRemoved", "oas", body)
 
     def release(self, member: str) -> None:
         """Answer a call that was held."""

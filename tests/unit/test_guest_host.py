@@ -10,6 +10,8 @@ import pytest
 from tests.guest import host
 from tests.guest.errors import GuestError
 
+_FOREIGN = "http://other.example/apt/|bookworm|main|Somebody\n"
+
 
 def test_the_archive_is_the_machines_own_and_security_goes_with_it() -> None:
     found = host.choose_archive(
@@ -46,7 +48,9 @@ def test_a_machine_that_follows_stable_by_name_has_its_archive_found_by_its_labe
     assert found.main == "http://mirror.example/debian/"
 
 
-@pytest.mark.parametrize("targets", ["", "nonsense\n", "http://mirror.example/debian/|bookworm|contrib|Debian\n"])
+@pytest.mark.parametrize(
+    "targets", ["", "nonsense\n", "http://mirror.example/debian/|bookworm|contrib|Debian\n", _FOREIGN]
+)
 def test_no_archive_is_a_sentence_that_says_what_to_do(targets: str) -> None:
     with pytest.raises(GuestError, match="no Debian archive for bookworm; add one"):
         host.choose_archive(targets, "bookworm")

@@ -80,7 +80,7 @@ class Kernel:
         self._send(self._ack(sequence, 0, ""))
 
     def _ack(self, sequence: int, number: int, reason: str) -> bytes:
-        words = genl.string(genl.NLMSGERR_ATTR_MSG, reason) if reason else b""
+        words = genl.string(1, reason) if reason else b""
         flags = genl.NLM_F_CAPPED | (genl.NLM_F_ACK_TLVS if reason else 0)
         original = struct.pack("=IHHII", 16, FAMILY_ID, 5, sequence, 0)
         return datagram(genl.NLMSG_ERROR, flags, sequence, struct.pack("=i", -number) + original + words)

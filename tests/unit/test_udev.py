@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -107,19 +108,38 @@ def test_a_udevd_that_never_finishes_is_false_not_forever(udevd: Udevd) -> None:
     assert not run(udevd, 0.05)
 
 
-def test_lost_events_are_asked_for_again(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_events_are_asked_for_again_but_not_those_that_came(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> None:
+    udevd.partition(1)
+    udevd.drop = {"nbd0p1"}
     real = udevd.monitor.tokens
-    losses = [True]
 
     def tokens(seconds: float) -> list[str]:
-        if losses:
-            losses.pop()
-            raise udev.Overflow
-        return real(seconds)
+        found = real(min(seconds, 0.01))
+        if not found:
+            udevd.drop.clear()
+            udevd.monitor.lost = True
+        return found
 
     monkeypatch.setattr(udevd.monitor, "tokens", tokens)
     assert run(udevd)
-    assert udevd.handled == ["nbd0", "nbd0"]
+    assert udevd.handled == ["nbd0", "nbd0p1", "nbd0p1"]
+
+
+def test_an_overflow_keeps_what_was_not_lost() -> None:
+    class Full(socket.socket):
+        full = True
+
+        def recv(self, bufsize: int, flags: int = 0) -> bytes:
+            if self.full:
+                self.full = False
+                raise OSError(errno.ENOBUFS, "no buffer space")
+            return super().recv(bufsize, flags)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with theirs, udev.Monitor(Full(fileno=ours.detach())) as monitor:
+        theirs.send(packet("12-34"))
+        assert monitor.tokens(5) == ["12-34"]
+        assert monitor.lost
 
 
 def test_without_udevd_nothing_is_waited_for(udevd: Udevd) -> None:

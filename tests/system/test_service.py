@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""nbdd as a part of the system: units, boot, mounts, and the package from its installation to its purge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.conftest import CleanGuest
+from tests.system.lab import ATTACH_SECONDS, Lab
+
+_VERIFY = "systemd-analyze verify /usr/lib/systemd/system/nbdd.service /usr/lib/systemd/system/nbdd-attach@.service"
+
+
+def test_units_verify_clean_and_exposure_is_at_most_3(lab: Lab) -> None:
+    done = lab.guest.run(f"{_VERIFY} 2>&1")
+    assert [line for line in done.stdout.splitlines() if "nbdd" in line] == []
+    lab.guest.run("systemd-analyze security --offline=true --threshold=30 nbdd.service")
+
+
+def test_attach_unit_attaches_when_started_and_detaches_when_stopped(lab: Lab) -> None:
+    server = lab.nbdkit("memory 16M")
+    lab.define(f"devices:\n  a-b:c.d:\n    uri: {server.uri}\n")
+    lab.guest.run("systemctl start nbdd-attach@a-b:c.d", timeout=ATTACH_SECONDS)
+    assert lab.device("a-b:c.d")["State"] == "attached"
+    lab.guest.run("test -b /dev/disk/by-nbd/a-b:c.d")
+    lab.guest.run("systemctl stop nbdd-attach@a-b:c.d", timeout=ATTACH_SECONDS)
+    assert lab.device("a-b:c.d")["State"] == "detached"
+
+
+def test_attach_unit_succeeds_where_the_device_is_attached_or_detached_already(lab: Lab) -> None:
+    server = lab.nbdkit("memory 16M")
+    lab.define(f"devices:\n  x:\n    uri: {server.uri}\n")
+    lab.attach("x")
+    lab.guest.run("systemctl start nbdd-attach@x", timeout=ATTACH_SECONDS)
+    lab.detach("x")
+    lab.guest.run("systemctl stop nbdd-attach@x", timeout=ATTACH_SECONDS)
+    assert lab.guest.run("systemctl is-failed nbdd-attach@x", check=False).stdout.strip() != "failed"
+
+
+def test_a_bus_call_starts_the_service(lab: Lab) -> None:
+    lab.guest.run("systemctl stop nbdd", timeout=120)
+    version = lab.guest.run("busctl --timeout=90 get-property org.nbdd1 /org/nbdd1 org.nbdd1.Manager Version").stdout
+    assert version.startswith('s "')
+    lab.guest.run("systemctl is-active nbdd")
+
+
+def test_reload_of_a_bad_file_fails_with_its_place_and_changes_nothing(lab: Lab) -> None:
+    lab.define("devices:\n  good:\n    uri: nbd://127.0.0.1:1/\n")
+    lab.guest.write("/etc/nbdd/devices.d/test.yaml", "devices:\n  good:\n    uri: nbd://127.0.0.1:1/\n    tiemout: 3\n")
+    done = lab.guest.run("systemctl reload nbdd", check=False, timeout=ATTACH_SECONDS)
+    assert done.returncode != 0
+    told = lab.guest.journal("nbdd", 20)
+    assert "/etc/nbdd/devices.d/test.yaml:4:5: device 'good': key 'tiemout'" in told
+    assert list(lab.devices()) == ["good"]
+    lab.guest.run("systemctl is-active nbdd")
+
+
+def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(lab: Lab) -> None:
+    lab.guest.run("systemctl stop nbdd", timeout=120)
+    lab.guest.write("/etc/nbdd/devices.d/test.yaml", "devices: [\n")
+    assert lab.guest.run("systemctl start nbdd", check=False, timeout=ATTACH_SECONDS).returncode != 0
+    assert lab.guest.run("systemctl show -P ExecMainStatus nbdd").stdout.strip() == "78"
+    assert "/etc/nbdd/devices.d/test.yaml:" in lab.guest.journal("nbdd", 20)
+    lab.guest.run("rm /etc/nbdd/devices.d/test.yaml; systemctl start nbdd", timeout=ATTACH_SECONDS)
+
+
+def test_boot_attaches_and_mounts_what_fstab_says_and_a_reboot_is_clean(clean_guest: CleanGuest) -> None:
+    guest = clean_guest()
+    guest.run("truncate -s 64M /root/disk.img && mkfs.ext4 -q /root/disk.img && mkdir -p /srv/backup")
+    guest.write(
+        "/etc/systemd/system/nbdkit.service",
+        # Late on purpose: nbdd has to keep trying.
+        "[Service]\nExecStartPre=/bin/sleep 5\nExecStart=nbdkit -f -i 127.0.0.1 file /root/disk.img\n"
+        "[Install]\nWantedBy=multi-user.target\n",
+    )
+    guest.write("/etc/nbdd/devices.d/t.yaml", "devices:\n  backup:\n    uri: nbd://127.0.0.1/\n    attach: boot\n")
+    guest.run(
+        "systemctl enable -q nbdkit; echo '/dev/disk/by-nbd/backup /srv/backup ext4 "
+        "_netdev,nofail,x-systemd.requires=nbdd-attach@backup.service 0 0' >> /etc/fstab"
+    )
+    guest.reboot()
+    Lab(guest).until("mountpoint -q /srv/backup", 120)
+    guest.run("echo kept > /srv/backup/file; sync")
+    guest.reboot()
+    Lab(guest).until("mountpoint -q /srv/backup", 120)
+    assert guest.run("cat /srv/backup/file").stdout == "kept\n"
+    log = guest.run("journalctl -b -1 --no-pager -o cat").stdout
+    assert "Unmounted srv-backup.mount" in log
+    assert log.index("Unmounted srv-backup.mount") < log.index("Stopped nbdd.service")
+    assert "timed out" not in log.split("Unmounted srv-backup.mount")[1].lower()
+    assert "/dev/nbd0: clean" in guest.run("umount /srv/backup; e2fsck -n /dev/disk/by-nbd/backup 2>&1").stdout
+
+
+def test_the_package_from_installation_to_purge(clean_guest: CleanGuest, nbdd_deb: Path) -> None:
+    guest = clean_guest(bare=True)
+    before = guest.run("find /etc /run /var/lib -xdev -path '*nbd*' ! -path '*nbd-*' | sort").stdout
+    lab = Lab(guest)
+    guest.install(nbdd_deb)
+    assert guest.run("systemctl is-active nbdd; systemctl is-enabled nbdd").stdout.split() == ["active", "enabled"]
+    assert lab.bound() == []
+    assert lab.devices() == {}
+    assert guest.run("lsmod | grep -c ^nbd").stdout.strip() == "1"
+    server = lab.nbdkit("memory 64M")
+    lab.define(f"devices:\n  used:\n    uri: {server.uri}\n  idle:\n    uri: {server.uri}\n")
+    lab.attach("used")
+    lab.attach("idle")
+    guest.run("mkfs.ext4 -q /dev/disk/by-nbd/used && mount /dev/disk/by-nbd/used /mnt")
+    removed = guest.run("dpkg -r nbdd 2>&1", timeout=300).stdout
+    assert "(used) is in use and stays attached" in removed
+    assert "idle" not in removed
+    assert len(lab.bound()) == 1
+    guest.run("echo still > /mnt/file && sync && umount /mnt && nbd-client -d /dev/nbd0")
+    guest.run("dpkg -P nbdd 2>&1", timeout=300)
+    after = guest.run("find /etc /run /var/lib -xdev -path '*nbd*' ! -path '*nbd-*' | sort").stdout
+    assert after == before
+    assert "could not be found" in guest.run("systemctl status nbdd 2>&1", check=False).stdout
+    assert guest.run("find /usr /etc -name '*nbdd*' | head").stdout == ""
