@@ -54,22 +54,23 @@ $(VENV)/.stamp: pyproject.toml
 	@touch $@
 
 .PHONY: check
-check: deps systemd-analyze ## lint, format, types, units, fast tests: seconds, no root
+check: deps host-tools ## lint, format, types, units, fast tests: seconds, no root
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m nbdd --check config
 	$(PY) -m pytest -q tests/unit
 
-# The tests ask it about the units. Without it, and without root to install it, they are skipped and say so.
-.PHONY: systemd-analyze
-systemd-analyze:
+# Without them, and without root to install them, the tests that need them are skipped and say so.
+.PHONY: host-tools
+host-tools:
 	@command -v systemd-analyze >/dev/null || (($$(id -u) != 0)) || { $(call apt,systemd,systemd-analyze checks the units); }
+	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
 
 .PHONY: test
-test: deps systemd-analyze deb ## every test, the guests of both Debians included
+test: deps host-tools deb ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest tests -n 2 --dist loadgroup
 
 .PHONY: demo
 demo: deps deb ## attach, use and detach a device on a real kernel, shown step by step

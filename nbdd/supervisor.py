@@ -250,6 +250,7 @@ class Supervisor:
         self._next_id = 0
         self._server: asyncio.subprocess.Process | None = None
         self._control: Channel | None = None
+        self._watcher: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
         self._closed = False
 
@@ -291,6 +292,7 @@ class Supervisor:
             ours.setblocking(False)
             self._control = Channel(ours)
             asyncio.get_running_loop().add_reader(ours.fileno(), self._readable, self._control)
+            self._watcher = asyncio.create_task(self._watch(self._server, self._control))
 
     async def spawn(self, name: str, on_event: Callable[[Message, list[int]], None]) -> WorkerProcess:
         """Fork a worker for the device `name`; `on_event` gets what it says unasked, and owns the descriptors with it.
@@ -341,6 +343,13 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KILL_DEADLINE):
                     await self._server.wait()
+
+    async def _watch(self, server: asyncio.subprocess.Process, control: Channel) -> None:
+        # The end of the channel alone would not do: a worker that is stopped right after its fork still holds it.
+        await server.wait()
+        if control is self._control:
+            self._readable(control)  # what it still had to say
+            self._server_gone(control)
 
     def _readable(self, control: Channel) -> None:
         try:

@@ -2,8 +2,8 @@
 """Guests for tests: `guest` is shared by all tests of a release, `clean_guest` boots one for a single test.
 
 A test that asks for either runs once for each release, is marked `guest`, and all tests of one release run together,
-so that one shared guest is up at a time. `--guest-release debian12` (repeatable) runs the tests of that one alone:
-two runs of pytest, one for each release, can go side by side. A guest that does not come up is a failure, not a skip.
+so that one shared guest is up at a time; with `-n 2 --dist loadgroup` (pytest-xdist) both releases go side by side.
+`--guest-release debian12` (repeatable) runs those of one alone. A guest that does not come up is a failure, not a skip.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "release" in getattr(item, "fixturenames", ()):
             item.add_marker("guest")
+            # With pytest-xdist, the tests of one release share one process and so one guest, beside the other's.
+            callspec = getattr(item, "callspec", None)
+            if callspec is not None:
+                item.add_marker(pytest.mark.xdist_group(callspec.params["release"]))
             # The fixtures have deadlines of their own; what is timed here is the test.
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))

@@ -10,6 +10,8 @@ from typing import Any
 from dbus_next import Message, MessageType
 from dbus_next.aio import MessageBus
 
+_INVALID_SIGNATURE = "org.freedesktop.DBus.Error.InvalidSignature"
+
 
 class CallError(Exception):
     """The other service answered with an error; `name` is its D-Bus name."""
@@ -27,8 +29,13 @@ class Peer:
     path: str
     interface: str
 
-    async def call(self, bus: MessageBus, member: str, signature: str, body: Sequence[Any]) -> list[Any]:
-        """Call a method and return its out-arguments; raises CallError, or EOFError when the bus is gone."""
+    async def call(
+        self, bus: MessageBus, member: str, signature: str, body: Sequence[Any], *, returns: str
+    ) -> list[Any]:
+        """Call a method and return its out-arguments, which are of the types `returns`.
+
+        Raises CallError, or EOFError when the bus is gone.
+        """
         reply = await bus.call(
             Message(
                 destination=self.destination,
@@ -43,6 +50,8 @@ class Peer:
             raise EOFError
         if reply.message_type is MessageType.ERROR:
             raise CallError(reply.error_name, str(reply.body[0]) if reply.body else reply.error_name)
+        if reply.signature != returns:
+            raise CallError(_INVALID_SIGNATURE, f"{member} returned the types {reply.signature!r}, not {returns!r}.")
         return reply.body
 
 

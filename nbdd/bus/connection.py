@@ -36,7 +36,7 @@ class BusConnection:
         """
         try:
             await self._bus.connect()
-            [answer] = await DBUS.call(self._bus, "RequestName", "su", [NAME, _DO_NOT_QUEUE])
+            [answer] = await DBUS.call(self._bus, "RequestName", "su", [NAME, _DO_NOT_QUEUE], returns="u")
         except CallError as error:
             raise NbddError(
                 f"The bus name {NAME} can't be owned: {error} nbdd runs as root, with its bus policy installed."

@@ -14,7 +14,7 @@ from nbdd.bus.polkit import Authority
 from nbdd.bus.service import Caller, ExportedInterface, ServiceBus, clean
 from nbdd.data import read
 from nbdd.device import Device, Status
-from nbdd.errors import InvalidArgs
+from nbdd.errors import InvalidArgs, NegotiationFailed
 from nbdd.manager import Manager
 
 ROOT = "/org/nbdd1"
@@ -31,6 +31,10 @@ ATTACH_OPTIONS = {
 
 ATTACH_URI_OPTIONS = {"name": "s"} | ATTACH_OPTIONS
 DETACH_OPTIONS = {"force": "b", "wait": "u"}
+
+_MAX_LIST = 30 << 20
+"""Bytes of a list of exports, at 100 for each beside its texts. The system bus takes messages of up to 32 MiB, and ends
+the connection of who sends it more."""
 
 _TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)"}
 
@@ -123,6 +127,11 @@ class ManagerInterface(ExportedInterface):
         read_options(options, {})
         await self._authority.check(caller, "org.nbdd1.list-exports", {"uri": uri})
         exports = await self._manager.list_exports(uri)
+        texts = (text for export in exports for text in (export["name"], export["description"], export["problem"]))
+        if 100 * len(exports) + sum(len(clean(text).encode()) for text in texts) > _MAX_LIST:
+            raise NegotiationFailed(
+                f"The server lists {len(exports)} exports, with names too long for one D-Bus message."
+            )
         return [[_export(export) for export in exports]]
 
 

@@ -47,7 +47,11 @@ class Polkit:
         flags = _ALLOW_USER_INTERACTION if caller.interactive else 0
         try:
             [(authorized, challenge, _)] = await _AUTHORITY.call(
-                self._bus, "CheckAuthorization", "(sa{sv})sa{ss}us", [subject, action, dict(details), flags, ""]
+                self._bus,
+                "CheckAuthorization",
+                "(sa{sv})sa{ss}us",
+                [subject, action, dict(details), flags, ""],
+                returns="(bba{ss})",
             )
         except CallError as error:
             log.warning("polkit gave no answer about %s: %s", action, error)
@@ -62,7 +66,7 @@ class Polkit:
 
     async def _is_root(self, caller: Caller) -> bool:
         try:
-            [uid] = await DBUS.call(self._bus, "GetConnectionUnixUser", "s", [caller.name])
+            [uid] = await DBUS.call(self._bus, "GetConnectionUnixUser", "s", [caller.name], returns="u")
         except CallError:
             raise AccessDenied("The caller left the bus.") from None
         return bool(uid == 0)

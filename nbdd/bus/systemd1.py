@@ -22,7 +22,7 @@ async def job_type(bus: MessageBus) -> str:
     """The job that systemd has queued for our unit: "stop", "restart", …; "" for none, or where nobody knows."""
     try:
         async with asyncio.timeout(_ASK_DEADLINE):
-            [unit] = await _MANAGER.call(bus, "GetUnitByPID", "u", [os.getpid()])
+            [unit] = await _MANAGER.call(bus, "GetUnitByPID", "u", [os.getpid()], returns="o")
             number, path = await _property(bus, unit, "Unit", "Job")
             return str(await _property(bus, path, "Job", "JobType")) if number else ""
     except (TimeoutError, CallError, EOFError, OSError):
@@ -31,5 +31,5 @@ async def job_type(bus: MessageBus) -> str:
 
 async def _property(bus: MessageBus, path: str, interface: str, name: str) -> Any:
     properties = Peer(_SERVICE, path, "org.freedesktop.DBus.Properties")
-    [variant] = await properties.call(bus, "Get", "ss", [f"{_SERVICE}.{interface}", name])
+    [variant] = await properties.call(bus, "Get", "ss", [f"{_SERVICE}.{interface}", name], returns="v")
     return variant.value

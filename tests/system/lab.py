@@ -7,8 +7,8 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import PurePosixPath
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tests.guest import Guest
@@ -31,11 +31,22 @@ class BusError(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one of several calls came to: `reply` as gdbus prints it, or `error`."""
+class Call:
+    """One of several calls; in `body`, `{"timeout": ("u", 5)}` stands for options (a{sv})."""
 
-    reply: str
+    member: str
+    signature: str = ""
+    body: Sequence[Any] = ()
+    interface: str = "org.nbdd1.Manager"
+    path: str = "/org/nbdd1"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one of several calls came to; variants in the reply are the values in them."""
+
     error: BusError | None
+    reply: list[Any]
     seconds: float
 
 
@@ -71,48 +82,44 @@ class Lab:
 
         Returns the out-arguments as gdbus prints them; raises BusError.
         """
-        words = _gdbus(member, arguments, timeout, interface=interface, path=path)
+        words = ["gdbus", "call", "--system", f"--timeout={timeout:.0f}", "--dest=org.nbdd1", f"--object-path={path}"]
+        words += [f"--method={interface}.{member}", "--", *arguments]
         done = self.guest.run(shlex.join(words), check=False, timeout=timeout + 30, user=user)
-        error = _error_in(done.returncode, done.stderr)
-        if error is not None:
-            raise error
-        return done.stdout.strip()
+        if done.returncode == 0:
+            return done.stdout.strip()
+        found = re.search(r"GDBus\.Error:([\w.]+): (.*)", done.stderr, re.DOTALL)
+        if found is None:
+            raise BusError("gdbus", done.stderr.strip())
+        raise BusError(found[1], found[2].strip().removesuffix("'"))
 
     def calls(
         self,
-        calls: Mapping[str, Sequence[str]],
+        calls: Mapping[str, Call],
         *,
         first: Mapping[str, str] | None = None,
         together: bool = False,
         user: str = "root",
         timeout: float = ATTACH_SECONDS,
     ) -> dict[str, Outcome]:
-        """Call several methods of org.nbdd1.Manager (a member and its arguments each) with one command in the guest.
+        """Make many calls with one start of a program in the guest, one after the other, or all `together`.
 
-        One after the other, or all `together`; `first` holds shell commands to run before some of them. No error is
-        raised, each call has its own in its outcome. `timeout` is for each.
+        `first` holds shell commands to run before some of them. No error is raised: each call has its own outcome.
+        `timeout`, in seconds, is for each call.
         """
-        script = (
-            "d=$(mktemp -d); one() { n=$1; shift; s=$(date +%s%N); "
-            '"$@" </dev/null >$d/$n.out 2>$d/$n.err; echo $? $(($(date +%s%N) - s)) >$d/$n.end; }\n'
-        )
-        for number, (label, (member, *arguments)) in enumerate(calls.items()):
-            before = (first or {}).get(label, ":")
-            command = f"{{ {before}; one {number} {shlex.join(_gdbus(member, arguments, timeout))}; }}"
-            script += f"{command} {'&' if together else ''}\n"
-        told = "for f in end out err; do cat $d/$n.$f; printf '\\036'; done"
-        script += f"wait; for n in $(seq 0 {len(calls) - 1}); do {told}; done; rm -r $d"
-        # Not as an argument: the kernel's limit for one is 128 KiB.
+        wanted = [{**asdict(call), "first": (first or {}).get(label, "")} for label, call in calls.items()]
+        self.guest.put(Path(__file__).with_name("caller.py"), "/run/caller.py")
         done = self.guest.run(
-            "bash -s", input=script.encode(), user=user, timeout=timeout * (1 if together else len(calls)) + 60
+            f"python3 /run/caller.py {'together' if together else 'in-turn'} {timeout:g}",
+            input=json.dumps(wanted).encode(),
+            user=user,
+            timeout=timeout * (1 if together else len(calls)) + 60,
         )
-        parts = done.stdout.split("\x1e")
-        found = {}
-        for number, label in enumerate(calls):
-            end, out, err = parts[number * 3 : number * 3 + 3]
-            code, nanoseconds = map(int, end.split())
-            found[label] = Outcome(out.strip(), _error_in(code, err), nanoseconds / 1e9)
-        return found
+        return {
+            label: Outcome(
+                BusError(told["error"], told["text"]) if told["error"] else None, told["body"], told["seconds"]
+            )
+            for label, told in zip(calls, json.loads(done.stdout), strict=True)
+        }
 
     def attach(self, name: str, options: str = "@a{sv} {}", **kwargs: Any) -> str:
         """`Manager.Attach`; returns the object path."""
@@ -235,27 +242,6 @@ def object_path(name: str) -> str:
     if label[0].isdigit():
         label = f"_{ord(label[0]):02x}" + label[1:]
     return f"/org/nbdd1/device/{label}"
-
-
-def _gdbus(
-    member: str,
-    arguments: Sequence[str],
-    timeout: float,
-    *,
-    interface: str = "org.nbdd1.Manager",
-    path: str = "/org/nbdd1",
-) -> list[str]:
-    words = ["gdbus", "call", "--system", f"--timeout={timeout:.0f}", "--dest=org.nbdd1", f"--object-path={path}"]
-    return [*words, f"--method={interface}.{member}", "--", *arguments]
-
-
-def _error_in(code: int, stderr: str) -> BusError | None:
-    if code == 0:
-        return None
-    found = re.search(r"GDBus\.Error:([\w.]+): (.*)", stderr, re.DOTALL)
-    if found is None:
-        return BusError("gdbus", stderr.strip())
-    return BusError(found[1], found[2].strip().removesuffix("'"))
 
 
 def _path_in(reply: str) -> str:

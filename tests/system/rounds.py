@@ -72,9 +72,14 @@ async def one_round(service: Service, name: str, links: list[Path], number: int,
     if read(links[-1], LENGTH, offset) != data:
         raise Broken(f"round {number}: what was read is not what was written")
     await service.detach(name)
-    left = sorted(path.name for path in LINKS.iterdir()) if LINKS.exists() else []
+    left = still_there()
     if left:
         raise Broken(f"round {number}: Detach has replied, and {', '.join(left)} is still there")
+
+
+def still_there() -> list[str]:
+    """The names of all links."""
+    return sorted(path.name for path in LINKS.iterdir()) if LINKS.exists() else []
 
 
 def held(number: int) -> dict[str, Any]:
@@ -94,11 +99,11 @@ def held(number: int) -> dict[str, Any]:
     }
 
 
-async def settled(number: int) -> dict[str, Any]:
+def settled(number: int) -> dict[str, Any]:
     """The same once the last worker is reaped, which Detach does not wait for; at most two seconds later."""
     end = time.monotonic() + 2
     while (found := held(number))["workers"] and time.monotonic() < end:
-        await asyncio.sleep(0.05)
+        time.sleep(0.05)
     return found
 
 
@@ -115,7 +120,7 @@ async def run(name: str, rounds: int, warm_up: int, suffixes: list[str]) -> dict
             await one_round(service, name, links, number, number % 8 * LENGTH)
             seconds.append(time.monotonic() - start)
             if number in looks:
-                snapshots.append(await settled(number))
+                snapshots.append(settled(number))
     finally:
         service.close()
     return {"seconds": seconds, "snapshots": snapshots}

@@ -16,7 +16,7 @@ import pytest
 from tests.guest import Guest
 from tests.system.lab import Lab, Server, object_path
 
-MIB = 16
+MIB = 8
 """Size of every export."""
 
 PATTERN, ZEROES = "/root/servers/pattern", "/root/servers/zeroes"
@@ -168,7 +168,7 @@ def test_four_connections_carry_one_device(servers: Lab) -> None:
 
 def test_a_server_that_allows_one_connection_only_gets_one(servers: Lab) -> None:
     # Several links to a server that keeps a cache for each would read old data.
-    server = servers.nbdkit("--filter=multi-conn memory 16M multi-conn-mode=disable")
+    server = servers.nbdkit("--filter=multi-conn memory 8M multi-conn-mode=disable")
     servers.attach_uri(server.uri, "single", "'connections': <uint32 4>")
     assert servers.device("single")["Connections"] == servers.device("single")["LiveConnections"] == 1
     assert "one is used instead of 4" in servers.guest.journal("nbdd", 20)

@@ -382,7 +382,7 @@ def test_exports_are_told_without_what_the_server_did_not_say(address: str) -> N
     async def main() -> None:
         async with world(address) as here:
             here.manager.exports = [
-                {**said, "name": "", "size": 0},
+                {**said, "name": "", "size": 512},
                 {
                     **said,
                     "name": "a\udcffb",
@@ -392,10 +392,11 @@ def test_exports_are_told_without_what_the_server_did_not_say(address: str) -> N
                     "preferred": 4096,
                     "maximum": 0xFFFFFFFF,
                 },
+                {**said, "name": "x", "size": 0, "flags": 0, "problem": "It was not asked."},
             ]
             told = await here.call("ListExports", "nbd://x", {}, types="sa{sv}")
             assert told == [
-                variants({"name": ("s", ""), "description": ("s", ""), "size": ("t", 0), "flags": ("u", 0xFFFF)}),
+                variants({"name": ("s", ""), "description": ("s", ""), "size": ("t", 512), "flags": ("u", 0xFFFF)}),
                 variants(
                     {
                         "name": ("s", "a?b"),
@@ -407,7 +408,25 @@ def test_exports_are_told_without_what_the_server_did_not_say(address: str) -> N
                         "maximum-block-size": ("u", 0xFFFFFFFF),
                     }
                 ),
+                variants({"name": ("s", "x"), "description": ("s", ""), "problem": ("s", "It was not asked.")}),
             ]
+
+    run(main())
+
+
+def test_a_list_too_long_for_the_bus_is_an_error_and_not_the_end_of_our_connection(address: str) -> None:
+    one = {"description": "", "size": 0, "flags": 0, "minimum": None, "preferred": None, "maximum": None, "problem": ""}
+
+    async def main() -> None:
+        async with world(address) as here:
+            # As much as fits: 4000 bytes of name, and what goes with them.
+            fits = (30 << 20) // 4100
+            here.manager.exports = [{**one, "name": "x" * 4000}] * fits
+            assert len(await here.call("ListExports", "nbd://x", {}, types="sa{sv}")) == fits
+            here.manager.exports *= 2
+            name, text = await here.fails("ListExports", "nbd://x", {}, types="sa{sv}")
+            assert name == "org.nbdd1.Error.NegotiationFailed"
+            assert f"{2 * fits} exports" in text
 
     run(main())
 

@@ -492,8 +492,6 @@ def test_a_document_without_an_interface_is_refused() -> None:
 def test_the_loss_of_the_bus_is_told_and_ends_open_calls_quietly(
     address: str, bus: BusDaemon, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert address
-
     async def main() -> None:
         connection = BusConnection()
         await connection.claim()
@@ -528,9 +526,8 @@ def test_the_loss_of_the_bus_is_told_and_ends_open_calls_quietly(
     assert not [record for record in caplog.records if record.exc_info]
 
 
-def test_the_end_does_not_wait_for_a_bus_that_is_gone(address: str, bus: BusDaemon) -> None:
-    assert address
-
+@pytest.mark.usefixtures("address")
+def test_the_end_does_not_wait_for_a_bus_that_is_gone(bus: BusDaemon) -> None:
     async def main() -> None:
         connection = BusConnection()
         await connection.claim()
@@ -796,9 +793,8 @@ def test_a_message_that_cannot_be_read_is_skipped_and_the_next_one_read() -> Non
 # The way onto the bus
 
 
-def test_a_second_nbdd_is_told_that_it_is_the_second(address: str) -> None:
-    assert address
-
+@pytest.mark.usefixtures("address")
+def test_a_second_nbdd_is_told_that_it_is_the_second() -> None:
     async def main() -> None:
         first, second = BusConnection(), BusConnection()
         await first.claim()

@@ -450,6 +450,23 @@ def test_a_detach_whose_caller_goes_away_leaves_a_device_that_is_looked_after(be
     play(script)
 
 
+def test_a_detach_whose_caller_goes_away_at_once_is_none(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            await it.device.attach()
+            detach = task(it.device.detach())
+            await asyncio.sleep(0)
+            assert it.now() is State.DETACHING
+            detach.cancel()
+            await asyncio.wait({detach})
+            assert detach.cancelled()
+            await it.managed()
+            assert it.now() is State.ATTACHED
+            assert "detach" not in it.spawner.names()
+
+    play(script)
+
+
 def test_a_detach_that_was_done_when_its_caller_went_away_is_seen(bench: MakeBench) -> None:
     async def script() -> None:
         async with bench() as it:

@@ -593,6 +593,21 @@ def test_stop_with_detach_right_after_the_start_frees_nothing_that_is_in_use(tmp
     play(tmp_path, script)
 
 
+def test_stop_ends_what_the_start_left_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def script(it: Desk) -> None:
+        it.was_bound(boot("gone"))
+        it.spawner.before["detach"] = asyncio.Event()
+        await it.start()
+        await it.spawner.arrived["detach"].wait()
+        await it.manager.stop(detach=False)
+        assert set(it.spawner.bound) == {"gone"}
+        assert len(it.records.load()) == 1
+        assert it.spawner.living == []
+
+    play(tmp_path, script)
+    assert "stays attached" not in caplog.text
+
+
 def test_stop_ends_attempts_and_tells_those_who_wait(tmp_path: Path) -> None:
     async def script(it: Desk) -> None:
         it.spawner.before["attach"] = asyncio.Event()

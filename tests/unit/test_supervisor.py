@@ -384,6 +384,25 @@ def test_a_worker_that_does_not_stop_talking_is_ended_and_the_loop_turns_meanwhi
     assert "does not stop talking" in caplog.text
 
 
+def test_one_worker_has_the_loop_for_a_few_messages_only(puppet: MakePuppet) -> None:
+    async def script(supervisor: Supervisor) -> None:
+        heard: list[int] = []
+
+        def on_event(message: Message, fds: list[int]) -> None:
+            heard.append(message["n"])
+            os.close(fds[0])
+
+        async with puppet(supervisor, on_event) as it:
+            for number in range(50):
+                it.say({"event": "x", "n": number}, (0,))  # with a descriptor: a read of its own
+            it.worker._readable(reads=3)
+            assert heard == [0, 1, 2]
+            it.worker._readable(reads=100)
+            assert heard == list(range(50))
+
+    play(script)
+
+
 def test_a_reply_that_nobody_asked_for_is_passed_over(puppet: MakePuppet) -> None:
     async def script(supervisor: Supervisor) -> None:
         async with puppet(supervisor) as it:
@@ -492,6 +511,32 @@ def test_when_the_fork_server_is_killed_its_workers_are_orphaned_and_the_next_sp
             assert supervisor.server_pid != first
             assert children(supervisor.server_pid) == [worker.pid]
             await worker.close()
+
+    play(script)
+
+
+def test_the_end_of_the_fork_server_is_seen_even_if_somebody_still_holds_its_channel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pair = Channel.pair
+    held: list[socket.socket] = []
+
+    def tapped() -> tuple[socket.socket, socket.socket]:
+        ours, theirs = pair()
+        held.append(theirs.dup())
+        return ours, theirs
+
+    async def script(supervisor: Supervisor) -> None:
+        worker = await supervisor.spawn("disk", unheard)
+        os.kill(supervisor.server_pid, signal.SIGKILL)
+        await worker.ended
+        with monkeypatch.context() as patch:
+            patch.setattr(Channel, "pair", staticmethod(tapped))
+            worker = await supervisor.spawn("disk", unheard)
+        os.kill(supervisor.server_pid, signal.SIGKILL)
+        assert (await worker.ended).how is How.ORPHANED
+        for sock in held:
+            sock.close()
 
     play(script)
 
