@@ -65,6 +65,7 @@ check: deps host-tools ## lint, format, types, units, fast tests: seconds, no ro
 .PHONY: host-tools
 host-tools:
 	@command -v systemd-analyze >/dev/null || (($$(id -u) != 0)) || { $(call apt,systemd,systemd-analyze checks the units); }
+	@command -v mandoc >/dev/null || (($$(id -u) != 0)) || { $(call apt,mandoc,it checks the manual pages); }
 	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
 
 .PHONY: test

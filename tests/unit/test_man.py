@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: MIT
+"""The manual pages name what the programs and the schema have, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+
+from nbdd import __main__ as nbdd
+from nbdd.ctl import __main__ as nbdctl
+from nbdd.ctl.cli import cli
+
+TREE = Path(__file__).resolve().parents[2]
+PAGES = ("nbdd.8", "nbdctl.1", "nbdd.yaml.5")
+LINTERS = (("mandoc", "-Tlint", "-Wwarning"), ("groff", "-ww", "-z", "-mdoc", "-Tutf8"))
+
+
+class Item(NamedTuple):
+    """One entry of a list in a page."""
+
+    section: str
+    depth: int
+    tag: str
+    """As a reader sees it: "--name NAME"."""
+    body: list[str]
+    """The source below the tag, nested lists included."""
+
+
+def items(page: str) -> list[Item]:
+    """Every list entry of a page, in its order."""
+    found: list[Item] = []
+    section, open_items = "", list[Item | None]()
+    for line in (TREE / "man" / page).read_text().splitlines():
+        macro, _, rest = line.partition(" ")
+        if macro == ".It":
+            tag = re.sub(r"\b(Ar|Cm|Li|Ql|Pa|Dv|Ev) ", "", rest.replace("Fl Fl ", "--").replace("Fl ", "-"))
+            found.append(Item(section, len(open_items), tag.replace(" , ", ", ").replace(" | ", "|"), []))
+            open_items[-1] = found[-1]
+            continue
+        if macro == ".El":
+            open_items.pop()
+        for item in open_items:
+            if item is not None:
+                item.body.append(line)
+        if macro == ".Bl":
+            open_items.append(None)
+        if macro == ".Sh":
+            section = rest
+    return found
+
+
+def section(page: str, title: str) -> dict[str, str]:
+    """Tag to body of the outer entries in one section."""
+    chosen = [item for item in items(page) if item.section == title and item.depth == 1]
+    return {item.tag: "\n".join(item.body) for item in chosen}
+
+
+def options(command: click.Command) -> set[str]:
+    """The options of a command with their metavars, those of click itself included."""
+    context = click.Context(command, info_name="", **command.context_settings)
+    # --help is settled by the group, for the commands as well.
+    context.help_option_names = ["-h", "--help"]
+    found = set()
+    for parameter in command.get_params(context):
+        if isinstance(parameter, click.Option):
+            found.add(" ".join([", ".join(parameter.opts), *([parameter.metavar] if parameter.metavar else [])]))
+    return found
+
+
+def test_nbdctl_has_the_commands_and_options_of_its_page_and_no_others() -> None:
+    in_page: dict[str, set[str]] = {}
+    for item in items("nbdctl.1"):
+        if item.section == "COMMANDS" and item.depth == 1:
+            current = in_page.setdefault(item.tag, set())
+        elif item.section == "COMMANDS":
+            current.add(item.tag)
+    common = {"--json", "-h, --help"}
+    in_program = {}
+    for name, command in cli.commands.items():
+        arguments = [str(one.metavar) for one in command.params if isinstance(one, click.Argument)]
+        assert common <= options(command), name
+        in_program[" ".join([name, *arguments])] = options(command) - common
+    assert in_page == in_program
+    assert section("nbdctl.1", "OPTIONS").keys() == options(cli) | common
+
+
+def test_nbdd_has_the_options_of_its_page_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parse_args(self: argparse.ArgumentParser) -> None:
+        parsers.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(KeyboardInterrupt):
+        nbdd.main()
+    in_program = {", ".join(action.option_strings) or str(action.metavar) for action in parsers[0]._actions}
+    in_page = section("nbdd.8", "OPTIONS")
+    assert in_page.keys() == in_program
+    assert f".Pa {nbdd.DEFAULT_DIRECTORY} ." in in_page["DIR"]
+
+
+def test_the_exit_codes_are_those_of_the_pages() -> None:
+    in_program = {nbdctl.DONE, nbdctl.FAILED, nbdctl.USAGE, nbdctl.INTERRUPTED, nbdctl.UNREAD}
+    assert section("nbdctl.1", "EXIT STATUS").keys() == set(map(str, in_program))
+    assert section("nbdd.8", "EXIT STATUS").keys() == {"0", "1", "2", str(nbdd.EXIT_CONFIG)}
+
+
+def schema() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((TREE / "config/nbdd.schema.json").read_text())
+    return found
+
+
+def test_the_schema_has_the_keys_of_its_page_and_no_others() -> None:
+    of_device = schema()["definitions"]["device"]["properties"].keys()
+    of_file = section("nbdd.yaml.5", "KEYS OF A FILE")
+    assert of_file.keys() == schema()["properties"].keys()
+    assert section("nbdd.yaml.5", "KEYS OF A DEVICE").keys() == of_device
+    # What `defaults` must not hold is named there.
+    in_defaults = schema()["properties"]["defaults"]["properties"].keys()
+    assert set(re.findall(r"^\.Cm (\S+)", of_file["defaults"], re.MULTILINE)) == of_device - in_defaults
+
+
+def test_defaults_and_limits_of_keys_are_those_of_the_schema() -> None:
+    definitions = schema()["definitions"]
+    for key, body in section("nbdd.yaml.5", "KEYS OF A DEVICE").items():
+        facts = definitions["device-node" if key == "device" else key]
+        default = re.search(r"^The default is\n\.Ql (\S+)", body, re.MULTILINE)
+        assert (default and default[1]) == (str(facts["default"]) if "default" in facts else None), key
+        lists = [value for value in facts.get("enum", ()) if isinstance(value, int)]
+        low, high = (min(lists), max(lists)) if lists else (facts.get("minimum"), facts.get("maximum"))
+        assert low is None or f"from {low} to {high}" in body, key
+
+
+def test_every_page_that_a_unit_names_is_there() -> None:
+    named = re.findall(r"man:(\S+)\((\d)\)", "".join(path.read_text() for path in (TREE / "systemd").glob("*.service")))
+    assert {f"{name}.{number}" for name, number in named} == set(PAGES)
+    assert {path.name for path in (TREE / "man").iterdir()} == set(PAGES)
+
+
+@pytest.mark.parametrize("linter", LINTERS, ids=lambda linter: linter[0])
+@pytest.mark.parametrize("page", PAGES)
+def test_formatters_have_no_complaint_about_a_page(page: str, linter: tuple[str, ...]) -> None:
+    if shutil.which(linter[0]) is None:
+        pytest.skip(f"{linter[0]} is not installed")
+    done = subprocess.run([*linter, str(TREE / "man" / page)], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
