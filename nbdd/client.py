@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 from nbdd.errors import KernelError, NbddError, NotAttached, TimedOut
@@ -100,13 +101,21 @@ class Client:
             raise
         return node
 
-    def adopt(self, index: int, *, diskseq: int | None = None, sockets: Sequence[socket.socket] = ()) -> Node:
+    def adopt(
+        self,
+        index: int,
+        *,
+        diskseq: int | None = None,
+        pid: int | None = None,
+        sockets: Sequence[socket.socket] = (),
+    ) -> Node:
         """Take over a device that is bound under our identifier; raises NotAttached where it is not.
 
+        `diskseq` and `pid` are what `Node` said of it when it was bound, to tell it from a later one.
         `sockets` are duplicates of its links, if somebody kept them.
         """
         node = Node(index)
-        identify(node, self.backend, diskseq)
+        identify(node, self.backend, diskseq, pid)
         self.node = node
         self._sockets = list(sockets)
         return node
@@ -143,13 +152,13 @@ class Client:
         Raises Busy while somebody uses it, unless `force`; returns who still has it open then.
         """
         node = self._bound()
-        diskseq = node.diskseq
         left = release(
             self._netlink,
             node,
             self.backend,
             seconds,
-            diskseq=diskseq,
+            diskseq=node.diskseq,
+            pid=node.pid,
             force=force,
             nudge=self._shut_down,
         )
@@ -165,7 +174,8 @@ class Client:
         """Take a device away again that could not be made usable."""
         # The server may not answer any more; with the links down, what waits for it fails at once.
         self._shut_down()
-        self._netlink.disconnect(node.index)
+        with suppress(NotAttached):
+            release(self._netlink, node, self.backend, UNBIND_SECONDS, force=True)
         self.node = None
 
     def _shut_down(self) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from nbdd.bus.connection import BusConnection
 from nbdd.config import load
-from nbdd.device import Device, State, Status
+from nbdd.device import Device
 from nbdd.errors import NbddError
 from nbdd.manager import Manager, Observer
 from nbdd.records import Records, runtime_directory
+from nbdd.status import State, Status
 from nbdd.supervisor import Supervisor
 from nbdd.systemd import Notifier, kept_sockets
 

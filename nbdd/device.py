@@ -19,14 +19,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from typing import Any, Protocol
 
 from nbdd.channel import Message
 from nbdd.definition import Attach, Definition
 from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, WorkerFailed
 from nbdd.records import Record, Records
+from nbdd.status import State, Status, state_for, told_of
 from nbdd.supervisor import WorkerProcess, backoff
 
 log = logging.getLogger(__name__)
@@ -48,46 +48,6 @@ WAIT_INTERVAL = 0.25
 
 ATTEMPTS = 3
 """How often one request is put to a new worker when workers die under it."""
-
-
-class State(StrEnum):
-    """What a device is doing; the values are those of the D-Bus property State."""
-
-    DETACHED = "detached"
-    CONNECTING = "connecting"
-    ATTACHED = "attached"
-    DEGRADED = "degraded"
-    RECONNECTING = "reconnecting"
-    FAILED = "failed"
-    DETACHING = "detaching"
-
-    @property
-    def bound(self) -> bool:
-        """Whether the kernel has the device and I/O may be under way."""
-        return self in (State.ATTACHED, State.DEGRADED, State.RECONNECTING)
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """All that is told of a device, at one moment; the fields are the properties of org.nbdd1.Device."""
-
-    name: str
-    uri: str
-    state: State
-    read_only: bool
-    timeout: int
-    dead_timeout: int
-    connections: int
-    configured: bool
-    node: str = ""
-    size: int = 0
-    block_size: int = 0
-    live_connections: int = 0
-    encryption: str = "none"
-    worker_pid: int = 0
-    reconnects: int = 0
-    attached_since: int = 0
-    last_error: tuple[str, str] = ("", "")
 
 
 KeepSockets = Callable[[str, Sequence[int]], None]
@@ -357,9 +317,9 @@ class Device:
 
     def _retrying(self, error: NbddError) -> None:
         # A server that is away for hours is worth one line, not one every few seconds.
-        known = _told(error) == self._status.last_error
+        known = told_of(error) == self._status.last_error
         log.log(logging.DEBUG if known else logging.WARNING, "%s: %s Trying again.", self.name, error)
-        self._set(last_error=_told(error))
+        self._set(last_error=told_of(error))
 
     async def _adopt(self) -> None:
         """Let a new worker take over the bound device; if the device is gone, boot devices attach anew."""
@@ -385,7 +345,7 @@ class Device:
                 self._active = self._definition
                 self._fresh = True
                 self._ready.clear()
-                self._clear(state=State.CONNECTING, last_error=_told(error))
+                self._clear(state=State.CONNECTING, last_error=told_of(error))
                 await self._attach_until_bound()
                 return
             except NbddError as error:
@@ -440,9 +400,9 @@ class Device:
         if self._record is not None and self._record.binding is not None:
             self._note(binding={**self._record.binding, "live": live, "reconnects": reconnects, "uri": uri})
         if "error" in message:
-            changes["last_error"] = _told(NbddError.from_wire(message))
+            changes["last_error"] = told_of(NbddError.from_wire(message))
         if self._status.state.bound:
-            changes["state"] = _state_for(live, self._status.connections)
+            changes["state"] = state_for(live, self._status.connections)
         self._set(**changes)
 
     def _bound(self, reply: Message) -> None:
@@ -453,7 +413,7 @@ class Device:
         since = self._record.attached_since if self._record is not None else 0
         self._ready.set()
         self._set(
-            state=_state_for(reply["live"], reply["connections"]),
+            state=state_for(reply["live"], reply["connections"]),
             uri=reply["uri"],
             node=reply["node"],
             size=reply["size"],
@@ -473,7 +433,7 @@ class Device:
         """The device is not attached, and nothing more is tried."""
         log.error("%s: %s", self.name, error)
         self._let_go()
-        self._clear(state=State.FAILED, last_error=_told(error))
+        self._clear(state=State.FAILED, last_error=told_of(error))
         self._settle(error)
 
     def _detached(self) -> None:
@@ -485,7 +445,7 @@ class Device:
 
     def _not_detached(self, state: State, error: BaseException, *, fresh: bool) -> None:
         """The device may still be there. If it is in use it wants looking after, even if whoever asked has gone."""
-        told = _told(error) if isinstance(error, NbddError) else self._status.last_error
+        told = told_of(error) if isinstance(error, NbddError) else self._status.last_error
         if self._record is None or fresh or not (state.bound or state is State.CONNECTING):
             self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
             self._let_go()
@@ -496,7 +456,7 @@ class Device:
             self._ready.clear()
             self._worker.kill()
         live = self._status.live_connections
-        back = _state_for(live, self._status.connections) if state.bound else state
+        back = state_for(live, self._status.connections) if state.bound else state
         self._set(state=back, last_error=told)
         self._run(self._watch if self._alive() and self._ready.is_set() else self._adopt)
 
@@ -521,6 +481,7 @@ class Device:
                 await self._worker.request(
                     "detach",
                     deadline=ORDER_DEADLINE,
+                    fds=tuple(self._sockets),
                     binding=record.binding,
                     force=force,
                 )
@@ -643,13 +604,3 @@ class Device:
         if new.state is not old.state:
             log.info("%s: %s -> %s%s", self.name, old.state, new.state, f" ({new.node})" if new.node else "")
         self._on_change(self, old)
-
-
-def _told(error: NbddError) -> tuple[str, str]:
-    return error.dbus_name, str(error)
-
-
-def _state_for(live: int, connections: int) -> State:
-    if live == 0:
-        return State.RECONNECTING
-    return State.ATTACHED if live >= connections else State.DEGRADED

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from nbdd.channel import Message
 from nbdd.config import Configuration, definition_from_options, options_with
 from nbdd.definition import Attach, Definition, check_name
-from nbdd.device import Device, KeepSockets, State, Status
+from nbdd.device import Device, KeepSockets
 from nbdd.errors import AlreadyAttached, Busy, InvalidArgs, NbddError, NoSuchDevice, NotAttached
 from nbdd.records import Records
+from nbdd.status import State, Status
 from nbdd.supervisor import Supervisor
 from nbdd.uri import URI
 
@@ -163,7 +164,9 @@ class Manager:
 
     async def set_timeout(self, name: str, seconds: int) -> None:
         """Change the request timeout of an attached device, live."""
-        await self.device(name).set_timeout(seconds)
+        device = self.device(name)
+        options_with(device.definition, {"timeout": seconds})  # for its range
+        await device.set_timeout(seconds)
 
     async def list_exports(self, uri: str) -> list[dict[str, Any]]:
         """Ask a server, in a process of its own, what it exports: one JSON object for each, as `Export.to_wire`."""

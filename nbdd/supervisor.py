@@ -115,13 +115,13 @@ class WorkerProcess:
         self._loop.add_reader(channel.fileno(), self._readable)
         self._heartbeat = asyncio.create_task(self._beat())
 
-    async def request(self, order: str, *, deadline: float, **arguments: Any) -> Message:
+    async def request(self, order: str, *, deadline: float, fds: tuple[int, ...] = (), **arguments: Any) -> Message:
         """Give an order and return the reply; `deadline` in seconds, after which the worker counts as hung.
 
         Raises the error that the worker met, or WorkerFailed if it ended first.
         """
-        reply, fds = await self.request_fds(order, deadline=deadline, **arguments)
-        for fd in fds:
+        reply, returned = await self.request_fds(order, deadline=deadline, fds=fds, **arguments)
+        for fd in returned:
             os.close(fd)
         return reply
 

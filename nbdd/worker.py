@@ -188,7 +188,7 @@ class Worker:
     def _take_over(self, definition: Definition, binding: Message, sockets: list[socket.socket]) -> Message:
         client = Client(self._name, timeout=definition.timeout, dead_timeout=definition.dead_timeout)
         try:
-            client.adopt(binding["index"], diskseq=binding.get("diskseq") or None, sockets=sockets)
+            client.adopt(binding["index"], **_identity(binding), sockets=sockets)
         except NbddError:
             client.close()
             raise
@@ -223,12 +223,13 @@ class Worker:
             "block-size": node.block_size,
             "read-only": node.read_only,
             "diskseq": node.diskseq or 0,
+            "pid": node.pid or 0,
         }
         if self._binding["live"] < self._binding["connections"]:
             self._next_mend = time.monotonic()
         return self._binding
 
-    def _detach(self, order: Message, _fds: list[int]) -> Message:
+    def _detach(self, order: Message, fds: list[int]) -> Message:
         if self._client is not None:
             self._disconnect(self._client, force=order["force"])
             self._forget()
@@ -237,7 +238,8 @@ class Worker:
         binding = order["binding"] or next(({"index": node.index} for node in find(self._name)), None)
         if binding is not None:
             with Client(self._name) as client, suppress(NotAttached):
-                client.adopt(binding["index"], diskseq=binding.get("diskseq") or None)
+                # With its links, to shut them down where the driver's goodbye to the server gets stuck.
+                client.adopt(binding["index"], **_identity(binding), sockets=_sockets(fds))
                 self._disconnect(client, force=order["force"])
         return {}
 
@@ -365,3 +367,8 @@ def _sockets(fds: list[int]) -> list[socket.socket]:
             continue
         fds.remove(fd)
     return found
+
+
+def _identity(binding: Message) -> dict[str, int | None]:
+    """What tells a device from a later one of the same index, as `Client.adopt` takes it."""
+    return {"diskseq": binding.get("diskseq") or None, "pid": binding.get("pid") or None}

@@ -13,9 +13,10 @@ from nbdd.bus.interface import Interface
 from nbdd.bus.polkit import Authority
 from nbdd.bus.service import Caller, ExportedInterface, ServiceBus, clean
 from nbdd.data import read
-from nbdd.device import Device, Status
+from nbdd.device import Device
 from nbdd.errors import InvalidArgs, NegotiationFailed
 from nbdd.manager import Manager
+from nbdd.status import Status
 
 ROOT = "/org/nbdd1"
 

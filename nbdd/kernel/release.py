@@ -30,6 +30,7 @@ def release(
     seconds: float,
     *,
     diskseq: int | None = None,
+    pid: int | None = None,
     force: bool = False,
     patience: float = 1.0,
     nudge: Callable[[], None] | None = None,
@@ -43,10 +44,10 @@ def release(
     """
     end = time.monotonic() + seconds
     look = usage if usage is not None else Usage()
-    identify(node, backend, diskseq)
+    identify(node, backend, diskseq, pid)
     with nullcontext() if force else look.claim(node, patience=patience):
         # The claim may have waited; and under it the device can't become another any more.
-        identify(node, backend, diskseq)
+        identify(node, backend, diskseq, pid)
         if not force:
             _let_udev_finish(node, look)
         netlink.disconnect(node.index, nudge=nudge)
@@ -67,14 +68,17 @@ def release(
     return []
 
 
-def identify(node: Node, backend: str, diskseq: int | None = None) -> None:
-    """Raise NotAttached unless `node` is bound as `backend` (and is still the disk numbered `diskseq`)."""
+def identify(node: Node, backend: str, diskseq: int | None = None, pid: int | None = None) -> None:
+    """Raise NotAttached unless `node` is bound as `backend`, and is still the same disk and the same binding.
+
+    `diskseq` stays when an index is bound anew, and `pid`, which is the thread that bound it, does not.
+    """
     if not node.bound:
         raise NotAttached(f"{node.path} is not bound any more.")
     found = node.backend
     if found != backend:
         raise NotAttached(f"{node.path} is bound as {found!r} and not as {backend!r}.")
-    if diskseq is not None and node.diskseq != diskseq:
+    if (diskseq is not None and node.diskseq != diskseq) or (pid is not None and node.pid != pid):
         raise NotAttached(f"{node.path} was bound anew as {backend!r} since.")
 
 

@@ -4,8 +4,8 @@
     caller.py together|in-turn TIMEOUT <CALLS
 
 CALLS is a JSON list of {path, interface, member, signature, body, first}: `first` is a shell command to run before, and
-in `body` an object of {"key": ["u", 5]} stands for a{sv}. Prints a JSON list of {error, text, body, seconds}, `error`
-being "" where there was none.
+in `body` {"key": ["u", 5]} stands for a{sv}, and {"": ["u", 5]} for v.
+Prints a JSON list of {error, text, body, seconds}, `error` being "" where there was none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dbus_next.aio import MessageBus
 def value(given: Any) -> Any:
     """JSON as dbus-next wants it."""
     if isinstance(given, dict):
-        return {key: Variant(signature, value(inner)) for key, (signature, inner) in given.items()}
+        variants = {key: Variant(*inner) for key, inner in given.items()}
+        return variants.get("", variants)
     return given
 
 

@@ -225,6 +225,8 @@ class RawCaller:
         hello: Any = Message(destination=bus, path="/org/freedesktop/DBus", interface=bus, member="Hello", serial=1)
         self.say(b"BEGIN\r\n" + hello._marshall())
         assert self._sock.recv(1000)
+        ping: Any = Message(destination=bus, path="/org/freedesktop/DBus", interface=PEER, member="Ping", serial=2)
+        self._ping = bytes(ping._marshall())
 
     def __enter__(self) -> Self:
         return self
@@ -234,6 +236,13 @@ class RawCaller:
 
     def say(self, octets: bytes) -> None:
         self._sock.sendall(octets)
+
+    def settle(self) -> None:
+        """Return when the bus has passed on all that was said."""
+        self.say(self._ping)
+        # What it sends for a Ping ends with its own name, as the sender.
+        while not self._sock.recv(1 << 16).rstrip(b"\0").endswith(b"org.freedesktop.DBus"):
+            pass
 
 
 @dataclass

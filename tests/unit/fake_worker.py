@@ -12,9 +12,10 @@ from typing import Any, Self, TypeVar, cast
 
 from nbdd.channel import Message
 from nbdd.definition import Definition
-from nbdd.device import Device, State, Status
+from nbdd.device import Device
 from nbdd.errors import Busy, NbddError, NotAttached, WorkerFailed
 from nbdd.records import Records
+from nbdd.status import State, Status
 from nbdd.supervisor import Ending, How, WorkerProcess
 from nbdd.uri import URI
 

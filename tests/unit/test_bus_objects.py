@@ -31,10 +31,11 @@ from nbdd.bus.objects import (
 from nbdd.bus.service import Caller as Asker
 from nbdd.bus.service import ServiceBus
 from nbdd.definition import NAME_PATTERN
-from nbdd.device import Device, State, Status
+from nbdd.device import Device
 from nbdd.errors import AccessDenied, InvalidArgs, InvalidConfig, NbddError, NoSuchDevice, NotAttached
 from nbdd.manager import Changes, Manager
 from nbdd.schema import Schema
+from nbdd.status import State, Status
 from tests.unit.busd import (
     ERROR,
     INTERACTIVE,

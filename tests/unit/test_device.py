@@ -16,9 +16,9 @@ import pytest
 
 import nbdd.device
 from nbdd.definition import Attach
-from nbdd.device import State
 from nbdd.errors import AlreadyAttached, Busy, ConnectFailed, KernelError, NbddError, NotAttached, WorkerFailed
 from nbdd.records import Record
+from nbdd.status import State
 from nbdd.supervisor import Ending, How
 from tests.unit.fake_worker import Bench, definition, open_fds, run
 

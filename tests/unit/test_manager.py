@@ -18,7 +18,7 @@ import nbdd.device
 import nbdd.manager
 from nbdd.config import Configuration
 from nbdd.definition import Attach, Definition
-from nbdd.device import Device, State, Status
+from nbdd.device import Device
 from nbdd.errors import (
     AlreadyAttached,
     Busy,
@@ -32,6 +32,7 @@ from nbdd.errors import (
 )
 from nbdd.manager import Changes, Manager
 from nbdd.records import Record, Records
+from nbdd.status import State, Status
 from nbdd.supervisor import Supervisor
 from tests.unit.fake_worker import FakeSpawner, definition, open_fds, run
 

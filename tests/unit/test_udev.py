@@ -247,11 +247,11 @@ def test_a_device_is_free_after_its_release(bound: Udevd) -> None:
     assert ender.asked == [0]
 
 
-@pytest.mark.parametrize(("backend", "diskseq"), [("other", 5), ("backup", 6)])
-def test_another_device_on_the_same_index_is_left_alone(bound: Udevd, backend: str, diskseq: int) -> None:
+@pytest.mark.parametrize(("backend", "diskseq", "pid"), [("other", 5, 1), ("backup", 6, 1), ("backup", 5, 2)])
+def test_another_device_on_the_same_index_is_left_alone(bound: Udevd, backend: str, diskseq: int, pid: int) -> None:
     ender = Ender(bound.directory)
     with pytest.raises(NotAttached):
-        release(ender, bound.node, backend, 5, diskseq=diskseq)  # type: ignore[arg-type]
+        release(ender, bound.node, backend, 5, diskseq=diskseq, pid=pid)  # type: ignore[arg-type]
     assert not ender.asked
 
 

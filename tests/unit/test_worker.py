@@ -48,6 +48,7 @@ class FakeNode:
         self.block_size = block_size
         self.read_only = read_only
         self.diskseq = 7
+        self.pid = 11
         self.counted = {
             "read-requests": 10, "write-requests": 20, "read-sectors": 30, "write-sectors": 40,
             "busy-milliseconds": 50, "in-flight": 1,
@@ -115,10 +116,13 @@ class FakeClient:
         self.node = self.kernel.bound[self.backend] = node
         return node
 
-    def adopt(self, index: int, *, diskseq: int | None, sockets: Sequence[socket.socket] = ()) -> FakeNode:
+    def adopt(
+        self, index: int, *, diskseq: int | None, pid: int | None, sockets: Sequence[socket.socket] = ()
+    ) -> FakeNode:
         self.kernel.ask("adopt", (index, diskseq))
         node = self.kernel.bound.get(self.backend)
-        if node is None or node.index != index or diskseq not in (None, node.diskseq):
+        same = node is not None and diskseq in (None, node.diskseq) and pid in (None, node.pid)
+        if node is None or node.index != index or not same:
             raise NotAttached(f"/dev/nbd{index} is not bound any more.")
         self.node = node
         self.sockets = list(sockets)
@@ -439,7 +443,7 @@ def test_adopt_of_what_is_gone_or_was_never_bound_is_refused_and_leaves_no_socke
 ) -> None:
     with Server(offers({b"": MIB})) as server:
         binding = notes(server, kernel)
-        for gone in (None, {**binding, "index": 9}, {**binding, "diskseq": 8}):
+        for gone in (None, {**binding, "index": 9}, {**binding, "diskseq": 8}, {**binding, "pid": 12}):
             one, two = socket.socketpair()
             with pytest.raises(NotAttached):
                 boss.order("adopt", [one.fileno()], definition=wire(server), binding=gone)

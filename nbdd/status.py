@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""What is told of a device: its state and everything beside it, frozen at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from nbdd.errors import NbddError
+
+
+class State(StrEnum):
+    """What a device is doing; the values are those of the D-Bus property State."""
+
+    DETACHED = "detached"
+    CONNECTING = "connecting"
+    ATTACHED = "attached"
+    DEGRADED = "degraded"
+    RECONNECTING = "reconnecting"
+    FAILED = "failed"
+    DETACHING = "detaching"
+
+    @property
+    def bound(self) -> bool:
+        """Whether the kernel has the device and I/O may be under way."""
+        return self in (State.ATTACHED, State.DEGRADED, State.RECONNECTING)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """All that is told of a device, at one moment; the fields are the properties of org.nbdd1.Device."""
+
+    name: str
+    uri: str
+    state: State
+    read_only: bool
+    timeout: int
+    dead_timeout: int
+    connections: int
+    configured: bool
+    node: str = ""
+    size: int = 0
+    block_size: int = 0
+    live_connections: int = 0
+    encryption: str = "none"
+    worker_pid: int = 0
+    reconnects: int = 0
+    attached_since: int = 0
+    last_error: tuple[str, str] = ("", "")
+
+
+def told_of(error: NbddError) -> tuple[str, str]:
+    """An error as `Status.last_error` holds it: its D-Bus name and its sentence."""
+    return error.dbus_name, str(error)
+
+
+def state_for(live: int, connections: int) -> State:
+    """The state of a bound device that has `live` links of `connections`."""
+    if live == 0:
+        return State.RECONNECTING
+    return State.ATTACHED if live >= connections else State.DEGRADED

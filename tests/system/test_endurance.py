@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: MIT
+"""What nbdd holds after many rounds, and with many devices: nothing that it need not."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system.lab import Lab
+
+ROOT = Path(__file__).parents[2]
+
+ROUNDS = int(os.environ.get("NBDD_ROUNDS", "200"))
+WARM_UP = 20
+
+DEVICES = 64
+WORKER_GOAL, SERVICE_GOAL = 1500, 45_000
+"""KiB of PSS: a worker on average, manager and fork server together, with so many devices attached."""
+
+Show = Callable[[str], None]
+
+
+@pytest.fixture
+def show(capsys: pytest.CaptureFixture[str]) -> Show:
+    """Print on the terminal, also where the test passes: these figures are to be seen."""
+
+    def on_terminal(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n{text}")
+
+    return on_terminal
+
+
+def run(lab: Lab, module: str, arguments: str, timeout: float) -> Any:
+    """Run one of our scripts in the guest; what it prints is JSON."""
+    for script in ("bench/memory.py", "tests/system/rounds.py"):
+        lab.guest.write(f"/root/lab/{script}", (ROOT / script).read_text())
+    return json.loads(lab.guest.run(f"cd /root/lab && python3 -m {module} {arguments}", timeout=timeout).stdout)
+
+
+@pytest.mark.timeout(1200, func_only=True)
+def test_many_rounds_of_attach_write_verify_detach_leave_nothing_behind(lab: Lab, show: Show, release: str) -> None:
+    server = lab.nbdkit("memory 16M")
+    lab.define(f"devices:\n  round: {{uri: '{server.uri}'}}\n")
+    found = run(lab, "tests.system.rounds", f"round --rounds {ROUNDS} --warm-up {WARM_UP}", timeout=1100)
+    seconds, looks = found["seconds"], found["snapshots"]
+    show(rounds_table(release, seconds, looks))
+    first, last = looks[0], looks[-1]
+    assert len(seconds) == ROUNDS
+    assert (first["round"], last["round"]) == (WARM_UP, ROUNDS)
+    assert (last["workers"], last["bound"], last["records"]) == (0, 0, 0)
+    for kept in ("pids", "descriptors", "threads"):
+        assert last[kept] == first[kept], kept
+    before, after = sum(first["pss"].values()), sum(last["pss"].values())
+    assert after <= before * 1.05, f"PSS of manager and fork server grew from {before} to {after} KiB"
+    links = lab.guest.run(f"ss -tnH state established dport = :{server.uri.split(':')[2].rstrip('/')}").stdout
+    assert links == "", "connections are left"
+    # The kernel's log is looked at by the lab, after each test.
+
+
+def rounds_table(release: str, seconds: list[float], looks: list[dict[str, Any]]) -> str:
+    """The time of a round, and what was held along the way."""
+    lines = [
+        f"{release}: {len(seconds)} rounds in {sum(seconds):.1f} s; a round took {statistics.median(seconds):.2f} s "
+        f"(median), {min(seconds):.2f} to {max(seconds):.2f} s",
+        f"{'round':>7}{'manager':>10}{'fork server':>13}{'together':>10}  KiB PSS{'fds':>8}{'threads':>9}",
+    ]
+    for look in looks:
+        pss = look["pss"]
+        fds = "+".join(str(number) for number in look["descriptors"].values())
+        threads = "+".join(str(number) for number in look["threads"].values())
+        lines.append(
+            f"{look['round']:>7}{pss['manager']:>10}{pss['fork server']:>13}{sum(pss.values()):>10}{fds:>17}{threads:>9}"
+        )
+    return "\n".join(lines)
+
+
+def test_many_attached_devices_cost_little_memory(lab: Lab, show: Show, release: str) -> None:
+    server = lab.nbdkit("memory 16M")
+    found = run(lab, "bench.memory", f"{server.uri} --devices {DEVICES} --json", timeout=500)
+    show(f"{release}: {found['table']}")
+    assert sum(process["role"] == "worker" for process in found["loaded"]) == DEVICES
+    assert found["mean"] <= WORKER_GOAL, "PSS of a worker, KiB"
+    assert found["both"] <= SERVICE_GOAL, "PSS of manager and fork server, KiB"
