@@ -566,7 +566,7 @@ TOLD: dict[str, tuple[str, str]] = {
     "wants_tls": ("TLSFailed", "accepts encrypted connections only"),
     "shuts_down": ("NegotiationFailed", "is shutting down; try again when it is back"),
     "huge_reply": ("NegotiationFailed", "4294967295 bytes"),
-    "too_large": ("KernelError", "more than the kernel can address"),
+    "too_large": ("NegotiationFailed", "more than any device can have"),
 }
 
 SERVER_SECONDS = 50

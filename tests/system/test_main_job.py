@@ -24,12 +24,12 @@ def put_scripts(lab: Lab) -> None:
 
 
 @contextmanager
-def unread(lab: Lab, name: str, options: str = "@a{sv} {}", *, needle: str) -> Iterator[None]:
+def refused(lab: Lab, name: str, options: str = "@a{sv} {}", *, needle: str) -> Iterator[None]:
     """Hold a detach to Busy with `needle` in its text, and the device to being attached afterwards."""
-    with pytest.raises(BusError) as refused:
+    with pytest.raises(BusError) as caught:
         lab.detach(name, options)
-    assert refused.value.name == BUSY
-    assert needle in refused.value.text
+    assert caught.value.name == BUSY
+    assert needle in caught.value.text
     yield
     assert lab.device(name)["State"] == "attached"
 
@@ -86,7 +86,7 @@ def test_ext4_on_a_partition_is_made_filled_checked_and_compared(lab: Lab, parte
         "head -c 8M /dev/urandom >/mnt/t/data; sha256sum /mnt/t/data >/root/sum; umount /mnt/t; e2fsck -fn {part};"
         f"mount {part} /mnt/t; sha256sum -c /root/sum".replace("{part}", part)
     )
-    with unread(lab, "parted", needle="/dev/nbd0p1 is mounted on /mnt/t"):
+    with refused(lab, "parted", needle="/dev/nbd0p1 is mounted on /mnt/t"):
         pass
     lab.guest.run("umount /mnt/t")
     lab.detach("parted")
@@ -119,7 +119,7 @@ def test_detach_refuses_a_device_in_use_and_names_who_uses_it(lab: Lab) -> None:
     }
     for named, (begin, end) in uses.items():
         lab.guest.run(f"set -e; {begin}")
-        with unread(lab, "used", needle=named):
+        with refused(lab, "used", needle=named):
             lab.guest.run(end)
     lab.detach("used")
 
@@ -137,7 +137,7 @@ def test_detach_waits_as_long_as_it_is_told_for_users_to_leave(lab: Lab) -> None
     lab.attach_uri(server.uri, "waited")
     node = lab.device("waited")["Node"]
     lab.guest.run(open_it(node))
-    with unread(lab, "waited", "{'wait': <uint32 1>}", needle="(sleep)"):
+    with refused(lab, "waited", "{'wait': <uint32 1>}", needle="(sleep)"):
         pass
     lab.guest.run(
         "gdbus call --system --timeout=90 --dest=org.nbdd1 --object-path=/org/nbdd1 "
@@ -240,11 +240,12 @@ def test_nbdctl_does_each_of_its_commands(lab: Lab) -> None:
     lab.guest.write("/etc/nbdd/devices.d/test.yaml", f"devices:\n  tool: {{uri: '{server.uri}'}}\n")
     # An attach that fails at once is an event too: when it is seen, the monitor listens.
     probe = "busctl call org.nbdd1 /org/nbdd1 org.nbdd1.Manager AttachURI 'sa{sv}' nbd://127.0.0.1:9 1 name s probe"
+    probed = f"until grep -q probe /run/monitor; do {probe} || :; done"
     done = commands(
         lab,
         {
             "reload": "nbdctl reload --json",
-            "monitor": f"nbdctl monitor --json >/run/monitor & monitor=$!; until grep -q probe /run/monitor; do {probe}; done",
+            "monitor": f"nbdctl monitor --json >/run/monitor & monitor=$!; {probed}",
             "attach": "nbdctl attach tool --json",
             "again": "nbdctl attach tool",
             "needed": "nbdctl attach tool --if-needed",

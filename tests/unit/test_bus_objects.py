@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nbdd.errors
@@ -662,6 +662,7 @@ def encode() -> Callable[[str], str]:
     return encode
 
 
+@settings(deadline=None)  # a busy machine is no fault of the code
 @given(name=st.from_regex(NAME_PATTERN, fullmatch=True))
 def test_every_name_is_escaped_as_systemd_does_it(name: str, encode: Callable[[str], str]) -> None:
     name = name.removesuffix("\n")

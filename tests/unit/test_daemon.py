@@ -195,8 +195,10 @@ async def client(bus: BusDaemon) -> AsyncIterator[Client]:
 
 
 def test_it_starts_serves_what_is_configured_and_ends_leaving_nothing(nbdd: Daemon, bus: BusDaemon) -> None:
-    nbdd.start()
-    nbdd.systemd.wait_for(b"STATUS=0/2 attached")
+    told = nbdd.start() + nbdd.systemd.wait_for(b"STATUS=0/2 attached")
+    assert len([message for message in told if message.startswith(b"STATUS=")]) == 1, (
+        "one for all that is added at once"
+    )
 
     async def main() -> None:
         async with client(bus) as here:
