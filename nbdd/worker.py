@@ -150,6 +150,10 @@ class Worker:
                 f"Free it ('nbd-client -d {bound[0].path}') or use another name."
             )
         links = open_links(definition, Deadline(CONNECT_SECONDS))
+        if self._abandoned():
+            # A slow server outlasted the manager: its successor may be binding this very device by now.
+            links.close()
+            raise SystemExit(0)
         for warning in links.warnings:
             self._tell("warning", message=warning)
         try:
@@ -172,6 +176,11 @@ class Worker:
             client.close()
             raise
         return self._attached(client, definition, self._describe(links))
+
+    def _abandoned(self) -> bool:
+        poll = select.poll()
+        poll.register(self._channel, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     def _adopt(self, order: Message, fds: list[int]) -> Message:
         definition = Definition.from_wire(order["definition"])

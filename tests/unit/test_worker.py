@@ -351,6 +351,25 @@ def test_attach_binds_what_the_server_offers_and_describes_it(boss: Boss, kernel
         assert (reply["diskseq"], reply["reconnects"], reply["uri"]) == (7, 0, str(server.uri()))
 
 
+def test_a_worker_whose_manager_went_during_a_slow_negotiation_binds_nothing(boss: Boss, kernel: FakeKernel) -> None:
+    asked, gone = threading.Event(), threading.Event()
+    answer = offers({b"": MIB})
+
+    def serve(conn: socket.socket) -> None:
+        asked.set()
+        assert gone.wait(SECONDS)
+        answer(conn)
+
+    with Server(serve) as server:
+        order = {"order": "attach", "id": 1, "definition": wire(server), "resume": False}
+        boss.channel.send(order)
+        assert asked.wait(SECONDS)
+        boss.sock.shutdown(socket.SHUT_RDWR)
+        gone.set()
+        assert boss.ended() == 0
+    assert kernel.bound == {}
+
+
 def test_what_the_server_could_not_give_is_told(boss: Boss) -> None:
     with Server(offers({b"": MIB})) as server:
         assert boss.order("attach", definition=wire(server, connections=3), resume=False)["connections"] == 1
