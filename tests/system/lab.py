@@ -179,9 +179,11 @@ class Lab:
         unit = f"server-{self._port}"
         command = command.replace("{port}", str(self._port)).replace("{unit}", unit)
         uri = uri.replace("{port}", str(self._port)).replace("{unit}", unit)
-        self.guest.run(f"systemd-run --quiet --collect --unit={unit} -p KillMode=control-group {command}")
-        self._servers.append(unit)
         socket = re.search(r"socket=([^&]+)", uri)
+        # What a server of an earlier test left there would look as if this one were ready.
+        clear = f"rm -f {socket[1]}; " if socket else ""
+        self.guest.run(f"{clear}systemd-run --quiet --collect --unit={unit} -p KillMode=control-group {command}")
+        self._servers.append(unit)
         default = f"[ -S {socket[1]} ]" if socket else f"ss -ltnH sport = :{self._port} | grep -q ."
         self.until(ready or default, 60, what=f"{unit}: {command}")
         return Server(unit, uri)

@@ -319,9 +319,9 @@ def test_set_timeout_is_live_and_costs_no_io(scene: Scene) -> None:
     lab = scene.lab
     lab.attach("idle", "{'device': <'/dev/nbd9'>}")
     lab.guest.run(
-        "systemd-run --quiet --unit=steady -p RemainAfterExit=yes fio --name=x --filename=/dev/nbd9 --rw=randrw "
-        "--bs=4k --size=8M --direct=1 --iodepth=8 --ioengine=libaio --rate_iops=200 --verify=crc32c --verify_fatal=1 "
-        "--time_based --runtime=600"
+        "systemd-run --quiet --collect --unit=steady -p StandardOutput=file:/run/steady "
+        "fio --name=x --filename=/dev/nbd9 --rw=randrw --bs=4k --size=8M --direct=1 --iodepth=8 --ioengine=libaio "
+        "--rate_iops=200 --verify=crc32c --verify_fatal=1 --time_based --runtime=600"
     )
     written = "$(awk '{print $5}' /sys/block/nbd9/stat)"
     property_now = f"busctl get-property org.nbdd1 {object_path('idle')} {DEVICE} Timeout"
@@ -334,8 +334,7 @@ def test_set_timeout_is_live_and_costs_no_io(scene: Scene) -> None:
             lab.until(f": ${{start:={written}}}; [ {written} -gt $((start + 10)) ]", what="more of fio's writes")
     finally:
         lab.guest.run("systemctl kill -s INT steady")
-        lab.until("[ $(systemctl show -P SubState steady) != running ]", what="the end of fio")
-        result = lab.guest.run("systemctl show -P Result steady; systemctl stop steady").stdout.strip()
+        lab.until("! systemctl --quiet is-active steady", what="the end of fio")
         lab.detach("idle", "{'wait': <uint32 10>}")
     assert told == [
         ["3000", "u 3"],
@@ -345,7 +344,7 @@ def test_set_timeout_is_live_and_costs_no_io(scene: Scene) -> None:
         ["2000000000", "u 2000000"],
         ["5000", "u 5"],
     ]
-    assert result == "success"
+    assert "err= 0:" in lab.guest.read("/run/steady")
     assert lab.device("idle")["Timeout"] == 11
 
 
@@ -529,19 +528,19 @@ def test_a_polkit_rule_grants_a_user_exactly_what_it_names(scene: Scene) -> None
     assert error is not None
     assert error.name.startswith(FREEDESKTOP)
     assert "org.nbdd1.reload needs an administrator's password" in error.text
-    assert asked.returncode != 0
-    assert "not allowed" in asked.stderr
+    # These words are busctl's own; it has them for AccessDenied, whatever the text.
+    assert (asked.returncode, asked.stderr.strip()) == (1, "Call failed: Access denied")
 
 
-@pytest.mark.parametrize("call", ["GetManagedObjects", "GetAll", "GetStatistics", "Introspect"])
-def test_everyone_may_look(scene: Scene, call: str) -> None:
+def test_everyone_may_look(scene: Scene) -> None:
     work = object_path("work")
-    calls = {
-        "GetManagedObjects": Call(call, interface="org.freedesktop.DBus.ObjectManager"),
-        "GetAll": Call(call, "s", (DEVICE,), PROPERTIES, work),
-        "GetStatistics": Call(call, interface=DEVICE, path=work),
-        "Introspect": Call(call, interface="org.freedesktop.DBus.Introspectable"),
-    }
-    outcome = scene.lab.calls({call: calls[call]}, user="visitor")[call]
-    assert outcome.error is None
-    assert outcome.reply
+    calls = [
+        Call("GetManagedObjects", interface="org.freedesktop.DBus.ObjectManager"),
+        Call("GetAll", "s", (DEVICE,), PROPERTIES, work),
+        Call("GetStatistics", interface=DEVICE, path=work),
+        Call("Introspect", interface="org.freedesktop.DBus.Introspectable"),
+    ]
+    told = scene.lab.calls({call.member: call for call in calls}, user="visitor")
+    assert {member: (outcome.error, bool(outcome.reply)) for member, outcome in told.items()} == dict.fromkeys(
+        told, (None, True)
+    )

@@ -72,7 +72,7 @@ def rounds_table(release: str, seconds: list[float], looks: list[dict[str, Any]]
     """The time of a round, and what was held along the way."""
     middle = statistics.median(seconds)
     lines = [
-        f"{release}: {len(seconds)} rounds in {sum(seconds):.1f} s, {middle:.2f} s each (median; most {max(seconds):.2f})",
+        f"{release}: {len(seconds)} rounds in {sum(seconds):.1f} s, {middle:.2f} s each (median)",
         f"{'round':>7}{'manager':>10}{'fork server':>13}{'together':>10}  KiB PSS{'fds':>8}{'threads':>9}",
     ]
     for look in looks:
