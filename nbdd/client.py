@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Self
 
 from nbdd.errors import KernelError, NbddError, NotAttached, TimedOut
-from nbdd.kernel import NetlinkNBD, Node, ServerFlags, identify, release, settle
+from nbdd.kernel import LinkDeadMonitor, NetlinkNBD, Node, ServerFlags, Usage, identify, release, settle
 
 MIN_BLOCK_SIZE = 512
 """Bytes; the kernel counts in sectors of this size."""
@@ -52,6 +52,9 @@ class Client:
         self._size = size
         self._block_size = block_size
         self._flags = flags | ServerFlags.HAS_FLAGS | (ServerFlags.READ_ONLY if read_only else 0)
+        # What the node said of itself when it was ours; an index is recycled, and the kernel asks for no identity.
+        self._diskseq: int | None = None
+        self._pid: int | None = None
         self._timeout = timeout
         self._dead_timeout = dead_timeout
 
@@ -94,6 +97,7 @@ class Client:
             self._shut_down()
             raise
         node = self.node = Node(found)
+        self._diskseq, self._pid = node.diskseq, node.pid
         try:
             settle(node, usable_within)
         except NbddError:
@@ -117,12 +121,13 @@ class Client:
         node = Node(index)
         identify(node, self.backend, diskseq, pid)
         self.node = node
+        self._diskseq, self._pid = node.diskseq, node.pid
         self._sockets = list(sockets)
         return node
 
     def replace_links(self, sockets: Sequence[socket.socket]) -> None:
         """Give the kernel new sockets for its dead ones; raises NotAttached, KernelError, TimedOut."""
-        node = self._bound()
+        node = self._still_ours()
         self._netlink.reconfigure(
             node.index,
             backend=self.backend,
@@ -142,7 +147,7 @@ class Client:
             raise KernelError(f"A timeout of {seconds} s can't be set; it goes from 0 to {MAX_TIMEOUT}.")
         if self.node is not None:
             self._netlink.reconfigure(
-                self.node.index, backend=self.backend, timeout=seconds, dead_timeout=self._dead_timeout
+                self._still_ours().index, backend=self.backend, timeout=seconds, dead_timeout=self._dead_timeout
             )
         self._timeout = seconds
 
@@ -157,8 +162,8 @@ class Client:
             node,
             self.backend,
             seconds,
-            diskseq=node.diskseq,
-            pid=node.pid,
+            diskseq=self._diskseq,
+            pid=self._pid,
             force=force,
             nudge=self._shut_down,
         )
@@ -169,6 +174,20 @@ class Client:
         if self.node is None:
             raise NotAttached(f"{self.backend!r} is not bound to any device.")
         return self.node
+
+    def _still_ours(self) -> Node:
+        """The node, if it is what it was. The kernel compares identifiers only where the device has one."""
+        node = self._bound()
+        identify(node, self.backend, self._diskseq, self._pid)
+        return node
+
+    def claims(self) -> list[str]:
+        """Who has the device mounted, swapped on or stacked upon, in sentences; asks nothing of the device itself."""
+        return Usage().claims(self._bound())
+
+    def link_dead(self) -> LinkDeadMonitor:
+        """The kernel's own word about dying links, for devices whose links nobody here holds."""
+        return self._netlink.link_dead()
 
     def _unbind(self, node: Node) -> None:
         """Take a device away again that could not be made usable."""

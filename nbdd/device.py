@@ -180,7 +180,7 @@ class Device:
                 await self._end_worker()
                 if fresh:
                     self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
-            await self._release(force=force or fresh, until=time.monotonic() + wait)
+            await self._release(force=force, until=time.monotonic() + wait)
         except BaseException as error:
             self._not_detached(state, error, fresh=fresh)
             raise
@@ -368,11 +368,14 @@ class Device:
         """Spawn a worker and give it its first order; on return the device is attached."""
         self._ready.clear()
         await self._end_worker()
-        if order == "attach":
-            # Before the kernel is asked: see records.py.
-            self._keep(Record(self._active, self._status.configured))
         self._worker = worker = await self._supervisor.spawn(self.name, self._event)
         self._set(worker_pid=worker.pid)
+        if order == "attach":
+            if self._record is None:
+                # Nobody else's device may stand under our name, or the record would make it ours.
+                await worker.request("look", deadline=ORDER_DEADLINE)
+            # Before the kernel is asked: see records.py.
+            self._keep(Record(self._active, self._status.configured))
         reply, fds = await worker.request_fds(
             order, deadline=ATTACH_DEADLINE, fds=tuple(self._sockets) if order == "adopt" else (), **arguments
         )
@@ -407,26 +410,26 @@ class Device:
 
     def _bound(self, reply: Message) -> None:
         since = self._record.attached_since if self._record is not None else 0
+        told = {
+            "state": state_for(reply["live"], reply["connections"]),
+            "uri": reply["uri"],
+            "node": reply["node"],
+            "size": reply["size"],
+            "block_size": reply["block-size"],
+            "read_only": reply["read-only"],
+            "connections": reply["connections"],
+            "live_connections": reply["live"],
+            "timeout": self._active.timeout,
+            "dead_timeout": self._active.dead_timeout,
+            "reconnects": reply["reconnects"],
+            "attached_since": since or time.time_ns() // 1000,
+            "last_error": ("", "") if reply["live"] >= reply["connections"] else self._status.last_error,
+        }
         self._fresh = False
         # If this can't be written, the record of the attempt still stands, and a successor finds the device by name.
-        self._note(binding=reply, definition=self._active, attached_since=since or time.time_ns() // 1000)
-        since = self._record.attached_since if self._record is not None else 0
+        self._note(binding=reply, definition=self._active, attached_since=told["attached_since"])
         self._ready.set()
-        self._set(
-            state=state_for(reply["live"], reply["connections"]),
-            uri=reply["uri"],
-            node=reply["node"],
-            size=reply["size"],
-            block_size=reply["block-size"],
-            read_only=reply["read-only"],
-            connections=reply["connections"],
-            live_connections=reply["live"],
-            timeout=self._active.timeout,
-            dead_timeout=self._active.dead_timeout,
-            reconnects=reply["reconnects"],
-            attached_since=since,
-            last_error=("", "") if reply["live"] >= reply["connections"] else self._status.last_error,
-        )
+        self._set(**told)
         self._settle(None)
 
     def _failed(self, error: NbddError) -> None:
@@ -446,7 +449,8 @@ class Device:
     def _not_detached(self, state: State, error: BaseException, *, fresh: bool) -> None:
         """The device may still be there. If it is in use it wants looking after, even if whoever asked has gone."""
         told = told_of(error) if isinstance(error, NbddError) else self._status.last_error
-        if self._record is None or fresh or not (state.bound or state is State.CONNECTING):
+        over = fresh and not isinstance(error, Busy)
+        if self._record is None or over or not (state.bound or state is State.CONNECTING):
             self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
             self._let_go()
             self._clear(state=State.FAILED, last_error=told)
@@ -482,6 +486,7 @@ class Device:
                     "detach",
                     deadline=ORDER_DEADLINE,
                     fds=tuple(self._sockets),
+                    definition=record.definition.to_wire(),
                     binding=record.binding,
                     force=force,
                 )
@@ -517,6 +522,8 @@ class Device:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(READY_DEADLINE):
                     await self._ready.wait()
+        if self._status.state is State.DETACHING:
+            raise Busy(f"{self.name!r} is being detached; try again in a moment.")
         if not self._status.state.bound:
             raise NotAttached(f"{self.name!r} is not attached.")
         if self._worker is None or not self._ready.is_set():

@@ -115,6 +115,7 @@ class Manager:
                 # It left the configuration while nobody was looking.
                 self._background(self._retire(device))
         for name, fds in kept.items():
+            log.warning("%s: its links were kept, but its record is gone: a device on them is not known any more", name)
             for fd in fds:
                 os.close(fd)
             self._keep_sockets(name, [])

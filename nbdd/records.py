@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbdd.definition import Definition
+from nbdd.definition import Definition, check_name
 from nbdd.errors import NbddError
 
 log = logging.getLogger(__name__)
@@ -52,14 +52,24 @@ class Record:
     def from_wire(wire: dict[str, Any]) -> Record:
         """The inverse of `to_wire`."""
         binding = wire["binding"]
-        if binding is not None and not isinstance(binding, dict):
-            raise TypeError("the binding is no JSON object")
+        if binding is not None and not all(isinstance(binding[key], kind) for key, kind in _BINDING.items()):
+            raise TypeError("the binding is not what a worker writes")
+        definition = Definition.from_wire(wire["definition"])
+        check_name(definition.name)
+        if not definition.uri:
+            raise ValueError("the definition names no server")
         return Record(
-            definition=Definition.from_wire(wire["definition"]),
+            definition=definition,
             configured=bool(wire["configured"]),
             binding=binding,
             attached_since=int(wire["attached-since"]),
         )
+
+
+_BINDING: dict[str, type] = {
+    "index": int, "live": int, "connections": int, "reconnects": int, "uri": str, "export": dict
+}  # fmt: skip
+"""What the next worker, and the manager, rely on in a binding."""
 
 
 class Records:
@@ -96,10 +106,16 @@ class Records:
             paths = sorted(path for path in self._directory.iterdir() if path.suffix == ".json")
         except FileNotFoundError:
             return []
+        except OSError as error:
+            log.error("%s can't be read, its devices are left alone: %s", self._directory, error)
+            return []
         for path in paths:
             try:
-                found.append(Record.from_wire(json.loads(path.read_text())))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, NbddError) as error:
+                record = Record.from_wire(json.loads(path.read_text()))
+                if record.definition.name != path.stem:
+                    raise ValueError(f"it is about {record.definition.name!r}")
+                found.append(record)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, NbddError) as error:
                 log.error("%s can't be read, its device is left alone: %s", path, error)
         return found
 

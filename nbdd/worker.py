@@ -22,7 +22,7 @@ from nbdd.channel import Channel, Message
 from nbdd.client import Client
 from nbdd.definition import Definition
 from nbdd.errors import Busy, ConnectFailed, NbddError, NegotiationFailed, NotAttached
-from nbdd.kernel import find
+from nbdd.kernel import LinkDeadMonitor, find
 from nbdd.kernel.sysfs import SECTOR
 from nbdd.link import Links, differs, open_links
 from nbdd.protocol import Export
@@ -82,9 +82,12 @@ class Worker:
         self._poll = select.poll()
         self._poll.register(channel, select.POLLIN)
         self._watched: dict[int, socket.socket] = {}
+        # Set while the links are the kernel's alone: after a start that found none kept. See `_go_blind`.
+        self._reports: LinkDeadMonitor | None = None
         self._next_mend: float | None = None
         self._mends = 0
         self._orders: dict[str, Callable[[Message, list[int]], Message]] = {
+            "look": self._look,
             "attach": self._attach,
             "adopt": self._adopt,
             "detach": self._detach,
@@ -101,6 +104,8 @@ class Worker:
                 if fd == self._channel.fileno():
                     if not self._channel.receive():
                         return
+                elif self._reports is not None and fd == self._reports.fileno():
+                    self._reported(self._reports)
                 elif events & (_DEAD | select.POLLNVAL):
                     self._link_died(self._watched.pop(fd))
             while (found := self._channel.pop()) is not None:
@@ -136,6 +141,15 @@ class Worker:
 
     # Orders
 
+    def _look(self, _order: Message, _fds: list[int]) -> Message:
+        """Refuse if the name is taken in the kernel. From a record on, a device of that name counts as our own."""
+        for node in find(self._name):
+            raise Busy(
+                f"{node.path} is bound under the name {self._name!r} already, not by this nbdd. "
+                f"Free it ('nbd-client -d {node.path}') or use another name."
+            )
+        return {}
+
     def _attach(self, order: Message, _fds: list[int]) -> Message:
         definition = Definition.from_wire(order["definition"])
         bound = find(self._name)
@@ -144,11 +158,7 @@ class Worker:
             with open_links(definition, Deadline(CONNECT_SECONDS)) as links:
                 binding = self._describe(links)
             return self._take_over(definition, {**binding, "index": bound[0].index}, [])
-        if bound:
-            raise Busy(
-                f"{bound[0].path} is bound under the name {self._name!r} already, not by this nbdd. "
-                f"Free it ('nbd-client -d {bound[0].path}') or use another name."
-            )
+        self._look(order, [])
         links = open_links(definition, Deadline(CONNECT_SECONDS))
         if self._abandoned():
             # A slow server outlasted the manager: its successor may be binding this very device by now.
@@ -183,27 +193,34 @@ class Worker:
         return bool(poll.poll(0))
 
     def _adopt(self, order: Message, fds: list[int]) -> Message:
-        definition = Definition.from_wire(order["definition"])
-        sockets = _sockets(fds)
+        if order["binding"] is None:
+            raise NotAttached(f"{self._name!r} was not bound to any device yet.")
+        return self._take_over(Definition.from_wire(order["definition"]), order["binding"], _sockets(fds))
+
+    def _take_over(self, definition: Definition, binding: Message, sockets: list[socket.socket]) -> Message:
         try:
-            if order["binding"] is None:
-                raise NotAttached(f"{self._name!r} was not bound to any device yet.")
-            return self._take_over(definition, order["binding"], sockets)
+            client = Client(self._name, timeout=definition.timeout, dead_timeout=definition.dead_timeout)
+            try:
+                client.adopt(binding["index"], **_identity(binding), sockets=sockets)
+            except NbddError:
+                client.close()
+                raise
         except NbddError:
             for sock in sockets:
                 sock.close()
             raise
-
-    def _take_over(self, definition: Definition, binding: Message, sockets: list[socket.socket]) -> Message:
-        client = Client(self._name, timeout=definition.timeout, dead_timeout=definition.dead_timeout)
-        try:
-            client.adopt(binding["index"], **_identity(binding), sockets=sockets)
-        except NbddError:
-            client.close()
-            raise
         # One that died since is seen by the first poll. Where nobody kept any, as many live as when we last knew.
         live = len(sockets) or binding["live"]
-        return self._attached(client, definition, {**binding, "live": live})
+        reply = self._attached(client, definition, {**binding, "live": live})
+        if not sockets and live:
+            self._go_blind(client)
+        return reply
+
+    def _go_blind(self, client: Client) -> None:
+        """Watch links that only the kernel holds: by its reports, and by offering it a new one for what died unseen."""
+        self._reports = client.link_dead()
+        self._poll.register(self._reports, select.POLLIN)
+        self._next_mend = time.monotonic()
 
     @staticmethod
     def _describe(links: Links) -> Message:
@@ -244,12 +261,21 @@ class Worker:
             self._forget()
             return {}
         # Called in after the device's own worker died: the notes say which device it was.
-        binding = order["binding"] or next(({"index": node.index} for node in find(self._name)), None)
-        if binding is not None:
+        if order["binding"]:
+            # It is adopted first: while the detach is refused, or waits, its links still want mending.
+            with suppress(NotAttached):
+                self._take_over(Definition.from_wire(order["definition"]), order["binding"], _sockets(fds))
+                self._disconnect(self._bound(), force=order["force"])
+                self._forget()
+            return {}
+        for node in find(self._name):
             with Client(self._name) as client, suppress(NotAttached):
-                # With its links, to shut them down where the driver's goodbye to the server gets stuck.
-                client.adopt(binding["index"], **_identity(binding), sockets=_sockets(fds))
-                self._disconnect(client, force=order["force"])
+                client.adopt(node.index)
+                # The attach was not over: what has it open is udev, or the worker that died over it. But somebody
+                # quick may have mounted it.
+                if claims := client.claims():
+                    raise Busy(f"{node.path} is in use: {'; '.join(claims)}.")
+                self._disconnect(client, force=True)
         return {}
 
     def _disconnect(self, client: Client, *, force: bool) -> None:
@@ -264,6 +290,7 @@ class Worker:
         for sock in self._watched.values():
             self._poll.unregister(sock)
         self._watched.clear()
+        self._see_again()
         self._next_mend = None
         self._bound().close()
         self._client = None
@@ -312,6 +339,22 @@ class Worker:
         self._watched[sock.fileno()] = sock
         self._poll.register(sock, select.POLLRDHUP)
 
+    def _reported(self, reports: LinkDeadMonitor) -> None:
+        """The kernel says that links died, of this device or of others."""
+        node = self._bound().node
+        died = reports.read().count(node.index) if node is not None else 0
+        if died:
+            self._binding["live"] = max(0, self._binding["live"] - died)
+            self._mends = 0
+            self._next_mend = time.monotonic()
+            self._report(ConnectFailed(f"A connection to {self._binding['uri']} ended."))
+
+    def _see_again(self) -> None:
+        if self._reports is not None:
+            self._poll.unregister(self._reports)
+            self._reports.close()
+            self._reports = None
+
     def _link_died(self, sock: socket.socket) -> None:
         self._poll.unregister(sock)
         self._bound().drop_link(sock)
@@ -325,8 +368,10 @@ class Worker:
         client, definition = self._bound(), self._definition
         assert definition is not None  # noqa: S101 - bound
         missing = self._binding["connections"] - self._binding["live"]
+        # Blind, with none known to be dead: the kernel takes what we offer in place of a dead one, or drops it unseen.
+        offer = self._reports is not None and missing == 0
         try:
-            links = open_links(definition, Deadline(MEND_SECONDS), missing)
+            links = open_links(definition, Deadline(MEND_SECONDS), missing or 1)
             try:
                 self._check_same(links)
                 client.replace_links(links.sockets)
@@ -341,11 +386,18 @@ class Worker:
             self._next_mend = time.monotonic() + MEND_WAITS[min(self._mends, len(MEND_WAITS) - 1)]
             self._report(error)
             return
+        if offer:
+            for sock in links.sockets:
+                client.drop_link(sock)
+            self._next_mend = None
+            return
         for sock in links.sockets:
             self._watch(sock)
         self._binding["live"] += len(links.sockets)
         self._binding["reconnects"] += len(links.sockets)
         self._binding["uri"] = str(links.uri)
+        if len(self._watched) >= self._binding["connections"]:
+            self._see_again()
         self._mends = 0
         self._next_mend = None
         self._report(None)

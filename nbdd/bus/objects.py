@@ -31,6 +31,9 @@ ATTACH_OPTIONS = {
 """The keys that Attach takes, with their types."""
 
 ATTACH_URI_OPTIONS = {"name": "s"} | ATTACH_OPTIONS
+MAX_WAIT = 3600
+"""Seconds that a Detach may wait for others to leave; meanwhile nothing else can be done to the device."""
+
 DETACH_OPTIONS = {"force": "b", "wait": "u"}
 
 _MAX_LIST = 30 << 20
@@ -105,6 +108,8 @@ class ManagerInterface(ExportedInterface):
     async def _detach(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, options = arguments
         values = read_options(options, DETACH_OPTIONS)
+        if values.get("wait", 0) > MAX_WAIT:
+            raise InvalidArgs(f"The option 'wait' goes up to {MAX_WAIT} seconds.")
         self._manager.device(name)
         action = "org.nbdd1.force-detach" if values.get("force") else "org.nbdd1.detach"
         await self._authority.check(caller, action, {"device": name})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from typing import Protocol
@@ -17,6 +18,10 @@ from nbdd.errors import AccessDenied, InteractiveAuthorizationRequired
 log = logging.getLogger(__name__)
 
 _ALLOW_USER_INTERACTION = 1
+
+_ANSWER_DEADLINE = 20.0
+"""Seconds for polkitd to answer where no person is asked; before busctl's 25 are over."""
+
 _AUTHORITY = Peer(
     "org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority"
 )
@@ -46,14 +51,15 @@ class Polkit:
         subject = ["system-bus-name", {"name": Variant("s", caller.name)}]
         flags = _ALLOW_USER_INTERACTION if caller.interactive else 0
         try:
-            [(authorized, challenge, _)] = await _AUTHORITY.call(
-                self._bus,
-                "CheckAuthorization",
-                "(sa{sv})sa{ss}us",
-                [subject, action, dict(details), flags, ""],
-                returns="(bba{ss})",
-            )
-        except CallError as error:
+            async with asyncio.timeout(None if caller.interactive else _ANSWER_DEADLINE):
+                [(authorized, challenge, _)] = await _AUTHORITY.call(
+                    self._bus,
+                    "CheckAuthorization",
+                    "(sa{sv})sa{ss}us",
+                    [subject, action, dict(details), flags, ""],
+                    returns="(bba{ss})",
+                )
+        except (CallError, TimeoutError) as error:
             log.warning("polkit gave no answer about %s: %s", action, error)
             raise AccessDenied(f"Polkit can't be asked about {action}, so only root may do this.") from None
         if authorized:

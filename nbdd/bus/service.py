@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,20 @@ class ExportedInterface:
         }
 
 
+class PatientSocket:
+    """The socket as dbus-next's writer sees it: one that has no room takes nothing, and is tried again when it has."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def send(self, data: memoryview) -> int:
+        """How many bytes were taken; 0 where there is no room now."""
+        try:
+            return self._sock.send(data)
+        except BlockingIOError:
+            return 0
+
+
 class ServiceBus(MessageBus):
     """A system bus connection that serves objects below one object manager.
 
@@ -89,6 +104,8 @@ class ServiceBus(MessageBus):
     def __init__(self, root: str) -> None:
         # negotiate_unix_fd stays off: dbus-next leaks the descriptors of calls that nobody handles.
         super().__init__(bus_type=BusType.SYSTEM, negotiate_unix_fd=False)
+        # Its writer takes a full socket for a broken one, and a few hundred signals fill it.
+        self._writer.sock = PatientSocket(self._sock)
         self._root = root
         self._served: dict[str, tuple[ExportedInterface, ...]] = {}
         self._calls: set[asyncio.Task[None]] = set()

@@ -37,16 +37,19 @@ class Usage:
 
     def users(self, node: Node) -> list[str]:
         """One sentence (without its full stop) for each use of the disk or a partition; [] for none."""
-        dev = os.path.dirname(node.path)
+        devices = self._devices(node)
+        return self.claims(node) + self._processes(devices)
+
+    def claims(self, node: Node) -> list[str]:
+        """The users that hold the disk or a partition by the kernel: mounts, swap, what is stacked on it."""
         devices = self._devices(node)
         if not devices:
             return []
         found = self._mounts(devices)
         found += self._btrfs(devices, bool(found))
         found += self._swaps(devices)
-        found += self._holders(node, dev)
+        found += self._holders(node, os.path.dirname(node.path))
         found += self._loops(devices)
-        found += self._processes(devices)
         return found
 
     def probed(self, node: Node) -> bool:

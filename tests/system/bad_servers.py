@@ -91,6 +91,7 @@ def closes_at_once(sock: socket.socket) -> None:
 
 
 def resets(sock: socket.socket) -> None:
+    until_go(sock)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 

@@ -174,7 +174,7 @@ class Faulty:
     before: str | None = None
     """A file that is read first."""
     make: str = ""
-    """A command that makes the file `$f`."""
+    """A command that makes the file, "@"."""
     extension: str = "yaml"
 
 
@@ -216,9 +216,9 @@ FAULTY: dict[str, Faulty] = {
     "not-utf8": Faulty(b"devices:\n  gr\xfcn: {}\n", "2:5", ("0xFC", "save the file as UTF-8")),
     "binary": Faulty(b"\x7fELF\x02\x01\x01\0\0\0\0", "1:1", ("must not stand in a YAML file",)),
     "second-document": Faulty("devices: {}\n---\ndevices: {}\n", "2:1", ("second YAML document",)),
-    "unreadable-link": Faulty(None, "", ("a link to '/nowhere', which does not exist",), make="ln -s /nowhere $f"),
-    "unreadable-directory": Faulty(None, "", ("can't be read: it is a directory",), make="mkdir $f"),
-    "unreadable-pipe": Faulty(None, "", ("can't be read: it is a device, a pipe",), make="mkfifo $f"),
+    "unreadable-link": Faulty(None, "", ("a link to '/nowhere', which does not exist",), make="ln -s /nowhere @"),
+    "unreadable-directory": Faulty(None, "", ("can't be read: it is a directory",), make="mkdir @"),
+    "unreadable-pipe": Faulty(None, "", ("can't be read: it is a device, a pipe",), make="mkfifo @"),
     "wrong-ending": Faulty("devices: {}\n", "", ("must end in .yaml; rename the file",), extension="yml"),
     "uri-scheme": Faulty(device("timeout: 1", "http://server.example/x"), "3:10", ("'@'", "'uri'", "nbd+unix")),
     "uri-port": Faulty(device("timeout: 1", "nbd://server.example:99999/x"), "3:10", ("'@'", "'uri'", "1 to 65535")),
@@ -238,31 +238,31 @@ FAULTY: dict[str, Faulty] = {
 
 
 @dataclass(frozen=True)
-class Reloads:
-    """What was said of each faulty file alone, by Reload, and of all together, by --check."""
+class Verdicts:
+    """What was said of all faulty files together."""
 
-    batch: Batch
-    check_code: int
+    reload: BusError
     check: str
+    check_code: int
+    harm: list[str]
 
 
 @pytest.fixture(scope="module")
-def reloads(lab: Lab, bystander: Bystander) -> Reloads:
-    make = "set -e; mkdir -p /root/bad/all/devices.d; tar -xC /root/bad; cd /root/bad;"
+def verdicts(lab: Lab, bystander: Bystander) -> Verdicts:
+    make = "set -e; mkdir -p /root/bad/devices.d; cd /root/bad/devices.d; tar -x;"
     for label, faulty in FAULTY.items():
-        make += f"mkdir -p {label}; f={label}/{label}.{faulty.extension}; {faulty.make or ':'};"
-        make += f"cp -a {label}/. all/devices.d/;"
+        make += faulty.make.replace("@", f"{label}.{faulty.extension}") + ";" if faulty.make else ""
     lab.guest.run(make, input=_archive(FAULTY))
     lab.define(f"devices:\n  kept:\n    uri: {URI}\n")
     bystander.expected = {"bystander", "kept"}
-    # Beside each fault a device that would be new.
-    also = f"printf 'devices:\\n  new: {{uri: {URI}}}\\n' >z.yaml"
-    outcomes = lab.calls(
-        dict.fromkeys(FAULTY, Call("Reload")),
-        first={label: f"cd {DEVICES_D}; rm -rf ./*; cp -a /root/bad/{label}/. ./; {also}" for label in FAULTY},
+    lab.guest.run(
+        # Beside the faults a device that would be new, and without one that is there.
+        f"cp -a /root/bad/devices.d/. {DEVICES_D}/; printf 'devices:\\n  new: {{uri: {URI}}}\\n' >{DEVICES_D}/test.yaml"
     )
-    check = lab.guest.run("nbdd --check /root/bad/all", check=False)
-    found = Reloads(Batch(outcomes, bystander.harm()), check.returncode, check.stdout)
+    with pytest.raises(BusError) as caught:
+        lab.call("Reload")
+    check = lab.guest.run("nbdd --check /root/bad", check=False)
+    found = Verdicts(caught.value, check.stdout, check.returncode, bystander.harm())
     bystander.expected = {"bystander"}
     lab.guest.run(f"rm -rf {DEVICES_D}/* /root/bad; systemctl reload nbdd")
     return found
@@ -272,7 +272,7 @@ def _archive(faulty: Mapping[str, Faulty]) -> bytes:
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for label, case in faulty.items():
-            files = {f"{label}/{label}-before.yaml": case.before, f"{label}/{label}.{case.extension}": case.content}
+            files = {f"{label}-before.yaml": case.before, f"{label}.{case.extension}": case.content}
             for name, content in files.items():
                 if content is not None:
                     data = content if isinstance(content, bytes) else content.replace("@", label).encode()
@@ -283,25 +283,28 @@ def _archive(faulty: Mapping[str, Faulty]) -> bytes:
 
 
 @pytest.mark.parametrize("label", FAULTY)
-def test_a_reload_names_the_fault_with_file_line_and_column_and_changes_nothing(reloads: Reloads, label: str) -> None:
-    faulty = FAULTY[label]
-    error = reloads.batch.error(label)
-    assert error.name == OWN + "InvalidConfig"
-    place = f"{DEVICES_D}/{label}.{faulty.extension}:{faulty.place}"
-    lines = [line for line in error.text.splitlines() if line.startswith(place)]
-    assert len(lines) == 1, error.text
-    assert all(word.replace("@", label) in lines[0] for word in faulty.words), lines[0]
-    assert lines[0].endswith((".", "?")), lines[0]
+def test_a_reload_names_every_fault_with_file_line_and_column_and_changes_nothing(
+    verdicts: Verdicts, label: str
+) -> None:
+    assert verdicts.harm == []
+    assert verdicts.reload.name == OWN + "InvalidConfig"
+    check_fault(verdicts.reload.text, DEVICES_D, label)
 
 
 @pytest.mark.parametrize("label", FAULTY)
-def test_the_check_tells_all_faults_of_all_files_at_once(reloads: Reloads, label: str) -> None:
+def test_the_check_tells_the_same_before_anything_is_reloaded(verdicts: Verdicts, label: str) -> None:
+    assert verdicts.check_code == 1
+    check_fault(verdicts.check, "/root/bad/devices.d", label)
+
+
+def check_fault(text: str, directory: str, label: str) -> None:
+    """One line of the text is about this fault: its place first, then what it is."""
     faulty = FAULTY[label]
-    place = f"/root/bad/all/devices.d/{label}.{faulty.extension}:{faulty.place}"
-    lines = [line for line in reloads.check.splitlines() if line.startswith(place)]
-    assert reloads.check_code == 1
-    assert len(lines) == 1, reloads.check
+    place = f"{directory}/{label}.{faulty.extension}:{faulty.place}"
+    lines = [line for line in text.splitlines() if line.startswith(place)]
+    assert len(lines) == 1, text
     assert all(word.replace("@", label) in lines[0] for word in faulty.words), lines[0]
+    assert lines[0].endswith((".", "?")), lines[0]
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -562,7 +565,7 @@ TOLD: dict[str, tuple[str, str]] = {
     "http": ("NegotiationFailed", "is not an NBD server but a web server"),
     "garbage": ("NegotiationFailed", "is not an NBD server"),
     "closes_at_once": ("NegotiationFailed", "closed the connection when its greeting was due. Perhaps it is not"),
-    "resets": ("NegotiationFailed", "when its greeting was due"),
+    "resets": ("NegotiationFailed", "broke the connection when its reply to NBD_OPT_GO was due: connection reset"),
     "closes_in_greeting": ("NegotiationFailed", "closed the connection after only 3 of 8 bytes of its greeting"),
     "closes_after_greeting": ("NegotiationFailed", "NBD_OPT_GO"),
     "closes_when_asked": ("NegotiationFailed", "closed the connection when its reply to NBD_OPT_GO was due"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,9 +35,9 @@ def refused(lab: Lab, name: str, options: str = "@a{sv} {}", *, needle: str) -> 
     assert lab.device(name)["State"] == "attached"
 
 
-def status_line(lab: Lab) -> str:
-    """What `systemctl status nbdd` sums up."""
-    return lab.guest.run("systemctl show -P StatusText nbdd").stdout.strip()
+def wait_for_status(lab: Lab, line: str) -> None:
+    """Wait until `systemctl status nbdd` sums up so; systemd hears of it a moment after the bus does."""
+    lab.until(f'[ "$(systemctl show -P StatusText nbdd)" = {shlex.quote(line)} ]', 5, what=line)
 
 
 def test_busctl_attach_gives_a_device_on_which_ext4_is_made_filled_checked_and_compared(lab: Lab) -> None:
@@ -176,12 +177,12 @@ def test_a_boot_device_is_attached_when_its_server_comes_and_no_start_waits_for_
         "devices:\n  early: {uri: 'nbd://127.0.0.1:10899', attach: boot}\n  later: {uri: 'nbd://127.0.0.1:10898'}\n",
     )
     lab.guest.run("systemctl start nbdd", timeout=60)
-    assert status_line(lab) == "0/2 attached (1 connecting)"
+    wait_for_status(lab, "0/2 attached (1 connecting)")
     get = f"busctl get-property org.nbdd1 {object_path('early')} org.nbdd1.Device State LastError"
     lab.until(f"{get} | tr '\\n' ' ' | grep -q 'connecting.*Error.ConnectFailed.*127.0.0.1:10899'", 15)
     lab.serve("nbdkit -f -i 127.0.0.1 -p 10899 memory 16M", "", ready="ss -ltnH sport = :10899 | grep -q .")
     lab.wait_for("early", "State", 's "attached"', 15)
-    assert status_line(lab) == "1/2 attached"
+    wait_for_status(lab, "1/2 attached")
     lab.guest.run("test -b /dev/disk/by-nbd/early")
     # The end of the service is the end of a device that nobody uses.
     lab.guest.run("systemctl stop nbdd")

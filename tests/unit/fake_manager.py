@@ -17,6 +17,8 @@ from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
+from nbdd.bus.service import PatientSocket
+
 T = TypeVar("T")
 
 DEADLINE = 20.0
@@ -129,6 +131,7 @@ class FakeManager:
 
     async def _start(self) -> None:
         self.bus: Any = MessageBus(bus_address=self.address)
+        self.bus._writer.sock = PatientSocket(self.bus._sock)
         await self.bus.connect()
         self.end: asyncio.Future[None] = asyncio.ensure_future(_end_of(self.bus))
         self.bus.add_message_handler(self._serve)

@@ -129,8 +129,12 @@ class FakeSpawner:
         self.orders: list[tuple[str, dict[str, Any]]] = []
         self.bound: dict[str, int] = {}
         """Device name to index: what the kernel has."""
+        self.foreign: set[str] = set()
+        """Names under which somebody else has bound a device."""
         self.used: set[str] = set()
         """Devices that somebody has open."""
+        self.mounted: set[str] = set()
+        """Devices that somebody was quick to mount."""
         self.connections = 1
         self.before: dict[str, asyncio.Event] = {}
         self.after: dict[str, asyncio.Event] = {}
@@ -171,6 +175,10 @@ class FakeSpawner:
     async def work(
         self, worker: FakeWorker, order: str, arguments: dict[str, Any], fds: tuple[int, ...]
     ) -> tuple[Message, list[int]]:
+        if order == "look":
+            if worker.name in self.foreign:
+                raise Busy(f"{worker.name!r} is somebody else's.")
+            return {}, []
         self.orders.append((order, arguments))
         self.given[order] = fds
         self.arrived[order].set()
@@ -211,7 +219,9 @@ class FakeSpawner:
         return self._binding(worker.name)
 
     def _detach(self, worker: FakeWorker, arguments: dict[str, Any]) -> Message:
-        if worker.name in self.bound and worker.name in self.used and not arguments["force"]:
+        # Without notes the attach was not over, and those who merely look at the device do not count.
+        users = self.used if arguments["binding"] else self.mounted
+        if worker.name in self.bound and worker.name in users and not arguments["force"]:
             raise Busy(f"/dev/nbd{self.bound[worker.name]} is mounted on /mnt.")
         self.bound.pop(worker.name, None)
         worker.client = False

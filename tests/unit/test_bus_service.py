@@ -224,6 +224,20 @@ def test_objects_that_come_and_go_are_told_from_the_object_managers_path(address
     run(main())
 
 
+def test_more_signals_at_once_than_the_socket_takes_are_all_sent_and_the_bus_stays(address: str) -> None:
+    async def main() -> None:
+        async with both(address) as (service, client):
+            service.bus._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            await client.listen(service.name)
+            for number in range(1000):
+                service.bus.add_object(f"{ROOT}/many/n{number}", Test())
+            for number in range(1000):
+                assert (await client.signals.get()).body[0] == f"{ROOT}/many/n{number}"
+            assert service.bus.connected
+
+    run(main())
+
+
 def test_managed_objects_are_told_at_the_root_alone(address: str) -> None:
     async def main() -> None:
         async with both(address) as (service, client):

@@ -230,7 +230,7 @@ def test_what_a_dead_worker_bound_is_not_forgotten_while_it_can_not_be_freed(ben
     async def script() -> None:
         async with bench() as it:
             it.spawner.outcomes["attach"] = ["die late", DOWN]
-            it.spawner.used.add("disk")
+            it.spawner.mounted.add("disk")
             assert await refused(it.device.attach()) is DOWN
             assert it.now() is State.FAILED
             assert it.spawner.bound
@@ -377,7 +377,7 @@ def test_detach_twice_and_detach_of_what_is_not_attached_are_refused(bench: Make
             await it.spawner.arrived["detach"].wait()
             assert isinstance(await refused(it.device.detach()), Busy)
             assert isinstance(await refused(it.device.attach()), Busy)
-            assert isinstance(await refused(it.device.set_timeout(3)), NotAttached)
+            assert isinstance(await refused(it.device.set_timeout(3)), Busy)
             it.spawner.before["detach"].set()
             await first
             assert isinstance(await refused(it.device.detach()), NotAttached)
@@ -561,6 +561,32 @@ def test_detach_ends_an_attach_at_every_stage_and_leaves_nothing(bench: MakeBenc
             it.spawner.used.clear()
             gates.clear()
             await it.device.attach()
+
+    play(script)
+
+
+def test_detach_of_a_device_that_was_mounted_before_its_attach_was_over_is_refused(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            it.spawner.after["attach"] = asyncio.Event()
+            task(it.device.attach()).add_done_callback(lambda done: done.exception())
+            await it.spawner.acted["attach"].wait()
+            it.spawner.mounted.add("disk")
+            assert isinstance(await refused(it.device.detach()), Busy)
+            del it.spawner.after["attach"]
+            await it.managed()
+            assert it.spawner.bound == {"disk": 0}
+
+    play(script)
+
+
+def test_a_device_that_somebody_else_bound_under_the_name_is_never_ours(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            it.spawner.foreign.add("disk")
+            assert isinstance(await refused(it.device.attach()), Busy)
+            assert it.records.load() == [], "with a record, a detach would take it for ours"
+            assert "attach" not in it.spawner.names()
 
     play(script)
 

@@ -353,12 +353,12 @@ def test_a_device_by_hand_of_which_something_may_be_left_stays_until_it_is_detac
     async def script(it: Desk) -> None:
         await it.start()
         it.spawner.outcomes["attach"] = ["die late", DOWN]
-        it.spawner.used.add("x")
+        it.spawner.mounted.add("x")
         await refused(it.manager.attach_uri("nbd://host/x", {"name": "x"}))
         assert it.state("x") is State.FAILED
         assert isinstance(await refused(it.manager.attach_uri("nbd://host/x", {"name": "x"})), AlreadyAttached)
         assert isinstance(await refused(it.manager.detach("x")), Busy)
-        it.spawner.used.clear()
+        it.spawner.mounted.clear()
         await it.manager.detach("x")
         assert it.names() == []
         assert it.spawner.bound == {}

@@ -17,7 +17,15 @@ from tests.unit.fake_worker import definition
 FULL = Record(
     definition("data", attach=Attach.BOOT, device=3, read_only=True, connections=4, timeout=5, block_size=4096),
     configured=True,
-    binding={"index": 3, "diskseq": 9, "export": {"name": "\udcff", "size": 1}},
+    binding={
+        "index": 3,
+        "diskseq": 9,
+        "export": {"name": "\udcff", "size": 1},
+        "live": 1,
+        "connections": 1,
+        "reconnects": 0,
+        "uri": "nbd://storage.example",
+    },
     attached_since=1_700_000_000_000_000,
 )
 

@@ -65,20 +65,57 @@ class FakeKernel:
         self.bound: dict[str, FakeNode] = {}
         self.asked: list[tuple[str, Any]] = []
         self.refusals: dict[str, NbddError] = {}
+        self.claims: list[str] = []
+        self.reports: list[FakeReports] = []
+        self._asked_now = threading.Condition()
         self.open_clients = 0
         self.clients: list[FakeClient] = []
 
     def find(self, name: str) -> list[FakeNode]:
         return [self.bound[name]] if name in self.bound else []
 
+    def wait_for(self, what: str) -> None:
+        """Wait until the worker, in its thread, has asked for it."""
+        with self._asked_now:
+            assert self._asked_now.wait_for(lambda: what in dict(self.asked), SECONDS), what
+
+    def report(self, index: int) -> None:
+        for reports in self.reports:
+            reports.report(index)
+
     def ask(self, what: str, detail: Any = None) -> None:
-        self.asked.append((what, detail))
+        with self._asked_now:
+            self.asked.append((what, detail))
+            self._asked_now.notify_all()
         if what in self.refusals:
             raise self.refusals[what]
 
     def client(self, backend: str, **arguments: Any) -> FakeClient:
         self.clients.append(FakeClient(self, backend, **arguments))
         return self.clients[-1]
+
+
+class FakeReports:
+    """`nbdd.kernel.LinkDeadMonitor` without a kernel."""
+
+    def __init__(self, kernel: FakeKernel) -> None:
+        self._kernel = kernel
+        self._read, self._write = socket.socketpair()
+        kernel.reports.append(self)
+
+    def fileno(self) -> int:
+        return self._read.fileno()
+
+    def read(self) -> list[int]:
+        return list(self._read.recv(64))
+
+    def report(self, index: int) -> None:
+        self._write.send(bytes([index]))
+
+    def close(self) -> None:
+        self._kernel.reports.remove(self)
+        self._read.close()
+        self._write.close()
 
 
 class FakeClient:
@@ -116,8 +153,14 @@ class FakeClient:
         self.node = self.kernel.bound[self.backend] = node
         return node
 
+    def claims(self) -> list[str]:
+        return self.kernel.claims
+
+    def link_dead(self) -> FakeReports:
+        return FakeReports(self.kernel)
+
     def adopt(
-        self, index: int, *, diskseq: int | None, pid: int | None, sockets: Sequence[socket.socket] = ()
+        self, index: int, *, diskseq: int | None = None, pid: int | None = None, sockets: Sequence[socket.socket] = ()
     ) -> FakeNode:
         self.kernel.ask("adopt", (index, diskseq))
         node = self.kernel.bound.get(self.backend)
@@ -243,6 +286,8 @@ def boss(kernel: FakeKernel) -> Iterator[Boss]:
     for client in kernel.clients:
         # The links of a bound device go with the process, and here is none.
         client.close()
+    for reports in list(kernel.reports):
+        reports.close()
     assert open_fds() <= before
 
 
@@ -386,6 +431,7 @@ def test_a_device_that_a_worker_before_us_bound_is_taken_over(boss: Boss, kernel
     kernel.bound[NAME] = FakeNode(3, MIB, 512, read_only=False)
     with Server(offers({b"": MIB}, MULTI)) as server:
         reply, fds = boss.order_fds("attach", definition=wire(server, connections=2), resume=True)
+        boss.order("ping")
     assert (reply["index"], reply["connections"], reply["live"]) == (3, 2, 2)
     assert fds == []
     assert "bind" not in dict(kernel.asked)
@@ -491,12 +537,20 @@ def test_a_device_all_of_whose_links_were_dead_is_mended_by_the_successor(boss: 
     assert ("replace", 1) in kernel.asked
 
 
-def test_a_device_whose_links_nobody_kept_is_left_alone(boss: Boss, kernel: FakeKernel) -> None:
+def test_a_device_whose_links_nobody_kept_is_watched_by_the_kernels_reports_and_mended(
+    boss: Boss, kernel: FakeKernel
+) -> None:
     with Server(offers({b"": MIB})) as server:
         binding = notes(server, kernel)
         assert boss.order("adopt", definition=wire(server), binding=binding)["live"] == 1
         boss.order("ping")
-    assert kernel.asked == [("adopt", (0, 7))]
+        # What died unseen is replaced by a link offered at once; the kernel drops it where nothing had died.
+        kernel.wait_for("replace")
+        kernel.report(5)  # somebody else's
+        kernel.report(0)
+        assert boss.event_with(live=0)["error"] == "ConnectFailed"
+        assert boss.event_with(live=1)["reconnects"] == 1
+        assert kernel.reports == [], "links that are ours again are watched by themselves"
 
 
 def test_a_link_that_died_while_nobody_watched_is_mended(boss: Boss, kernel: FakeKernel) -> None:
@@ -662,30 +716,33 @@ def test_a_worker_that_is_called_in_detaches_by_the_notes_or_the_name(boss: Boss
     with Server(offers({b"": MIB})) as server:
         for told in (True, False):
             binding = notes(server, kernel)
-            boss.order("detach", binding=binding if told else None, force=False)
+            boss.order("detach", definition=wire(server), binding=binding if told else None, force=False)
             assert kernel.bound == {}
     assert kernel.open_clients == 0
 
 
-def test_a_worker_that_is_called_in_for_a_busy_device_holds_nothing_of_it(boss: Boss, kernel: FakeKernel) -> None:
+def test_a_worker_that_is_called_in_for_a_busy_device_looks_after_it(boss: Boss, kernel: FakeKernel) -> None:
     with Server(offers({b"": MIB})) as server:
         binding = notes(server, kernel)
         kernel.refusals["disconnect"] = Busy("in use")
         for _ in range(3):
             with pytest.raises(Busy):
-                boss.order("detach", binding=binding, force=False)
-    assert kernel.open_clients == 0
+                boss.order("detach", definition=wire(server), binding=binding, force=False)
+        assert kernel.open_clients == 1
+        assert boss.order("statistics")["statistics"]["in-flight"] == 1
 
 
 @pytest.mark.parametrize("binding", [None, {"index": 9, "diskseq": 7}])
 def test_detach_of_what_is_gone_is_done(boss: Boss, kernel: FakeKernel, binding: Message | None) -> None:
-    assert boss.order("detach", binding=binding, force=False) == {}
+    with Server(offers({b"": MIB})) as server:
+        assert boss.order("detach", definition=wire(server), binding=binding, force=False) == {}
     assert kernel.open_clients == 0
 
 
 def test_detach_of_another_disk_of_the_same_name_touches_nothing(boss: Boss, kernel: FakeKernel) -> None:
     kernel.bound[NAME] = FakeNode(0, MIB, 512, read_only=False)
-    boss.order("detach", binding={"index": 0, "diskseq": 6}, force=True)
+    with Server(offers({b"": MIB})) as server:
+        boss.order("detach", definition=wire(server), binding={"index": 0, "diskseq": 6}, force=True)
     assert NAME in kernel.bound
 
 
