@@ -291,7 +291,7 @@ class Device:
                     raise
                 self._retrying(error)
                 if not died:
-                    self._settle(error)
+                    self._settle(type(error)(f"{error} nbdd keeps trying, as the device has 'attach: boot'."))
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(next(waits)):
                         await self._kick.wait()

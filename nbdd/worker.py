@@ -22,7 +22,7 @@ from nbdd.channel import Channel, Message
 from nbdd.client import Client
 from nbdd.definition import Definition
 from nbdd.errors import Busy, ConnectFailed, NbddError, NegotiationFailed, NotAttached
-from nbdd.kernel import LinkDeadMonitor, find
+from nbdd.kernel import LinkDeadMonitor, Usage, find
 from nbdd.kernel.sysfs import SECTOR
 from nbdd.link import Links, differs, open_links
 from nbdd.protocol import Export
@@ -144,9 +144,11 @@ class Worker:
     def _look(self, _order: Message, _fds: list[int]) -> Message:
         """Refuse if the name is taken in the kernel. From a record on, a device of that name counts as our own."""
         for node in find(self._name):
+            users = "; ".join(Usage().users(node))
+            who = f"it was detached by force and is still in use ({users})" if users else "by somebody else than nbdd"
             raise Busy(
-                f"{node.path} is bound under the name {self._name!r} already, not by this nbdd. "
-                f"Free it ('nbd-client -d {node.path}') or use another name."
+                f"{node.path} is bound under the name {self._name!r} already: {who}. "
+                f"Free it, or use another name; 'nbd-client -d {node.path}' ends it when nobody uses it."
             )
         return {}
 

@@ -68,7 +68,7 @@ class Polkit:
             raise InteractiveAuthorizationRequired(
                 f"{action} needs an administrator's password, and the call did not allow asking for it."
             )
-        raise AccessDenied(f"You are not allowed to do this ({action}); root and administrators are.")
+        raise AccessDenied(f"You are not allowed to do this ({action}); run it as root, or ask an administrator.")
 
     async def _is_root(self, caller: Caller) -> bool:
         try:

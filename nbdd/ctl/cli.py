@@ -106,7 +106,7 @@ def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -
     context.exit()
 
 
-@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=version, help="Show the version.")
 def cli() -> None:
     """Attach network block devices and look after them, with the service nbdd.
@@ -115,7 +115,7 @@ def cli() -> None:
     """
 
 
-@cli.command()
+@cli.command(short_help="Attach a defined device, or an export by its URI.")
 @click.argument(
     "target",
     metavar="NAME|URI",
@@ -132,14 +132,14 @@ def cli() -> None:
 @click.option("--if-needed", is_flag=True, help="Succeed if it is attached already.")
 @as_json
 def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
-    r"""Attach a device that is defined under NAME, or the export at URI.
+    """Attach a device that is defined under NAME, or the export at URI.
 
     Ends when the block device is usable. Options override the definition until the device is detached.
 
     \b
     nbdctl attach backup
     nbdctl attach nbd://storage.example/backup --name copy --read-only
-    """
+    """  # noqa: D301 - the backspace is click's sign to leave lines as they are
     from nbdd.ctl.attempt import Attempt, is_uri  # noqa: PLC0415 - brings D-Bus along
 
     options = {key.replace("_", "-"): value for key, value in given.items() if value is not None and value is not False}
@@ -287,7 +287,7 @@ def reload(as_json: bool) -> None:
             print(show.clean(f"{label}: {', '.join(sorted(names, key=order))}"))
 
 
-@cli.command()
+@cli.command(short_help="Print what happens, a line for each event.")
 @as_json
 def monitor(as_json: bool) -> None:
     """Print what happens to the devices, a line for each event, until Ctrl-C."""

@@ -192,7 +192,9 @@ def attached(device: Device) -> str:
 
 def status(device: Device, statistics: Mapping[str, int] | None, look: Look) -> str:
     """All about one device, a line for each thing."""
-    lines = {"State": state(clean(device.state), look) + _since(device)}
+    lines = {"State": state(clean(device.state), look)}
+    if device.attached_since:
+        lines["Attached"] = _since(device.attached_since / 1e6)
     if device.node:
         lines["Node"] = device.node
         lines["Size"] = f"{size(device.size)} ({device.size} bytes, blocks of {device.block_size})"
@@ -218,12 +220,9 @@ def status(device: Device, statistics: Mapping[str, int] | None, look: Look) -> 
     return "\n".join(out)
 
 
-def _since(device: Device) -> str:
-    if not device.attached_since:
-        return ""
-    start = device.attached_since / 1e6
+def _since(start: float) -> str:
     ago = max(int(time.time() - start), 0)
-    return f" since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(start))}, {duration(ago)} ago"
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(start))}, {duration(ago)} ago"
 
 
 def _traffic(counts: Mapping[str, int]) -> dict[str, str]:

@@ -370,8 +370,8 @@ def test_reload_replies_with_what_is_new_changed_and_gone(scene: Scene) -> None:
 SERVERS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
     # What is run before, the server, and what is told of each export, but for its flags.
     "nbdkit": (
-        "mkdir -p /run/exports; truncate -s 1M /run/exports/one; truncate -s 2M /run/exports/two",
-        "nbdkit -f -i 127.0.0.1 -p {port} file dir=/run/exports",
+        "rm -rf /run/listed; mkdir /run/listed; truncate -s 1M /run/listed/one; truncate -s 2M /run/listed/two",
+        "nbdkit -f -i 127.0.0.1 -p {port} file dir=/run/listed",
         {
             "one": {"name": "one", "description": "", "size": 1 << 20},
             "two": {"name": "two", "description": "", "size": 2 << 20},

@@ -323,7 +323,9 @@ def test_an_attach_call_wakes_a_boot_device_that_waits_and_gets_the_outcome(
             it.spawner.outcomes["attach"] = [DOWN, DOWN]
             it.device.start()
             await it.until(lambda status: status.last_error[0] != "" and status.worker_pid == 0)
-            assert await refused(it.device.attach()) is DOWN
+            told = await refused(it.device.attach())
+            assert isinstance(told, ConnectFailed)
+            assert str(told) == f"{DOWN} nbdd keeps trying, as the device has 'attach: boot'."
             assert it.now() is State.CONNECTING
             await it.device.attach()
             assert it.now() is State.ATTACHED

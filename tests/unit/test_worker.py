@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
 import pytest
@@ -270,6 +271,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
     fake = FakeKernel()
     monkeypatch.setattr(nbdd.worker, "Client", fake.client)
     monkeypatch.setattr(nbdd.worker, "find", fake.find)
+    monkeypatch.setattr(nbdd.worker, "Usage", lambda: SimpleNamespace(users=lambda _node: fake.claims))
     monkeypatch.setattr(nbdd.worker, "MEND_WAITS", (0.0, 0.01))
     monkeypatch.setattr(nbdd.worker, "_title", lambda _name: None)
     return fake
