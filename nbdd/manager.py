@@ -31,6 +31,16 @@ MAX_DEVICES = 4096
 """Ad-hoc devices beside the configured ones; the kernel numbers its nodes no further with many partitions each."""
 
 
+BATCH = 32
+"""Devices that are dealt with in one turn of the loop: ten thousand take seconds, and others want to be served."""
+
+
+async def _breathe(number: int) -> None:
+    """Let the loop turn, every BATCH calls with counting numbers."""
+    if number % BATCH == 0:
+        await asyncio.sleep(0)
+
+
 class Observer(Protocol):
     """Who wants to know; the bus, or nobody."""
 
@@ -106,7 +116,8 @@ class Manager:
                 raise
             log.error("the configuration is not used, only devices attached before are looked after:\n%s", error)
             definitions = {name: record.definition for name, record in records.items() if record.configured}
-        for definition in definitions.values():
+        for number, definition in enumerate(definitions.values()):
+            await _breathe(number)
             self._add(definition, configured=True)
         for name, record in records.items():
             device = self._devices.get(name) or self._add(record.definition, configured=False)
@@ -196,7 +207,8 @@ class Manager:
             wanted, self._defaults = configuration.devices, configuration.defaults
             have = [device for device in self._devices.values() if device.status.configured]
             added, changed = [], []
-            for name, definition in wanted.items():
+            for number, (name, definition) in enumerate(wanted.items()):
+                await _breathe(number)
                 device = self._devices.get(name)
                 if device is None:
                     added.append(name)
@@ -213,7 +225,9 @@ class Manager:
                 if definition.attach is Attach.BOOT:
                     device.start()
             leftovers = [device for device in have if device.name not in wanted]
-            await asyncio.gather(*map(self._retire, leftovers))
+            for start in range(0, len(leftovers), BATCH):
+                await asyncio.gather(*map(self._retire, leftovers[start : start + BATCH]))
+                await _breathe(start)
             return Changes(tuple(added), tuple(changed), tuple(device.name for device in leftovers))
 
     async def stop(self, *, detach: bool) -> list[str]:

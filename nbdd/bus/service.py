@@ -207,7 +207,10 @@ class ServiceBus(MessageBus):
         try:
             await self._opened.wait()
             signature, body = await self._dispatch(message)
-            self._reply(message, Message.new_method_return(message, signature, body))
+            if signature == OBJECT_MANAGER.methods["GetManagedObjects"].out_signature:
+                await self._reply_managed_objects(message)
+            else:
+                self._reply(message, Message.new_method_return(message, signature, body))
         except DispatchError as error:
             self._fail(message, error.name, str(error))
         except NbddError as error:
@@ -316,13 +319,29 @@ class ServiceBus(MessageBus):
         raise DispatchError("PropertyReadOnly", f"{name} can't be set; methods change what can be changed.")
 
     def _on_managed_objects(self, _path: str, _body: list[Any]) -> list[Any]:
-        return [
-            {
-                path: {exported.interface.name: exported.variants() for exported in interfaces}
-                for path, interfaces in self._served.items()
-                if path != self._root
-            }
-        ]
+        return []  # see _reply_managed_objects
+
+    async def _reply_managed_objects(self, message: Message) -> None:
+        """Answer GetManagedObjects from a thread: ten thousand objects take seconds, and the loop must turn."""
+        served = [(path, interfaces) for path, interfaces in self._served.items() if path != self._root]
+        reply = Message.new_method_return(message, OBJECT_MANAGER.methods["GetManagedObjects"].out_signature)
+        reply.serial = self.next_serial()
+
+        def marshal() -> bytes:
+            reply.body = [
+                {
+                    path: {exported.interface.name: exported.variants() for exported in interfaces}
+                    for path, interfaces in served
+                }
+            ]
+            return bytes(reply._marshall(negotiate_unix_fd=False))  # noqa: SLF001 - as dbus-next itself sends
+
+        octets = await asyncio.to_thread(marshal)
+        if not message.flags & MessageFlag.NO_REPLY_EXPECTED and not self._disconnected:
+            self._written = asyncio.get_running_loop().create_future()
+            self._written.add_done_callback(lambda written: written.cancelled() or written.exception())
+            self._writer.messages.put_nowait((octets, [], self._written))
+            self._writer.schedule_write()
 
     def _signal(self, interface: Interface, member: str, signature: str, body: list[Any], path: str) -> None:
         if self.connected and self._opened.is_set():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.system.lab import ATTACH_SECONDS, Lab
+from tests.system.lab import ATTACH_SECONDS, Lab, Server
 
 NAME = "load"
 
@@ -138,8 +138,9 @@ def test_restart_and_package_upgrade_keep_the_device_and_its_io(lab: Lab, load: 
     load.end()
 
 
-def test_stop_leaves_a_mounted_device_attached_and_start_takes_it_up_again(lab: Lab) -> None:
-    server = lab.nbdkit("memory 64M")
+def test_stop_leaves_a_mounted_device_attached_and_start_takes_it_up_and_mends_it_again(lab: Lab) -> None:
+    lab.guest.run("rm -f /root/disk.img; truncate -s 64M /root/disk.img")
+    server = lab.nbdkit("file /root/disk.img")
     lab.define(f"devices:\n  used:\n    uri: {server.uri}\n  idle:\n    uri: {server.uri}\n")
     lab.attach("used")
     lab.attach("idle")
@@ -156,8 +157,12 @@ def test_stop_leaves_a_mounted_device_attached_and_start_takes_it_up_again(lab: 
     lab.wait_for("used", "State", 's "attached"')
     assert lab.device("used")["AttachedSince"] == before["AttachedSince"]
     assert lab.device("idle")["State"] == "detached"
+    # The links were the kernel's alone since the stop, and their death is seen all the same.
+    again = _restart(lab, server, "/root/disk.img", "used")
+    assert lab.guest.run("echo 3 >/proc/sys/vm/drop_caches; cat /mnt/t/x").stdout == "x\n"
     lab.guest.run("umount /mnt/t")
     lab.detach("used")
+    lab.guest.run(f"systemctl stop {again}")
 
 
 def test_a_device_of_somebody_else_is_never_touched(lab: Lab) -> None:
@@ -183,15 +188,20 @@ def test_a_server_that_restarts_is_connected_again_and_io_goes_on(lab: Lab) -> N
     lab.define(f"devices:\n  again:\n    uri: {server.uri}\n")
     lab.attach("again")
     lab.guest.run("dd if=/dev/urandom of=/dev/disk/by-nbd/again bs=1M count=8 oflag=direct status=none")
-    port = server.uri.split(":")[2].strip("/")
-    lab.guest.run(f"systemctl kill --signal=KILL {server.unit}")
-    lab.wait_for("again", "State", 's "reconnecting"')
-    assert lab.device("again")["LastError"][0].startswith("org.nbdd1.Error.")
-    lab.guest.run(
-        f"systemd-run -q --collect --unit={server.unit}b nbdkit -f -i 127.0.0.1 -p {port} file /root/disk.img"
-    )
-    lab.wait_for("again", "State", 's "attached"')
+    again = _restart(lab, server, "/root/disk.img", "again")
     assert lab.device("again")["Reconnects"] == 1
     lab.guest.run("cmp -n 8388608 /dev/disk/by-nbd/again /root/disk.img")
     lab.detach("again")
-    lab.guest.run(f"systemctl stop {server.unit}b")
+    lab.guest.run(f"systemctl stop {again}")
+
+
+def _restart(lab: Lab, server: Server, image: str, name: str) -> str:
+    """Kill a server, see the device wait for it, start it again, see the device mended; returns the new unit."""
+    port = server.uri.split(":")[2].strip("/")
+    lab.guest.run(f"systemctl kill --signal=KILL {server.unit}")
+    lab.wait_for(name, "State", 's "reconnecting"')
+    assert lab.device(name)["LastError"][0].startswith("org.nbdd1.Error.")
+    unit = f"{server.unit}b"
+    lab.guest.run(f"systemd-run -q --collect --unit={unit} nbdkit -f -i 127.0.0.1 -p {port} file {image}")
+    lab.wait_for(name, "State", 's "attached"')
+    return unit
