@@ -225,7 +225,8 @@ class WorkerProcess:
         future = self._replies.get(number) if isinstance(number, int) else None
         if isinstance(number, int) and future is not None and not future.done():
             self._reply_fds[number] = fds
-            future.set_result(message)
+            # The number is ours, not part of the reply, which may be kept as a device's notes.
+            future.set_result({key: value for key, value in message.items() if key != "id"})
         elif "event" in message:
             self._on_event(message, fds)
         else:

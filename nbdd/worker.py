@@ -134,7 +134,7 @@ class Worker:
         finally:
             for fd in fds:
                 os.close(fd)
-        self._channel.send({"id": order["id"], **reply}, reply_fds)
+        self._channel.send({**reply, "id": order["id"]}, reply_fds)
 
     def _tell(self, event: str, **fields: Any) -> None:
         self._channel.send({"event": event, **fields})

@@ -520,6 +520,12 @@ def test_adopt_of_what_is_gone_or_was_never_bound_is_refused_and_leaves_no_socke
     assert kernel.open_clients == 0
 
 
+def test_a_reply_has_the_number_of_its_order_whatever_stands_in_the_notes(boss: Boss, kernel: FakeKernel) -> None:
+    with Server(offers({b"": MIB})) as server:
+        binding = notes(server, kernel) | {"id": 4711}
+        assert boss.order("adopt", definition=wire(server), binding=binding)["index"] == 0
+
+
 def test_adopt_passes_over_descriptors_that_are_no_sockets(boss: Boss, kernel: FakeKernel, tmp_path: Path) -> None:
     with Server(offers({b"": MIB})) as server:
         binding = notes(server, kernel)
