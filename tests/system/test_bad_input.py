@@ -338,9 +338,7 @@ def test_a_file_without_permission_is_named_by_the_check(lab: Lab) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skip(
-    reason="took longer than the watchdog allows in a guest; not proved since that was mended"
-)
+@pytest.mark.skip(reason="took longer than the watchdog allows in a guest; not proved since that was mended")
 @pytest.mark.usefixtures("unharmed")
 def test_ten_thousand_devices_are_taken_listed_and_dropped_while_the_manager_answers(lab: Lab) -> None:
     names = [f"disk-{number:05d}" for number in range(10_000)]
