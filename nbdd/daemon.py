@@ -155,7 +155,11 @@ class _Told:
         self._soon = None
         count = Counter(self._states.values())
         bound = sum(number for state, number in count.items() if state.bound)
-        others = [f"{count[state]} {state}" for state in State if count[state] and state is not State.DETACHED]
+        others = [
+            f"{count[state]} {state}"
+            for state in State
+            if count[state] and state not in (State.DETACHED, State.ATTACHED)
+        ]
         line = f"{bound}/{len(self._states)} attached" + (f" ({', '.join(others)})" if others else "")
         if line != self._line:
             self._line = line
