@@ -208,11 +208,15 @@ class Lab:
             PurePosixPath(path).parent.name for path in self.guest.run("ls -d /sys/block/nbd*/pid || :").stdout.split()
         ]
 
-    def kernel_trouble(self) -> list[str]:
-        """Lines of the kernel's log since `mark` that no kernel should write."""
+    def kernel_log(self) -> list[str]:
+        """What the kernel said since `mark`."""
         log = self.guest.run("dmesg").stdout.splitlines()
         start = log.index(self._log_mark) + 1 if self._log_mark in log else 0
-        return [line for line in log[start:] if _KERNEL_TROUBLE.search(line)]
+        return log[start:]
+
+    def kernel_trouble(self) -> list[str]:
+        """Lines of it that no kernel should write."""
+        return [line for line in self.kernel_log() if _KERNEL_TROUBLE.search(line)]
 
     def mark(self) -> None:
         """Begin: what the kernel said so far is not this test's."""
