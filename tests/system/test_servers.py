@@ -111,7 +111,8 @@ def connect(servers: Servers, kind: str, transport: Transport, content: str, mor
     if kind.startswith("nbd-server"):
         shared = servers.nbd_unix if transport is UNIX else servers.nbd_tcp
         server = Server(shared.unit, transport.uri.format(name=name, port=shared.uri, unit=shared.unit))
-        lab.until(f"nbdinfo --size {shlex.quote(server.uri)} >/dev/null", 90)
+        # A search for large primes has no bound: seconds most often, minutes where chance and the emulation are unkind.
+        lab.until(f"nbdinfo --size {shlex.quote(server.uri)} >/dev/null", 400)
         stop = ":"
     else:
         if kind == "nbdkit-memory":
