@@ -100,39 +100,32 @@ class Manager:
             ) from None
 
     async def start(self, sockets: Mapping[str, list[int]]) -> None:
-        """Read the configuration, take over what a predecessor left bound, begin to attach what says ``attach: boot``.
+        """Take over what a predecessor left bound, read the configuration, begin to attach what says ``attach: boot``.
 
         `sockets` are the links that a predecessor kept, by device; those of no device are closed.
         Raises InvalidConfig if the configuration is bad and nothing is there to be taken over; with devices to look
-        after, a bad file is told and the devices come first.
+        after, a bad file is told and the devices stay what they were.
         """
         kept = dict(sockets)
-        records = {record.definition.name: record for record in self._records.load()}
-        try:
-            configuration = await asyncio.to_thread(self._load)
-            definitions, self._defaults = configuration.devices, configuration.defaults
-        except NbddError as error:
-            if not records:
-                raise
-            log.error("the configuration is not used, only devices attached before are looked after:\n%s", error)
-            definitions = {name: record.definition for name, record in records.items() if record.configured}
-        for number, definition in enumerate(definitions.values()):
-            await _breathe(number)
-            self._add(definition, configured=True)
-        for name, record in records.items():
-            device = self._devices.get(name) or self._add(record.definition, configured=False)
-            device.adopt(record, kept.pop(name, []))
-            if record.configured and name not in definitions:
-                # It left the configuration while nobody was looking.
-                self._background(self._retire(device))
+        records = self._records.load()
+        # First, and by what the records say: a link may be dead, and I/O waiting, while ten thousand lines are read.
+        for record in records:
+            name = record.definition.name
+            self._add(record.definition, configured=record.configured).adopt(record, kept.pop(name, []))
         for name, fds in kept.items():
             log.warning("%s: its links were kept, but its record is gone: a device on them is not known any more", name)
             for fd in fds:
                 os.close(fd)
             self._keep_sockets(name, [])
-        for definition in definitions.values():
-            if definition.attach is Attach.BOOT:
-                self._devices[definition.name].start()
+        try:
+            _, leftovers = await self._apply(await asyncio.to_thread(self._load))
+        except NbddError as error:
+            if not records:
+                raise
+            log.error("the configuration is not used, only devices attached before are looked after:\n%s", error)
+        else:
+            # They left the configuration while nobody was looking.
+            self._background(self._retire_all(leftovers))
 
     async def attach(self, name: str, options: Mapping[str, object]) -> Device:
         """Attach a device that has a definition; return when it is usable."""
@@ -203,32 +196,34 @@ class Manager:
         Returns when the leftovers nobody uses are detached; the new ones are attached behind the caller's back.
         """
         async with self._reloading:
-            configuration = await asyncio.to_thread(self._load)
-            wanted, self._defaults = configuration.devices, configuration.defaults
-            have = [device for device in self._devices.values() if device.status.configured]
-            added, changed = [], []
-            for number, (name, definition) in enumerate(wanted.items()):
-                await _breathe(number)
-                device = self._devices.get(name)
-                if device is None:
-                    added.append(name)
-                    device = self._add(definition, configured=True)
-                elif not device.status.configured:
-                    # Somebody attached it by hand before it had a definition.
-                    added.append(name)
-                    device.redefine(definition)
-                elif device.definition != definition:
-                    changed.append(name)
-                    device.redefine(definition)
-                else:
-                    continue
-                if definition.attach is Attach.BOOT:
-                    device.start()
-            leftovers = [device for device in have if device.name not in wanted]
-            for start in range(0, len(leftovers), BATCH):
-                await asyncio.gather(*map(self._retire, leftovers[start : start + BATCH]))
-                await _breathe(start)
-            return Changes(tuple(added), tuple(changed), tuple(device.name for device in leftovers))
+            changes, leftovers = await self._apply(await asyncio.to_thread(self._load))
+            await self._retire_all(leftovers)
+            return changes
+
+    async def _apply(self, configuration: Configuration) -> tuple[Changes, list[Device]]:
+        """Keep the equal, add the new, redefine the changed; returns the leftovers too, which are not touched yet."""
+        wanted, self._defaults = configuration.devices, configuration.defaults
+        have = [device for device in self._devices.values() if device.status.configured]
+        added, changed = [], []
+        for number, (name, definition) in enumerate(wanted.items()):
+            await _breathe(number)
+            device = self._devices.get(name)
+            if device is None:
+                added.append(name)
+                device = self._add(definition, configured=True)
+            elif not device.status.configured:
+                # Somebody attached it by hand before it had a definition.
+                added.append(name)
+                device.redefine(definition)
+            elif device.definition != definition:
+                changed.append(name)
+                device.redefine(definition)
+            else:
+                continue
+            if definition.attach is Attach.BOOT:
+                device.start()
+        leftovers = [device for device in have if device.name not in wanted]
+        return Changes(tuple(added), tuple(changed), tuple(device.name for device in leftovers)), leftovers
 
     async def stop(self, *, detach: bool) -> list[str]:
         """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached."""
@@ -249,6 +244,11 @@ class Manager:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _retire_all(self, devices: list[Device]) -> None:
+        for start in range(0, len(devices), BATCH):
+            await asyncio.gather(*map(self._retire, devices[start : start + BATCH]))
+            await _breathe(start)
 
     async def _retire(self, device: Device) -> None:
         """The configuration no longer has the device: detach it, unless somebody uses it; then it stays for them."""

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -58,10 +59,13 @@ class Desk:
         self.news: list[tuple[str, str]] = []
         self.wanted: Sequence[Definition] | NbddError = ()
         self.defaults: Mapping[str, object] = {}
+        self.readable = threading.Event()
+        self.readable.set()
         self._changed = asyncio.Event()
         self.manager = Manager(self._load, cast(Supervisor, self.spawner), self.records, self._keep, self)
 
     def _load(self) -> Configuration:
+        assert self.readable.wait(10)
         if isinstance(self.wanted, NbddError):
             raise self.wanted
         devices = {wanted.name: wanted for wanted in self.wanted}
@@ -247,9 +251,26 @@ def test_a_device_attached_by_hand_is_adopted_and_stays(tmp_path: Path) -> None:
         it.was_bound(definition("hand"), configured=False)
         await it.start(definition("a"))
         await it.until(lambda: it.state("hand") is State.ATTACHED)
-        assert it.names() == ["a", "hand"]
+        assert sorted(it.names()) == ["a", "hand"]
         await it.manager.detach("hand")
         assert it.names() == ["a"]
+
+    play(tmp_path, script)
+
+
+def test_what_was_bound_is_looked_after_before_the_configuration_is_read(tmp_path: Path) -> None:
+    async def script(it: Desk) -> None:
+        it.was_bound(definition("a"))
+        it.readable.clear()
+        starting = asyncio.create_task(it.start(definition("a", timeout=7), definition("b")))
+        await it.until(lambda: "a" in it.names() and it.state("a") is State.ATTACHED)
+        assert it.names() == ["a"]
+        it.readable.set()
+        await starting
+        assert it.names() == ["a", "b"]
+        # A definition that changed meanwhile is dealt with as by a reload: it holds from the next attach on.
+        assert it.manager.device("a").definition.timeout == 7
+        assert it.manager.device("a").status.timeout == 0
 
     play(tmp_path, script)
 
