@@ -6,9 +6,9 @@
        │                     v                     v
        └──────detach────── failed               detaching ──free──> detached
 
-One task, the *runner*, holds a worker by the hand for as long as the device is wanted: it attaches, watches, and when
-the worker ends for whatever reason lets a new one adopt the bound device. `detach` takes the runner's place for the
-time of the detaching. State changes in one method, `_set`, which tells the log and the manager.
+One task, the *runner*, keeps the worker's post filled for as long as the device is wanted: it attaches, watches, and
+when the worker ends for whatever reason lets a new one adopt the bound device. `detach` takes the runner's place for
+the time of the detaching. State changes in one method, `_set`, which tells the log and the manager.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from nbdd.channel import Message
 from nbdd.definition import Attach, Definition
 from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, WorkerFailed
+from nbdd.post import KeepSockets, Post, Spawner
 from nbdd.records import Record, Records
 from nbdd.status import State, Status, state_for, told_of
 from nbdd.supervisor import WorkerProcess, backoff
@@ -50,17 +51,6 @@ ATTEMPTS = 3
 """How often one request is put to a new worker when workers die under it."""
 
 
-KeepSockets = Callable[[str, Sequence[int]], None]
-"""Puts duplicates of a device's links where a successor of this process finds them; an empty list takes them away."""
-
-
-class Spawner(Protocol):
-    """The part of the supervisor that a device needs."""
-
-    def spawn(self, name: str, on_event: Callable[[Message, list[int]], None]) -> Coroutine[Any, Any, WorkerProcess]:
-        """See `Supervisor.spawn`."""
-
-
 class Device:
     """One definition and what has become of it. Lives in the manager's loop; all times in seconds."""
 
@@ -77,17 +67,18 @@ class Device:
         self._definition = definition
         # The definition with what this attachment changed: options of Attach, a new timeout.
         self._active = definition
-        self._supervisor = supervisor
         self._records = records
-        self._keep_sockets = keep_sockets
         self._on_change = on_change
         self._runner: asyncio.Task[None] | None = None
-        self._worker: WorkerProcess | None = None
+        self._post = Post(
+            definition.name,
+            supervisor,
+            keep_sockets,
+            on_event=self._event,
+            on_holder=lambda pid: self._set(worker_pid=pid),
+        )
         self._record: Record | None = None
-        # Duplicates of the links, for the next worker to watch; and, kept by systemd, for the next manager's.
-        self._sockets: list[int] = []
         self._kick = asyncio.Event()
-        self._ready = asyncio.Event()
         self._outcome: asyncio.Future[None] | None = None
         # Whether only the attempt under way can have bound the device: then nobody was told of it and uses it.
         self._fresh = False
@@ -129,7 +120,7 @@ class Device:
     def adopt(self, record: Record, sockets: list[int]) -> None:
         """Take over a device that a predecessor bound, with its links as far as they were kept; return at once."""
         self._record = record
-        self._sockets = sockets
+        self._post.inherit(sockets)
         self._active = record.definition
         self._set(state=State.CONNECTING, **self._told_by(record.definition))
         self._run(self._adopt)
@@ -177,7 +168,7 @@ class Device:
             if state is State.CONNECTING:
                 # The worker may be anywhere between the first connect and the bound device: end it, and look what it
                 # left.
-                await self._end_worker()
+                await self._post.vacate()
                 if fresh:
                     self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
             await self._release(force=force, until=time.monotonic() + wait)
@@ -219,9 +210,9 @@ class Device:
         """Let go without detaching: the device stays in the kernel for a successor to adopt."""
         self._closed = True
         await self._stop_runner()
-        await self._end_worker()
+        await self._post.vacate()
         self._settle(WorkerFailed("nbdd is stopping."))
-        self._close_sockets()
+        self._post.close_links()
 
     # The runner
 
@@ -283,7 +274,7 @@ class Device:
             except NbddError as error:
                 died = isinstance(error, WorkerFailed)
                 deaths = deaths + 1 if died else 0
-                await self._end_worker()
+                await self._post.vacate()
                 if not resume and not died:
                     self._forget()
                 if not self._persistent and not (died and deaths < ATTEMPTS):
@@ -337,14 +328,13 @@ class Device:
                 return
             except NotAttached as error:
                 self._forget()
-                self._take_sockets([])
-                await self._end_worker()
+                self._post.take_links([])
+                await self._post.vacate()
                 if not self._persistent:
                     raise
                 log.warning("%s: %s Attaching it anew.", self.name, error)
                 self._active = self._definition
                 self._fresh = True
-                self._ready.clear()
                 self._clear(state=State.CONNECTING, last_error=told_of(error))
                 await self._attach_until_bound()
                 return
@@ -355,21 +345,15 @@ class Device:
 
     async def _watch(self) -> None:
         """Return when the worker has ended."""
-        worker = self._worker
+        worker = self._post.holder
         if worker is None:
             return
-        ending = await asyncio.shield(worker.ended)
-        self._ready.clear()
-        self._worker = None
+        ending = await self._post.left()
         log.warning("%s: worker %d %s; the device stays, a new worker adopts it", self.name, worker.pid, ending)
-        self._set(worker_pid=0)
 
     async def _attempt(self, order: str, **arguments: Any) -> None:
-        """Spawn a worker and give it its first order; on return the device is attached."""
-        self._ready.clear()
-        await self._end_worker()
-        self._worker = worker = await self._supervisor.spawn(self.name, self._event)
-        self._set(worker_pid=worker.pid)
+        """Give a new worker its first order; on return the device is attached."""
+        worker = await self._post.fill()
         if order == "attach":
             if self._record is None:
                 # Nobody else's device may stand under our name, or the record would make it ours.
@@ -377,17 +361,17 @@ class Device:
             # Before the kernel is asked: see records.py.
             self._keep(Record(self._active, self._status.configured))
         reply, fds = await worker.request_fds(
-            order, deadline=ATTACH_DEADLINE, fds=tuple(self._sockets) if order == "adopt" else (), **arguments
+            order, deadline=ATTACH_DEADLINE, fds=self._post.links if order == "adopt" else (), **arguments
         )
-        self._take_sockets(fds)
+        self._post.take_links(fds)
         self._bound(reply)
 
     # What happened
 
     def _event(self, message: Message, fds: list[int]) -> None:
         """Something the worker says unasked."""
-        if message["event"] == "links" and self._worker is not None:
-            self._take_sockets(fds)
+        if message["event"] == "links" and self._post.holder is not None:
+            self._post.take_links(fds)
             self._links(message)
             return
         for fd in fds:
@@ -403,7 +387,13 @@ class Device:
         if self._record is not None and self._record.binding is not None:
             self._note(binding={**self._record.binding, "live": live, "reconnects": reconnects, "uri": uri})
         if "error" in message:
-            changes["last_error"] = told_of(NbddError.from_wire(message))
+            error = NbddError.from_wire(message)
+            changes["last_error"] = told_of(error)
+            # An attempt that fails like the one before it is not worth a line.
+            if live < self._status.live_connections or changes["last_error"] != self._status.last_error:
+                log.warning("%s: %s", self.name, error)
+        elif reconnects > self._status.reconnects:
+            log.info("%s: connected to %s again, %d of %d links", self.name, uri, live, self._status.connections)
         if self._status.state.bound:
             changes["state"] = state_for(live, self._status.connections)
         self._set(**changes)
@@ -428,41 +418,45 @@ class Device:
         self._fresh = False
         # If this can't be written, the record of the attempt still stands, and a successor finds the device by name.
         self._note(binding=reply, definition=self._active, attached_since=told["attached_since"])
-        self._ready.set()
+        self._post.open()
         self._set(**told)
         self._settle(None)
 
     def _failed(self, error: NbddError) -> None:
         """The device is not attached, and nothing more is tried."""
         log.error("%s: %s", self.name, error)
-        self._let_go()
+        self._post.abandon()
         self._clear(state=State.FAILED, last_error=told_of(error))
         self._settle(error)
 
     def _detached(self) -> None:
         """The device is free, and the definition is what counts again."""
         self._forget()
-        self._let_go()
+        self._post.abandon()
         self._active = self._definition
         self._clear()
 
     def _not_detached(self, state: State, error: BaseException, *, fresh: bool) -> None:
         """The device may still be there. If it is in use it wants looking after, even if whoever asked has gone."""
-        told = told_of(error) if isinstance(error, NbddError) else self._status.last_error
+        told = self._status.last_error
+        if isinstance(error, Busy):
+            # No fault of the device's: who asked for it is told, and the journal.
+            log.warning("%s: not detached: %s", self.name, error)
+        elif isinstance(error, NbddError):
+            told = told_of(error)
         over = fresh and not isinstance(error, Busy)
         if self._record is None or over or not (state.bound or state is State.CONNECTING):
             self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
-            self._let_go()
+            self._post.abandon()
             self._clear(state=State.FAILED, last_error=told)
             return
-        if not isinstance(error, NbddError) and self._worker is not None:
-            # It may be in the middle of the detach. Its successor sees what came of it.
-            self._ready.clear()
-            self._worker.kill()
+        if not isinstance(error, NbddError):
+            # The worker may be in the middle of the detach. Its successor sees what came of it.
+            self._post.dismiss()
         live = self._status.live_connections
         back = state_for(live, self._status.connections) if state.bound else state
         self._set(state=back, last_error=told)
-        self._run(self._watch if self._alive() and self._ready.is_set() else self._adopt)
+        self._run(self._watch if self._post.is_open else self._adopt)
 
     # Tools
 
@@ -476,16 +470,11 @@ class Device:
             try:
                 if self._closed:
                     raise WorkerFailed("nbdd is stopping.")
-                if not self._alive():
-                    # It is there to detach, and looks after nothing.
-                    self._ready.clear()
-                    self._worker = await self._supervisor.spawn(self.name, self._event)
-                    self._set(worker_pid=self._worker.pid)
-                assert self._worker is not None  # noqa: S101 - alive or just spawned
-                await self._worker.request(
+                worker = await self._post.filled()
+                await worker.request(
                     "detach",
                     deadline=ORDER_DEADLINE,
-                    fds=tuple(self._sockets),
+                    fds=self._post.links,
                     definition=record.definition.to_wire(),
                     binding=record.binding,
                     force=force,
@@ -515,37 +504,14 @@ class Device:
 
     async def _bound_worker(self) -> WorkerProcess:
         """The worker of the attached device, or its successor, which may still be adopting."""
-        if not self._alive():
-            # It ended, and the runner has not looked yet.
-            self._ready.clear()
-        if self._status.state.bound:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(READY_DEADLINE):
-                    await self._ready.wait()
+        worker = await self._post.manned(READY_DEADLINE if self._status.state.bound else 0)
         if self._status.state is State.DETACHING:
             raise Busy(f"{self.name!r} is being detached; try again in a moment.")
         if not self._status.state.bound:
             raise NotAttached(f"{self.name!r} is not attached.")
-        if self._worker is None or not self._ready.is_set():
+        if worker is None:
             raise WorkerFailed(f"{self.name!r} has no worker at the moment; try again.")
-        return self._worker
-
-    def _alive(self) -> bool:
-        return self._worker is not None and not self._worker.ended.done()
-
-    async def _end_worker(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            await worker.close()
-            self._set(worker_pid=0)
-
-    def _let_go(self) -> None:
-        """Nobody looks after the device any more."""
-        self._ready.clear()
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker = None
-        self._take_sockets([])
+        return worker
 
     def _keep(self, record: Record) -> None:
         self._records.write(record)
@@ -574,15 +540,6 @@ class Device:
         else:
             self._outcome.set_exception(error)
             self._outcome.exception()  # fetched, in case nobody waits any more
-
-    def _take_sockets(self, fds: list[int]) -> None:
-        self._close_sockets()
-        self._sockets = fds
-        self._keep_sockets(self.name, fds)
-
-    def _close_sockets(self) -> None:
-        while self._sockets:
-            os.close(self._sockets.pop())
 
     def _told_by(self, definition: Definition) -> dict[str, Any]:
         return {

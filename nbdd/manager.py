@@ -15,8 +15,9 @@ from typing import Any, Protocol
 from nbdd.channel import Message
 from nbdd.config import Configuration, definition_from_options, options_with
 from nbdd.definition import Attach, Definition, check_name
-from nbdd.device import Device, KeepSockets
+from nbdd.device import Device
 from nbdd.errors import AlreadyAttached, Busy, InvalidArgs, NbddError, NoSuchDevice, NotAttached
+from nbdd.post import KeepSockets
 from nbdd.records import Records
 from nbdd.status import State, Status
 from nbdd.supervisor import Supervisor

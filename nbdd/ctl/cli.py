@@ -241,7 +241,8 @@ def status(name: str, as_json: bool) -> None:
         print(show.status(device, statistics, show.Look.of(sys.stdout)))
 
 
-@cli.command("set-timeout")
+# "-1" is a number out of range here, not an option.
+@cli.command("set-timeout", context_settings={"ignore_unknown_options": True})
 @device_argument(lambda device: bool(device.node))
 @click.argument("seconds", metavar="SECONDS", type=number)
 @as_json
