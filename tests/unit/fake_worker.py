@@ -136,6 +136,8 @@ class FakeSpawner:
         self.mounted: set[str] = set()
         """Devices that somebody was quick to mount."""
         self.connections = 1
+        self.exports: dict[str, str] = {}
+        """Device name to the export on the server, where they differ."""
         self.before: dict[str, asyncio.Event] = {}
         self.after: dict[str, asyncio.Event] = {}
         self.outcomes: dict[str, list[NbddError | str]] = defaultdict(list)
@@ -247,7 +249,7 @@ class FakeSpawner:
             "index": self.bound[name],
             "node": f"/dev/nbd{self.bound[name]}",
             "diskseq": 7,
-            "uri": f"nbd://storage.example/{name}",
+            "uri": f"nbd://storage.example/{self.exports.get(name, name)}",
             "size": 1 << 20,
             "block-size": 512,
             "read-only": False,

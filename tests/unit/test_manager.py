@@ -286,6 +286,18 @@ def test_a_vanished_device_is_failed_if_manual_and_attached_anew_if_boot(tmp_pat
     play(tmp_path, script)
 
 
+def test_an_export_that_is_attached_twice_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def script(it: Desk) -> None:
+        it.spawner.exports = {"a": "disk", "b": "disk"}
+        await it.start(definition("a"), definition("b"))
+        await it.manager.attach("a", {})
+        assert "is attached as" not in caplog.text
+        await it.manager.attach("b", {})
+        assert "b: nbd://storage.example/disk is attached as a too" in caplog.text
+
+    play(tmp_path, script)
+
+
 # Names
 
 
