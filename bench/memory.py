@@ -86,7 +86,7 @@ class Process:
 
     pid: int
     role: str
-    """`manager`, `fork server`, `worker`, or what else runs there."""
+    """`manager`, `fork server`, `worker`, `errand` (what a worker sends for a moment), or what else runs there."""
     pss: int
     """KiB; so are all that follow."""
     anonymous: int
@@ -113,7 +113,7 @@ def processes() -> list[Process]:
     return sorted(found, key=lambda process: (_ROLES.index(process.role), process.pid))
 
 
-_ROLES = ("manager", "fork server", "worker", "other")
+_ROLES = ("manager", "fork server", "worker", "errand", "other")
 
 
 def _process(pid: int, main: int) -> Process:
@@ -124,6 +124,8 @@ def _process(pid: int, main: int) -> Process:
         role = "manager"
     elif (proc / "comm").read_text().startswith("nbdd:"):
         role = "worker"
+    elif (proc / "comm").read_text().startswith("errand:"):
+        role = "errand"
     else:
         role = "fork server" if b"nbdd.forkserver" in (proc / "cmdline").read_bytes() else "other"
     return Process(

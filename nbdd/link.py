@@ -3,18 +3,30 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
+import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
 from nbdd.definition import Definition
 from nbdd.errors import ConnectFailed, NegotiationFailed, ServerError
 from nbdd.protocol import Export, Flags
-from nbdd.transport import Deadline, open_export
+from nbdd.transport import NETWORK_TIMEOUT, Deadline, open_export
 from nbdd.uri import URI
 
 MIN_BLOCK_SIZE = 512
 """Bytes; what the kernel can address at least."""
+
+_DISC = struct.pack(">IHHQQI", 0x25609513, 0, 2, 0, 0, 0)
+"""NBD_CMD_DISC (proto.md, Request message): magic, flags, type, cookie, offset, length."""
+
+# include/net/tcp_states.h; `struct tcp_info` of linux/tcp.h begins with the state.
+_FIN_WAIT1, _FIN_WAIT2, _CLOSED, _CLOSING = 4, 5, 7, 11
+_TCP_INFO = struct.Struct("=B55xI")
+"""tcpi_state, and tcpi_last_ack_recv in milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +48,9 @@ class Links:
         self.close()
 
     def close(self) -> None:
-        """Close every socket."""
+        """Take leave of the server and close; only for links that the kernel never got."""
         for sock in self.sockets:
-            sock.close()
+            hang_up(sock)
 
 
 def open_links(definition: Definition, deadline: Deadline, connections: int | None = None) -> Links:
@@ -92,8 +104,39 @@ def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> 
         return Links(uri, export, tuple(sockets), block_size, read_only, tuple(warnings))
     except BaseException:
         for opened in sockets:
-            opened.close()
+            hang_up(opened)
         raise
+
+
+def hang_up(sock: socket.socket) -> None:
+    """Close a link that never carried a request, in good order: without the farewell servers log an error."""
+    with suppress(OSError):
+        sock.send(_DISC, socket.MSG_DONTWAIT)
+    sock.close()
+
+
+def why_ended(sock: socket.socket) -> str:
+    """Why a link of the kernel is dead, as a part of a sentence, as far as its socket still knows."""
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error == errno.ECONNRESET:
+        return "the server reset it"
+    if error not in (0, errno.ETIMEDOUT, errno.EPIPE):
+        return os.strerror(error)[:1].lower() + os.strerror(error)[1:]
+    # The driver reads the same error, and who comes first takes it away. What TCP noted down stays.
+    state, silent = _tcp(sock)
+    if error == errno.ETIMEDOUT or (state == _CLOSED and silent >= NETWORK_TIMEOUT * 900):
+        return f"the other machine gave no sign of life for {NETWORK_TIMEOUT} s"
+    if state in (_FIN_WAIT1, _FIN_WAIT2, _CLOSING):
+        return "the kernel gave it up, since a request took too long or got no proper answer"
+    return "the server closed it"
+
+
+def _tcp(sock: socket.socket) -> tuple[int, int]:
+    """State, and milliseconds since the last acknowledgement; (0, 0) for Unix sockets."""
+    if sock.family == socket.AF_UNIX:
+        return 0, 0
+    state, silent = _TCP_INFO.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    return state, silent
 
 
 def differs(one: Export, other: Export) -> str:

@@ -43,6 +43,7 @@ _REASONS = {
     errno.ENOENT: "there is no such socket, the server may not be running",
     errno.EACCES: "permission denied",
     errno.EPROTOTYPE: "the socket is not a stream socket",
+    errno.ENOTCONN: "the server hung up at once",
 }
 
 
@@ -307,7 +308,7 @@ def _hurry(sock: socket.socket) -> None:
     Servers send a reply in small pieces, and one without TCP_NODELAY holds back each until we acknowledge the last,
     for which the kernel otherwise takes its time. Measured on loopback with qemu-nbd: 44 ms for NBD_OPT_GO.
     """
-    if sock.family != socket.AF_UNIX:
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 

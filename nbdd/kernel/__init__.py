@@ -6,7 +6,7 @@ from __future__ import annotations
 from nbdd.kernel.family import ClientFlags, ServerFlags
 from nbdd.kernel.link import LinkDeadMonitor
 from nbdd.kernel.netlink import NetlinkNBD
-from nbdd.kernel.release import identify, release
+from nbdd.kernel.release import identify, let_udev_finish, release
 from nbdd.kernel.sysfs import Node, find, module_loaded, nodes
 from nbdd.kernel.udev import scan_partitions, settle
 from nbdd.kernel.usage import Usage
@@ -20,6 +20,7 @@ __all__ = [
     "Usage",
     "find",
     "identify",
+    "let_udev_finish",
     "module_loaded",
     "nodes",
     "release",

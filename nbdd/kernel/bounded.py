@@ -21,6 +21,9 @@ T = TypeVar("T")
 NUDGE_SECONDS = 2.0
 """How long a call may be stuck before it is nudged."""
 
+INTERRUPT_SECONDS = 1.0
+"""How long an interruption, such as Ctrl-C, is held back for the call to come to its end."""
+
 
 class _Call(Generic[T]):
     """One call in one daemon thread; exactly one side, caller or thread, gets to keep the result."""
@@ -55,6 +58,15 @@ class _Call(Generic[T]):
             self._left = not self.done.is_set()
         return not self._left
 
+    def leave(self) -> None:
+        """Nobody takes the result any more."""
+        with self._lock:
+            self._left = True
+            left = list(self._results)
+        if self._late is not None:
+            for result in left:
+                self._late(result)
+
     def result(self) -> T:
         if self._error is not None:
             raise self._error
@@ -75,11 +87,21 @@ def bounded(
     that came back when nobody waited any more, for it to be undone (it runs in the left thread).
     """
     work = _Call(call, late)
-    threading.Thread(target=work.run, name="nbdd-kernel", daemon=True).start()
-    if nudge is not None and seconds > NUDGE_SECONDS:
-        if not work.done.wait(NUDGE_SECONDS):
-            nudge()
-        seconds -= NUDGE_SECONDS
-    if not work.wait(seconds):
+    thread = threading.Thread(target=work.run, name="nbdd-kernel", daemon=True)
+    try:
+        thread.start()
+        if nudge is not None and seconds > NUDGE_SECONDS:
+            if not work.done.wait(NUDGE_SECONDS):
+                nudge()
+            seconds -= NUDGE_SECONDS
+        in_time = work.wait(seconds)
+    except BaseException:
+        # Who cleans up after it must see what it has done.
+        work.done.wait(INTERRUPT_SECONDS)
+        work.leave()
+        raise
+    if not in_time:
         raise TimedOut(stuck)
+    # It has nothing left to do, and whoever forks next wants to be the only thread.
+    thread.join()
     return work.result()

@@ -154,18 +154,28 @@ class NetlinkNBD:
         self,
         index: int,
         *,
-        backend: str,
+        backend: str | None,
         fds: Sequence[int] = (),
         timeout: int | None = None,
         dead_timeout: int | None = None,
+        size: int | None = None,
+        block_size: int | None = None,
     ) -> None:
-        """Change a bound device live: new sockets for its dead ones, time limits in seconds; None leaves a limit alone.
+        """Change a bound device live: new sockets for its dead ones, time limits in seconds, sizes in bytes.
 
-        With no dead socket the kernel takes a new one and throws it away, without a word. `timeout` 0 puts
-        `queue/io_timeout` back to 30 s: write it again afterwards. Raises NotAttached (not bound, or bound as
-        something else), KernelError, TimedOut.
+        None leaves a thing as it is; `backend` is None for a device that was bound without one. With no dead socket
+        the kernel takes a new one and throws it away, without a word. `timeout` 0 puts `queue/io_timeout` back to
+        30 s: write it again afterwards. Another size waits, from Linux 6.9 on, for all requests in flight
+        (nbd_set_size freezes the queue) and holds up every other command for the device meanwhile: never ask for one
+        while a link is dead. Raises NotAttached (not bound, or bound as something else), KernelError, TimedOut.
         """
-        payload = genl.u32(Attr.INDEX, index) + genl.string(Attr.BACKEND_IDENTIFIER, backend)
+        payload = genl.u32(Attr.INDEX, index)
+        if backend is not None:
+            payload += genl.string(Attr.BACKEND_IDENTIFIER, backend)
+        if size is not None:
+            payload += genl.u64(Attr.SIZE_BYTES, size)
+        if block_size is not None:
+            payload += genl.u64(Attr.BLOCK_SIZE_BYTES, block_size)
         if timeout is not None:
             payload += genl.u64(Attr.TIMEOUT, timeout)
         if dead_timeout is not None:
@@ -260,7 +270,7 @@ class NetlinkNBD:
             )
         return KernelError(_refusal(error, what), number)
 
-    def _reconfigure_error(self, error: OSError, index: int, backend: str) -> KernelError | NotAttached:
+    def _reconfigure_error(self, error: OSError, index: int, backend: str | None) -> KernelError | NotAttached:
         node = self._node(index)
         if error.errno == errno.EINVAL:
             if not node.bound:
@@ -269,7 +279,7 @@ class NetlinkNBD:
                 return NotAttached(f"{node.path} is bound as {node.backend!r} and not as {backend!r}.")
             return KernelError(
                 f"The kernel won't change {node.path}: it is being disconnected, or the new socket is "
-                "neither TCP nor a Unix stream.",
+                "neither TCP nor a Unix stream, or it takes no such block size.",
                 error.errno,
             )
         return KernelError(_refusal(error, f"change {node.path}"), error.errno)

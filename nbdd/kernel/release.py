@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ _QUIET = 1.0
 def release(
     netlink: NetlinkNBD,
     node: Node,
-    backend: str,
+    backend: str | None,
     seconds: float,
     *,
     diskseq: int | None = None,
@@ -49,7 +50,7 @@ def release(
         # The claim may have waited; and under it the device can't become another any more.
         identify(node, backend, diskseq, pid)
         if not force:
-            _let_udev_finish(node, look)
+            let_udev_finish(node, look)
         netlink.disconnect(node.index, nudge=nudge)
     # Our own descriptor was an opener: the kernel takes the rest down now that it is closed.
     while node.bound and node.backend in {backend, None}:
@@ -68,9 +69,10 @@ def release(
     return []
 
 
-def identify(node: Node, backend: str, diskseq: int | None = None, pid: int | None = None) -> None:
+def identify(node: Node, backend: str | None, diskseq: int | None = None, pid: int | None = None) -> None:
     """Raise NotAttached unless `node` is bound as `backend`, and is still the same disk and the same binding.
 
+    `backend` is None for a device that was bound without an identifier.
     `diskseq` stays when an index is bound anew, and `pid`, which is the thread that bound it, does not.
     """
     if not node.bound:
@@ -82,8 +84,8 @@ def identify(node: Node, backend: str, diskseq: int | None = None, pid: int | No
         raise NotAttached(f"{node.path} was bound anew as {backend!r} since.")
 
 
-def _let_udev_finish(node: Node, usage: Usage) -> None:
+def let_udev_finish(node: Node, usage: Usage) -> None:
     """Wait while udev looks at what the last writer left: its reads, cut off, would be I/O errors in the log."""
     end = time.monotonic() + _QUIET
-    while usage.probed(node) and time.monotonic() < end:
+    while os.path.exists(udev.CONTROL) and usage.probed(node) and time.monotonic() < end:
         time.sleep(_PAUSE)

@@ -22,6 +22,8 @@ from nbdd.errors import KernelError, TimedOut
 from nbdd.kernel.bounded import bounded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from nbdd.kernel.sysfs import Node
 
 CONTROL = "/run/udev/control"
@@ -119,18 +121,25 @@ def synthetic_token(data: bytes) -> str | None:
 
 
 def settle(
-    node: Node, seconds: float, *, scan: bool = True, control: str = CONTROL, monitor: Monitor | None = None
+    node: Node,
+    seconds: float,
+    *,
+    scan: bool = True,
+    nudge: Callable[[], None] | None = None,
+    control: str = CONTROL,
+    monitor: Monitor | None = None,
 ) -> bool:
     """Return True when udev has handled everything that happened to the disk and its partitions so far.
 
     With `scan` the node is opened once first, since the kernel looks for partitions on the first open. That reads
     through the server and may hang for good: then TimedOut is raised after `seconds`, and DISCONNECT frees the
-    thread that is left waiting. Returns False where udev needs longer than `seconds`, True at once where no udevd
-    runs. Raises KernelError where the device is gone or we lack the rights.
+    thread that is left waiting. `nudge` is called after two seconds of that, and again and again while udev is waited
+    for: the place to end a device whose server is gone. Returns False where udev needs longer than `seconds`, True at
+    once where no udevd runs. Raises KernelError where the device is gone or we lack the rights.
     """
     end = time.monotonic() + seconds
     if scan:
-        scan_partitions(node, seconds)
+        scan_partitions(node, seconds, nudge=nudge)
     if not os.path.exists(control):
         return True
     done: set[str] = set()
@@ -142,13 +151,15 @@ def settle(
                 return True
             tokens = {name: new_token() for name in wanted}
             pending = {token: name for name, token in tokens.items() if trigger(node, name, token)}
-            left = _wait(events, node, pending, end)
+            left = _wait(events, node, pending, end, nudge)
             if left and time.monotonic() >= end:
                 return False
             done.update(name for name in wanted if name not in left)
 
 
-def _wait(events: Monitor, node: Node, pending: dict[str, str], end: float) -> set[str]:
+def _wait(
+    events: Monitor, node: Node, pending: dict[str, str], end: float, nudge: Callable[[], None] | None
+) -> set[str]:
     """Wait until the tokens in `pending` are back or their devices gone.
 
     Returns the devices still to come: at `end`, and before it where events were lost and no more arrive.
@@ -161,6 +172,8 @@ def _wait(events: Monitor, node: Node, pending: dict[str, str], end: float) -> s
         tokens = events.tokens(min(left, _LOOK))
         if events.lost and not tokens:
             break
+        if nudge is not None and not tokens:
+            nudge()
         for token in tokens:
             pending.pop(token, None)
         pending = {token: name for token, name in pending.items() if os.path.exists(_uevent(node, name))}
@@ -189,7 +202,7 @@ def new_token() -> str:
     return f"{text[:8]}-{text[8:12]}-4{text[13:16]}-a{text[17:20]}-{text[20:]}"
 
 
-def scan_partitions(node: Node, seconds: float) -> None:
+def scan_partitions(node: Node, seconds: float, *, nudge: Callable[[], None] | None = None) -> None:
     """Open the node once and close it, for the kernel to look for partitions, or to drop those of a dead device."""
     end = time.monotonic() + seconds
     stuck = f"{node.path} can't be read within {seconds:g} seconds; its server doesn't answer."
@@ -200,7 +213,7 @@ def scan_partitions(node: Node, seconds: float) -> None:
     while True:
         try:
             # Nothing to do for one that comes back late: it has closed what it opened.
-            bounded(touch, end - time.monotonic(), stuck)
+            bounded(touch, end - time.monotonic(), stuck, nudge=nudge)
         except OSError as error:
             # devtmpfs makes the node before CONNECT answers; a /dev without it gets its nodes from udev, later.
             if error.errno not in {errno.ENOENT, errno.ENXIO} or not node.exists:

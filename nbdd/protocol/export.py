@@ -87,14 +87,14 @@ class Infos:
     __slots__ = ("_blocks", "_description", "_name", "_seen", "_size_and_flags")
 
     def __init__(self) -> None:
-        self._seen: set[int] = set()
+        self._seen: dict[Info, bytes] = {}
         self._size_and_flags: tuple[int, Flags] | None = None
         self._blocks: tuple[int | None, int | None, int | None] = (None, None, None)
         self._name: str | None = None
         self._description = ""
 
     def add(self, reply: bytes) -> None:
-        """Take one reply; unknown infos are skipped, faulty and repeated ones raise `NegotiationFailed`."""
+        """Take one reply; unknown infos are skipped, faulty and contradictory ones raise `NegotiationFailed`."""
         if len(reply) < 2:
             raise NegotiationFailed("sent a piece of information about the export without its type.")
         number = int.from_bytes(reply[:2], "big")
@@ -103,10 +103,8 @@ class Infos:
             info = Info(number)
         except ValueError:
             return
-        if info in self._seen:
-            # Which of the two would hold? "SHOULD only appear once" leaves it open.
-            raise NegotiationFailed(f"sent {info.name} twice for one export.")
-        self._seen.add(info)
+        if self._seen.setdefault(info, payload) != payload:
+            raise NegotiationFailed(f"sent {info.name} twice for one export, and not the same.")
         if info is Info.NBD_INFO_EXPORT:
             self._expect(info, payload, _EXPORT.size)
             self._size_and_flags = parse_size_and_flags(payload)

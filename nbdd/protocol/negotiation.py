@@ -55,7 +55,15 @@ MAX_LIST = 16 << 20
 MAX_DESCRIBED = 1000
 """Exports of a list whose size is asked for. Each costs a round trip, since the protocol allows one open question."""
 
+MAX_NEGOTIATION = 32 << 20
+"""Bytes of all replies in one negotiation, the skipped ones too. MAX_LIST, the headers of MAX_EXPORTS replies, and the
+longest names and descriptions for MAX_DESCRIBED exports come to 26 MiB; replies to skip could be gigabytes."""
+
 REQUESTED = (Info.NBD_INFO_EXPORT, Info.NBD_INFO_BLOCK_SIZE, Info.NBD_INFO_NAME, Info.NBD_INFO_DESCRIPTION)
+
+_NOT_ASKED = f"It was not asked: nbdd asks for the first {MAX_DESCRIBED} exports of a list."
+
+_TOO_OLD = "The server is too old to describe an export without opening it."
 
 _SIZE_ZERO = "The server gives its size as 0; nbd-server does that for every export until it is opened."
 # Measured with nbd-server 3.24. The size in its answer to NBD_OPT_GO is right, but only if NBD_OPT_INFO did not come
@@ -98,7 +106,7 @@ def go(export: str) -> Steps[Export]:
     Raises `NoSuchExport`, `TLSFailed`, and `NegotiationFailed` for the rest.
     """
     no_zeroes = yield from _greet()
-    answer = yield from _describe(Opt.NBD_OPT_GO, export)
+    answer = yield from _describe(Opt.NBD_OPT_GO, export, _Budget())
     if isinstance(answer, Export):
         return answer
     if answer.kind == RepErr.NBD_REP_ERR_UNSUP:
@@ -110,7 +118,7 @@ def go(export: str) -> Steps[Export]:
 def info(export: str) -> Steps[Export]:
     """Ask what `go` would give and leave. Raises what `go` raises; a server without NBD_OPT_INFO can't be asked."""
     yield from _greet()
-    answer = yield from _describe(Opt.NBD_OPT_INFO, export)
+    answer = yield from _describe(Opt.NBD_OPT_INFO, export, _Budget())
     yield from _abort()
     if isinstance(answer, Export):
         return answer
@@ -124,7 +132,8 @@ def list_exports() -> Steps[list[Export]]:
     Raises `NegotiationFailed` where the server does not list, `TLSFailed` where it wants TLS for that.
     """
     yield from _greet()
-    listed = yield from _list()
+    budget = _Budget()
+    listed = yield from _list(budget)
     if isinstance(listed, Refusal):
         yield from _abort()
         raise listed.error("")
@@ -132,14 +141,10 @@ def list_exports() -> Steps[list[Export]]:
     able = True
     for name, description in listed:
         if not able or len(exports) >= MAX_DESCRIBED:
-            problem = (
-                f"It was not asked: nbdd asks for the first {MAX_DESCRIBED} exports of a list."
-                if able
-                else "The server is too old to describe an export without opening it."
-            )
+            problem = _NOT_ASKED if able else _TOO_OLD
             exports.append(Export(name, 0, Flags(0), description=description, problem=problem))
             continue
-        answer = yield from _describe(Opt.NBD_OPT_INFO, name)
+        answer = yield from _describe(Opt.NBD_OPT_INFO, name, budget)
         if isinstance(answer, Export):
             # The name of the list stays: it is the one that leads here. INFO's may be the same for several.
             problem = "" if answer.size else _SIZE_ZERO
@@ -183,31 +188,47 @@ def _option(option: Opt, data: bytes = b"") -> Send:
     return Send(IHAVEOPT + struct.pack(">II", option, len(data)) + data, option.name)
 
 
-def _reply(option: Opt) -> Steps[tuple[int, bytes]]:
+class _Budget:
+    """How many bytes of replies are still taken."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        self.left = MAX_NEGOTIATION
+
+    def spend(self, count: int) -> int:
+        """The count, if there is room for it; otherwise `NegotiationFailed`."""
+        self.left -= count
+        if self.left < 0:
+            raise NegotiationFailed(f"sent replies without end; nbdd reads {MAX_NEGOTIATION >> 20} MiB of them.")
+        return count
+
+
+def _reply(option: Opt, budget: _Budget) -> Steps[tuple[int, bytes]]:
     """Type and data of one reply to `option` (Fixed newstyle negotiation)."""
     what = f"its reply to {option.name}"
-    magic, echoed, kind, length = _REPLY.unpack((yield Receive(_REPLY.size, what)))
+    magic, echoed, kind, length = _REPLY.unpack((yield Receive(budget.spend(_REPLY.size), what)))
     if magic != REPLY_MAGIC:
         raise NegotiationFailed(f"sent something else than {what}: it does not begin with the magic number of replies.")
     if echoed != option:
         raise NegotiationFailed(f"answered to option {echoed} when {option.name} ({int(option)}) was open.")
     if length > MAX_REPLY:
         raise NegotiationFailed(f"announced {what} with {length} bytes; nbdd reads up to {MAX_REPLY}.")
-    data = (yield Receive(length, what)) if length else b""
+    data = (yield Receive(budget.spend(length), what)) if length else b""
     if kind == Rep.NBD_REP_ACK and data:
         # "No data." For NBD_OPT_GO, the next byte already belongs to the kernel: better no doubt about where it is.
         raise NegotiationFailed(f"put {length} bytes of data into the end of {what}, where there are none.")
     return kind, data
 
 
-def _describe(option: Opt, export: str) -> Steps[Export | Refusal]:
+def _describe(option: Opt, export: str, budget: _Budget) -> Steps[Export | Refusal]:
     """NBD_OPT_GO or NBD_OPT_INFO, which have the same question and answers."""
     name = encode(export)
     wanted = struct.pack(f">H{len(REQUESTED)}H", len(REQUESTED), *REQUESTED)
     yield _option(option, struct.pack(">I", len(name)) + name + wanted)
     infos = Infos()
     for _ in range(MAX_INFOS):
-        kind, data = yield from _reply(option)
+        kind, data = yield from _reply(option, budget)
         if kind == Rep.NBD_REP_ACK:
             return infos.export(export)
         if kind & REP_FLAG_ERROR:
@@ -219,14 +240,14 @@ def _describe(option: Opt, export: str) -> Steps[Export | Refusal]:
     raise NegotiationFailed(f"sent more than {MAX_INFOS} replies to {option.name}.")
 
 
-def _list() -> Steps[list[tuple[str, str]] | Refusal]:
+def _list(budget: _Budget) -> Steps[list[tuple[str, str]] | Refusal]:
     """NBD_OPT_LIST: name and description of each export."""
     option = Opt.NBD_OPT_LIST
     yield _option(option)
     found: list[tuple[str, str]] = []
     octets = 0
     for _ in range(MAX_EXPORTS + MAX_INFOS):
-        kind, data = yield from _reply(option)
+        kind, data = yield from _reply(option, budget)
         if kind == Rep.NBD_REP_ACK:
             return found
         if kind & REP_FLAG_ERROR:

@@ -21,7 +21,7 @@ def decode(octets: bytes, what: str) -> str:
     if len(octets) > MAX_STRING:
         raise NegotiationFailed(f"sent {what} of {len(octets)} bytes; NBD allows {MAX_STRING}.")
     if 0 in octets:
-        raise NegotiationFailed(f"sent {what} with a NUL character in it: {printable(octets)}")
+        raise NegotiationFailed(f"sent {what} with a NUL character in it: {printable(octets)}.")
     return octets.decode("utf-8", "surrogateescape")
 
 

@@ -272,4 +272,7 @@ class Server:
 
     def _run(self, conn: socket.socket) -> None:
         with conn, contextlib.suppress(OSError):
+            if self.port:
+                # What a test says in pieces shall arrive in pieces, and at once.
+                conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._serve(conn)

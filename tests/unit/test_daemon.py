@@ -603,7 +603,7 @@ def test_a_stop_answers_the_calls_that_are_under_way(nbdd: Daemon, bus: BusDaemo
                 listing = asyncio.create_task(here.fails("ListExports", f"nbd://127.0.0.1:{port}", {}, types="sa{sv}"))
                 conns = [await asyncio.to_thread(listener.accept) for _ in range(2)]
                 with no_survivors(nbdd.process.pid) as pids:
-                    assert len(pids) == 3
+                    assert len(pids) >= 5, "the fork server, two workers, and an errand of each"
                     assert await asyncio.to_thread(nbdd.end) == 0
                 for call in (attach, listing):
                     name, text = await call
@@ -622,7 +622,7 @@ def test_its_own_sudden_death_leaves_no_process_behind(nbdd: Daemon, bus: BusDae
         nbdd.start()
         conn, _ = listener.accept()
         with conn, no_survivors(nbdd.process.pid) as pids:
-            assert len(pids) == 2
+            assert len(pids) >= 3, "the fork server, a worker and its errand"
             nbdd.process.kill()
             assert nbdd.wait() == -signal.SIGKILL
             # The worker is in the middle of a handshake, and looks up when that ends.

@@ -3,16 +3,21 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import select
 import socket
-from collections.abc import Callable
-from typing import Any
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
 from nbdd.definition import Definition
 from nbdd.errors import ConnectFailed, NegotiationFailed, NoSuchExport, ServerError, TimedOut
-from nbdd.link import Links, open_links
+from nbdd.link import Links, hang_up, open_links, why_ended
 from nbdd.protocol import Flags
 from nbdd.transport import Deadline
 from nbdd.uri import URI
@@ -191,3 +196,135 @@ def test_a_refusal_leaves_no_descriptor(serve: Callable[[socket.socket], None]) 
     with Server(serve) as server, pytest.raises(ServerError):
         open_links(wanted(server.uri(), connections=3, read_only=False), Deadline(SECONDS))
     assert open_fds() == before
+
+
+# The end of a link
+
+
+def ending_of(sock: socket.socket, kill: Callable[[], None]) -> str:
+    """Why the link ended, once it has."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    kill()
+    assert poll.poll(SECONDS * 1000)
+    with sock:
+        return why_ended(sock)
+
+
+@pytest.fixture
+def tcp() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection: our end, and the server's."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as ours:
+        theirs, _ = listener.accept()
+        with theirs:
+            yield ours, theirs
+
+
+def test_a_link_that_the_server_closed_says_so(tcp: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = tcp
+    assert ending_of(ours, theirs.close) == "the server closed it"
+
+
+def test_a_link_that_was_reset_says_so(tcp: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = tcp
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert ending_of(ours, theirs.close) == "the server reset it"
+
+
+def test_a_link_that_the_kernel_gave_up_says_so(tcp: tuple[socket.socket, socket.socket]) -> None:
+    ours, _theirs = tcp
+    # As the driver does with a socket whose request took too long.
+    assert ending_of(ours, lambda: ours.shutdown(socket.SHUT_RDWR)).startswith("the kernel gave it up")
+
+
+def test_a_unix_link_that_the_server_closed_says_so() -> None:
+    ours, theirs = socket.socketpair()
+    assert ending_of(ours, theirs.close) == "the server closed it"
+
+
+class DeadSocket:
+    """A TCP socket as it is left behind."""
+
+    family = socket.AF_INET
+
+    def __init__(self, error: int, state: int, silent: int) -> None:
+        self._error = error
+        self._info = struct.pack("=B55xI", state, silent)
+
+    def getsockopt(self, _level: int, option: int, _length: int = 0) -> int | bytes:
+        return self._info if option == socket.TCP_INFO else self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "silent", "why"),
+    [
+        (errno.ETIMEDOUT, 0, "the other machine gave no sign of life for 30 s"),
+        (0, 30_100, "the other machine gave no sign of life for 30 s"),
+        (0, 12_000, "the server closed it"),
+        (errno.EHOSTUNREACH, 30_100, "no route to host"),
+    ],
+)
+def test_a_link_that_timed_out_says_so_even_if_the_driver_has_taken_the_error(
+    error: int, silent: int, why: str
+) -> None:
+    assert why_ended(cast(socket.socket, DeadSocket(error, 7, silent))) == why
+
+
+# Links that are not used
+
+
+DISC = bytes.fromhex("25609513 0000 0002 0000000000000000 0000000000000000 00000000")
+"""A request of type NBD_CMD_DISC."""
+
+
+def overheard(act: Callable[[Definition], None], flags: int = MULTI) -> list[bytes]:
+    """What a server hears on each connection after the negotiation, until the client hangs up."""
+    heard: list[bytes] = []
+
+    class Ear:
+        """The server's end, with an ear on what `offers` reads and ignores."""
+
+        def __init__(self, conn: socket.socket) -> None:
+            self._conn = conn
+            self.octets = b""
+
+        def sendall(self, octets: bytes) -> None:
+            self._conn.sendall(octets)
+
+        def recv(self, count: int) -> bytes:
+            octets = self._conn.recv(count)
+            # Only the end of the conversation is read in such portions.
+            self.octets += octets if count == 65536 else b""
+            return octets
+
+    def serve(conn: socket.socket) -> None:
+        ear = Ear(conn)
+        offers({b"": MIB}, flags)(cast(socket.socket, ear))
+        heard.append(ear.octets)
+
+    with Server(serve) as server:
+        act(wanted(server.uri(), connections=2))
+    return heard
+
+
+def test_links_that_are_not_used_take_leave_of_the_server() -> None:
+    received = overheard(lambda definition: open_links(definition, Deadline(SECONDS)).close())
+    assert received == [DISC, DISC]
+
+
+def test_links_that_are_refused_take_leave_of_the_server() -> None:
+    def refuse(definition: Definition) -> None:
+        with pytest.raises(NegotiationFailed):
+            open_links(replace(definition, read_only=False), Deadline(SECONDS))
+
+    assert overheard(refuse, flags=MULTI | READ_ONLY) == [DISC]
+
+
+def test_a_link_that_takes_nothing_more_is_closed_all_the_same() -> None:
+    ours, theirs = socket.socketpair()
+    with suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(65536), socket.MSG_DONTWAIT)
+    hang_up(ours)
+    assert ours.fileno() == -1
+    theirs.close()

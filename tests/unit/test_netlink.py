@@ -319,6 +319,16 @@ def test_reconfigure_repeats_the_identity_and_sends_only_what_changes(netlink: N
     }
 
 
+def test_reconfigure_of_a_device_without_identity_sends_none(netlink: NetlinkNBD, kernel: Kernel) -> None:
+    netlink.reconfigure(5, backend=None, size=4096, block_size=1024, dead_timeout=3)
+    assert kernel.requests[-1][1] == {
+        Attr.INDEX: struct.pack("=I", 5),
+        Attr.SIZE_BYTES: struct.pack("=Q", 4096),
+        Attr.BLOCK_SIZE_BYTES: struct.pack("=Q", 1024),
+        Attr.DEAD_CONN_TIMEOUT: struct.pack("=Q", 3),
+    }
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [

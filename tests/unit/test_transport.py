@@ -366,12 +366,32 @@ def test_a_server_that_leaves_is_told_with_the_step(family: int, said: bytes, re
 
 def test_a_server_that_resets_is_told() -> None:
     def reset(conn: socket.socket) -> None:
+        conn.sendall(greeting())
+        receive(conn, 4 + 30)
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     with Server(reset) as server:
         error = refusal_of(server.uri())
         assert type(error) is NegotiationFailed
-        assert f"{server.uri().address} broke the connection when its greeting was due: connection reset" in str(error)
+        assert (
+            f"{server.uri().address} broke the connection when its reply to NBD_OPT_GO was due: connection reset"
+            in (str(error))
+        )
+
+
+def test_a_server_that_resets_at_once_is_told_wherever_we_notice() -> None:
+    def reset(conn: socket.socket) -> None:
+        conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with Server(reset) as server:
+        address = server.uri().address
+        sentences = {
+            f"The NBD server {address} broke the connection when its greeting was due: connection reset by peer.",
+            f"Can't connect to {address}: connection reset by peer.",
+            f"Can't connect to {address}: the server hung up at once.",
+        }
+        for _ in range(50):
+            assert str(refusal_of(server.uri())) in sentences
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,15 @@ def test_a_udevd_that_never_finishes_is_false_not_forever(udevd: Udevd) -> None:
     assert not run(udevd, 0.05)
 
 
+def test_whoever_waits_for_udev_may_look_after_the_device_meanwhile(udevd: Udevd) -> None:
+    udevd.drop.add("nbd0")
+    looked: list[bool] = []
+    assert not settle(
+        udevd.node, 0.8, control=str(udevd.control), monitor=udevd.monitor, nudge=lambda: looked.append(True)
+    )
+    assert len(looked) >= 2
+
+
 def test_lost_events_are_asked_for_again_but_not_those_that_came(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> None:
     udevd.partition(1)
     udevd.drop = {"nbd0p1"}

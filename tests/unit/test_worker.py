@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""The worker: its orders, its replies, and links that die under it. The servers are scripted, the kernel is a fake."""
+"""The worker: its orders, its replies, and links that die under it; and the errands that do its work.
+
+Workers and errands are real processes, forked by nbdd's own fork server, that are killed and stopped. The servers are
+scripted, the kernel is a fake.
+"""
 
 from __future__ import annotations
 
 import array
+import contextlib
 import itertools
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import pytest
 
-import nbdd.worker
 from nbdd.channel import Channel, Message
 from nbdd.definition import Definition
 from nbdd.errors import (
@@ -26,191 +33,95 @@ from nbdd.errors import (
     NegotiationFailed,
     NoSuchExport,
     NotAttached,
+    WorkerFailed,
 )
+from nbdd.jobs import DETACH_SECONDS, FORCE_SECONDS
 from nbdd.protocol import Flags
-from nbdd.worker import main
+from tests.unit.fake_kernel import PLACE, SECONDS, FakeKernel, node
 from tests.unit.fake_worker import open_fds
 from tests.unit.servers import HAS_FLAGS, MIB, Server, offers, says
 
-SECONDS = 30.0
 MULTI = HAS_FLAGS | int(Flags.NBD_FLAG_CAN_MULTI_CONN)
 NAME = "disk"
 
 Serve = Callable[[socket.socket], None]
 
 
-class FakeNode:
-    """A /dev/nbdX as `nbdd.kernel.Node` shows it."""
-
-    def __init__(self, index: int, size: int, block_size: int, *, read_only: bool) -> None:
-        self.index = index
-        self.path = f"/dev/nbd{index}"
-        self.size = size
-        self.block_size = block_size
-        self.read_only = read_only
-        self.diskseq = 7
-        self.pid = 11
-        self.counted = {
-            "read-requests": 10, "write-requests": 20, "read-sectors": 30, "write-sectors": 40,
-            "busy-milliseconds": 50, "in-flight": 1,
-        }  # fmt: skip
-
-    def statistics(self) -> dict[str, int]:
-        return dict(self.counted)
-
-
-class FakeKernel:
-    """What is bound, and what was asked of it."""
-
-    def __init__(self) -> None:
-        self.bound: dict[str, FakeNode] = {}
-        self.asked: list[tuple[str, Any]] = []
-        self.refusals: dict[str, NbddError] = {}
-        self.claims: list[str] = []
-        self.reports: list[FakeReports] = []
-        self._asked_now = threading.Condition()
-        self.open_clients = 0
-        self.clients: list[FakeClient] = []
-
-    def find(self, name: str) -> list[FakeNode]:
-        return [self.bound[name]] if name in self.bound else []
-
-    def wait_for(self, what: str) -> None:
-        """Wait until the worker, in its thread, has asked for it."""
-        with self._asked_now:
-            assert self._asked_now.wait_for(lambda: what in dict(self.asked), SECONDS), what
-
-    def report(self, index: int) -> None:
-        for reports in self.reports:
-            reports.report(index)
-
-    def ask(self, what: str, detail: Any = None) -> None:
-        with self._asked_now:
-            self.asked.append((what, detail))
-            self._asked_now.notify_all()
-        if what in self.refusals:
-            raise self.refusals[what]
-
-    def client(self, backend: str, **arguments: Any) -> FakeClient:
-        self.clients.append(FakeClient(self, backend, **arguments))
-        return self.clients[-1]
-
-
-class FakeReports:
-    """`nbdd.kernel.LinkDeadMonitor` without a kernel."""
+class Nursery:
+    """A fork server on the fake kernel."""
 
     def __init__(self, kernel: FakeKernel) -> None:
-        self._kernel = kernel
-        self._read, self._write = socket.socketpair()
-        kernel.reports.append(self)
+        ours, theirs = Channel.pair()
+        ours.settimeout(SECONDS)
+        self._control = Channel(ours)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.unit.fake_kernel", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, PLACE: kernel.path},
+                cwd=Path(__file__).parents[2],
+            )
+        self._codes: dict[int, int] = {}
 
-    def fileno(self) -> int:
-        return self._read.fileno()
+    def spawn(self, channel: socket.socket) -> int:
+        self._control.send({"order": "spawn", "id": 1, "name": NAME}, [channel.fileno()])
+        while (message := self._hear())["event"] != "spawned":
+            pass
+        return int(message["pid"])
 
-    def read(self) -> list[int]:
-        return list(self._read.recv(64))
+    def code(self, pid: int) -> int:
+        """How a worker ended, once the fork server has told."""
+        while pid not in self._codes:
+            self._hear()
+        return self._codes.pop(pid)
 
-    def report(self, index: int) -> None:
-        self._write.send(bytes([index]))
+    def told(self, pid: int) -> bool:
+        """Whether it has told of this end by now."""
+        with contextlib.suppress(BlockingIOError):
+            self._control.setblocking(False)
+            while True:
+                self._hear()
+        self._control._sock.settimeout(SECONDS)
+        return pid in self._codes
+
+    def _hear(self) -> Message:
+        found = self._control.pop()
+        if found is None:
+            assert self._control.receive(), "the fork server ended"
+            return self._hear()
+        message, fds = found
+        for fd in fds:
+            os.close(fd)
+        if message["event"] == "ended":
+            self._codes[message["pid"]] = message["code"]
+        return message
 
     def close(self) -> None:
-        self._kernel.reports.remove(self)
-        self._read.close()
-        self._write.close()
-
-
-class FakeClient:
-    """`nbdd.client.Client` without a kernel."""
-
-    def __init__(
-        self, kernel: FakeKernel, backend: str, *, sockets: Sequence[socket.socket] = (), **arguments: Any
-    ) -> None:
-        self.kernel = kernel
-        self.backend = backend
-        self.sockets = list(sockets)
-        self.arguments = arguments
-        self.node: FakeNode | None = None
-        kernel.open_clients += 1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self.kernel.open_clients -= 1
-        for sock in self.sockets:
-            sock.close()
-
-    def bind(self, index: int | None) -> FakeNode:
-        self.kernel.ask("bind", {**self.arguments, "index": index})
-        node = FakeNode(
-            index or 0,
-            self.arguments["size"],
-            self.arguments["block_size"],
-            read_only=self.arguments["read_only"],
-        )
-        self.node = self.kernel.bound[self.backend] = node
-        return node
-
-    def claims(self) -> list[str]:
-        return self.kernel.claims
-
-    def link_dead(self) -> FakeReports:
-        return FakeReports(self.kernel)
-
-    def adopt(
-        self, index: int, *, diskseq: int | None = None, pid: int | None = None, sockets: Sequence[socket.socket] = ()
-    ) -> FakeNode:
-        self.kernel.ask("adopt", (index, diskseq))
-        node = self.kernel.bound.get(self.backend)
-        same = node is not None and diskseq in (None, node.diskseq) and pid in (None, node.pid)
-        if node is None or node.index != index or not same:
-            raise NotAttached(f"/dev/nbd{index} is not bound any more.")
-        self.node = node
-        self.sockets = list(sockets)
-        return node
-
-    def replace_links(self, sockets: Sequence[socket.socket]) -> None:
-        self.kernel.ask("replace", len(sockets))
-        self.sockets.extend(sockets)
-
-    def drop_link(self, sock: socket.socket) -> None:
-        self.sockets.remove(sock)
-        sock.close()
-
-    def set_timeout(self, seconds: int) -> None:
-        self.kernel.ask("timeout", seconds)
-
-    def disconnect(self, *, seconds: float, force: bool) -> list[str]:
-        assert seconds > 0
-        self.kernel.ask("disconnect", force)
-        if self.backend not in self.kernel.bound:
-            raise NotAttached("gone")
-        del self.kernel.bound[self.backend]
-        self.node = None
-        return ["blkid (5)"] if force else []
+        self._control.close()
+        assert self._process.wait(SECONDS) == 0
 
 
 class Boss:
-    """The manager's end of a worker that runs in a thread."""
+    """The manager's end of a worker."""
 
-    def __init__(self) -> None:
+    def __init__(self, nursery: Nursery) -> None:
+        self._nursery = nursery
         ours, theirs = Channel.pair()
         ours.settimeout(SECONDS)
         self.sock = ours
         self.channel = Channel(ours)
         self.events: list[tuple[Message, int]] = []
         """What it said unasked, with the number of descriptors."""
-        self.code: int | None = None
         self._ids = itertools.count(1)
-        self._thread = threading.Thread(target=self._work, args=(Channel(theirs),))
-        self._thread.start()
+        self._code: int | None = None
+        with theirs:
+            self.pid = nursery.spawn(theirs)
 
-    def _work(self, channel: Channel) -> None:
-        self.code = main(channel, NAME)
-        channel.close()
+    def send(self, order: str, fds: Sequence[int] = (), **arguments: Any) -> int:
+        """Give an order and do not wait; returns its number."""
+        number = next(self._ids)
+        self.channel.send({"order": order, "id": number, **arguments}, fds)
+        return number
 
     def order(self, order: str, fds: Sequence[int] = (), **arguments: Any) -> Message:
         reply, back = self.order_fds(order, fds, **arguments)
@@ -219,8 +130,10 @@ class Boss:
         return reply
 
     def order_fds(self, order: str, fds: Sequence[int] = (), **arguments: Any) -> tuple[Message, list[int]]:
-        number = next(self._ids)
-        self.channel.send({"order": order, "id": number, **arguments}, fds)
+        return self.reply(self.send(order, fds, **arguments))
+
+    def reply(self, number: int) -> tuple[Message, list[int]]:
+        """The next reply, which must be to that order."""
         while True:
             found = self.channel.wait()
             assert found is not None, "the worker ended"
@@ -254,43 +167,86 @@ class Boss:
             os.close(fd)
         self.events.append((message, len(fds)))
 
-    def ended(self) -> int | None:
-        """The exit code, once it has ended by itself."""
-        self._thread.join(SECONDS)
-        assert not self._thread.is_alive()
-        return self.code
+    def errands(self) -> list[int]:
+        """The worker's children, the dead that it has not reaped among them."""
+        return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
 
-    def dismiss(self) -> int | None:
+    def errand(self) -> int:
+        """The one child, or the next."""
+        (pid,) = until(lambda: [pid for pid in self.errands() if not gone(pid)])
+        return int(pid)
+
+    def rested(self) -> None:
+        """Wait until it has no child left."""
+        until(lambda: not self.errands())
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def ended(self) -> int:
+        """The exit code, once it has ended by itself, and its errands too."""
+        if self._code is None:
+            self._code = self._nursery.code(self.pid)
+        return self._code
+
+    def dismiss(self) -> int:
         """Close the channel as a manager that goes away, and wait for the end."""
         self.channel.close()
         return self.ended()
 
 
-@pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> FakeKernel:
-    fake = FakeKernel()
-    monkeypatch.setattr(nbdd.worker, "Client", fake.client)
-    monkeypatch.setattr(nbdd.worker, "find", fake.find)
-    monkeypatch.setattr(nbdd.worker, "Usage", lambda: SimpleNamespace(users=lambda _node: fake.claims))
-    monkeypatch.setattr(nbdd.worker, "MEND_WAITS", (0.0, 0.01))
-    monkeypatch.setattr(nbdd.worker, "_title", lambda _name: None)
-    return fake
+def until(look: Callable[[], Any]) -> Any:
+    """What `look` returns, as soon as that is something."""
+    end = time.monotonic() + SECONDS
+    while not (found := look()):
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.002)
+    return found
+
+
+def gone(pid: int) -> bool:
+    """Whether the process has ended; an orphan may have nobody to reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.fixture(scope="module")
+def computer() -> Iterator[tuple[FakeKernel, Nursery]]:
+    kernel = FakeKernel()
+    nursery = Nursery(kernel)
+    yield kernel, nursery
+    nursery.close()
+    kernel.close()
 
 
 @pytest.fixture
-def boss(kernel: FakeKernel) -> Iterator[Boss]:
-    """A worker, and the proof that it holds nothing in the end."""
+def kernel(computer: tuple[FakeKernel, Nursery]) -> FakeKernel:
+    return computer[0]
+
+
+@pytest.fixture
+def hire(computer: tuple[FakeKernel, Nursery]) -> Iterator[Callable[[], Boss]]:
+    """Makes workers, and proves that nothing is left of them in the end."""
+    kernel, nursery = computer
     before = open_fds()
-    made = Boss()
-    yield made
-    made.dismiss()
-    assert kernel.open_clients in (0, 1), "the device's own at most"
-    for client in kernel.clients:
-        # The links of a bound device go with the process, and here is none.
-        client.close()
-    for reports in list(kernel.reports):
-        reports.close()
+    bosses: list[Boss] = []
+
+    def make() -> Boss:
+        bosses.append(Boss(nursery))
+        return bosses[-1]
+
+    yield make
+    for boss in bosses:
+        boss.dismiss()
+    kernel.clean()
     assert open_fds() <= before
+
+
+@pytest.fixture
+def boss(hire: Callable[[], Boss]) -> Boss:
+    return hire()
 
 
 def wire(server: Server, **fields: Any) -> dict[str, Any]:
@@ -312,6 +268,10 @@ def in_turn(*serves: Serve) -> Serve:
     return serve
 
 
+SILENT = says(b"")
+"""A server that accepts, and says nothing."""
+
+
 # Orders
 
 
@@ -331,20 +291,15 @@ def test_the_worker_ends_in_peace_when_the_manager_goes(boss: Boss) -> None:
     assert boss.dismiss() == 0
 
 
-def test_the_worker_ends_in_peace_when_the_manager_goes_without_listening(kernel: FakeKernel) -> None:
-    made = Boss()
-    assert kernel.bound == {}
-    made.channel.send({"order": "ping", "id": 1})
-    assert made.dismiss() == 0
+def test_the_worker_ends_in_peace_when_the_manager_goes_without_listening(boss: Boss) -> None:
+    boss.send("ping")
+    assert boss.dismiss() == 0
 
 
 @pytest.mark.parametrize("rubbish", [b"rubbish\n", b"[]\n", b'{"order":"ping"}\n'])
-def test_the_worker_ends_with_an_error_where_the_manager_talks_rubbish(
-    boss: Boss, rubbish: bytes, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_worker_ends_with_an_error_where_the_manager_talks_rubbish(boss: Boss, rubbish: bytes) -> None:
     boss.sock.send(rubbish)
     assert boss.ended() == 1
-    assert "Traceback" in capfd.readouterr().err
 
 
 def test_the_device_stays_when_the_worker_goes(boss: Boss, kernel: FakeKernel) -> None:
@@ -369,6 +324,164 @@ def test_exports_are_told_in_pieces(boss: Boss) -> None:
     told = [message["exports"] for message, _ in boss.events]
     assert [len(exports) for exports in told] == [500, 500, 200]
     assert [export["name"].encode() for exports in told for export in exports] == names
+
+
+# Errands
+
+
+def test_orders_are_answered_while_an_attach_waits_for_its_server(boss: Boss) -> None:
+    with Server(SILENT) as server:
+        boss.send("attach", definition=wire(server), resume=False)
+        assert server.connected.wait(SECONDS)
+        assert boss.order("ping") == {}
+        with pytest.raises(NotAttached):
+            boss.order("statistics")
+        with pytest.raises(NbddError, match="no order 'dance'"):
+            boss.order("dance")
+        assert len(boss.errands()) == 1
+
+
+def test_orders_for_errands_are_carried_out_one_after_the_other(boss: Boss, kernel: FakeKernel) -> None:
+    with Server(offers({b"": MIB})) as server:
+        kernel.before["bind"] = threading.Event()
+        attach = boss.send("attach", definition=wire(server), resume=False)
+        numbers = [boss.send("set-timeout", seconds=seconds) for seconds in (1, 2, 3)]
+        kernel.before["bind"].set()
+        _, fds = boss.reply(attach)
+        for fd in fds:
+            os.close(fd)
+        for number in numbers:
+            assert boss.reply(number) == ({}, [])
+    assert [ask for ask in kernel.asked if ask[0] == "timeout"] == [("timeout", 1), ("timeout", 2), ("timeout", 3)]
+
+
+def test_an_errand_is_reaped_and_leaves_no_descriptor(boss: Boss) -> None:
+    boss.order("ping")
+    before = boss.descriptors()
+    with Server(offers({b"": MIB})) as server:
+        for _ in range(5):
+            boss.order("list-exports", uri=str(server.uri()))
+    until(lambda: not boss.errands())
+    boss.order("ping")
+    assert boss.descriptors() == before
+
+
+def test_an_errand_shows_what_it_is(boss: Boss, kernel: FakeKernel) -> None:
+    kernel.before["find"] = threading.Event()
+    number = boss.send("look")
+    assert until(lambda: Path(f"/proc/{boss.errand()}/comm").read_text().startswith("errand:"))
+    assert Path(f"/proc/{boss.pid}/comm").read_text() == f"nbdd:{NAME}\n"
+    kernel.before["find"].set()
+    boss.reply(number)
+
+
+def test_where_no_process_can_be_had_the_order_fails_and_the_next_may_not(
+    hire: Callable[[], Boss], kernel: FakeKernel
+) -> None:
+    kernel.settings["forks"] = 1
+    boss = hire()
+    boss.order("ping")
+    before = boss.descriptors()
+    with Server(offers({b"": MIB})) as server:
+        with pytest.raises(
+            WorkerFailed, match="No process could be started for 'disk': Resource temporarily unavailabl"
+        ):
+            boss.order("attach", definition=wire(server), resume=False)
+        assert boss.descriptors() == before
+        assert boss.order("attach", definition=wire(server), resume=False)["live"] == 1
+
+
+@pytest.mark.parametrize("how", ["dismissed", "killed"])
+def test_a_worker_that_goes_during_a_slow_negotiation_binds_nothing(boss: Boss, kernel: FakeKernel, how: str) -> None:
+    asked, over = threading.Event(), threading.Event()
+    answer = offers({b"": MIB})
+
+    def serve(conn: socket.socket) -> None:
+        asked.set()
+        assert over.wait(SECONDS)
+        with contextlib.suppress(OSError):
+            answer(conn)
+
+    with Server(serve) as server:
+        boss.send("attach", definition=wire(server), resume=False)
+        assert asked.wait(SECONDS)
+        errand = boss.errand()
+        if how == "killed":
+            os.kill(boss.pid, signal.SIGKILL)
+        else:
+            boss.sock.shutdown(socket.SHUT_RDWR)
+        assert boss.ended() == (-signal.SIGKILL if how == "killed" else 0)
+        until(lambda: gone(errand))
+        over.set()
+    assert kernel.bound == {}
+
+
+def test_a_stopped_errand_goes_with_its_worker(boss: Boss, kernel: FakeKernel) -> None:
+    kernel.before["find"] = threading.Event()
+    boss.send("look")
+    until(lambda: "find" in kernel.askers)
+    errand = boss.errand()
+    os.kill(errand, signal.SIGSTOP)
+    os.kill(boss.pid, signal.SIGKILL)
+    assert boss.ended() == -signal.SIGKILL
+    until(lambda: gone(errand))
+
+
+def test_the_end_of_a_worker_is_told_when_nothing_of_its_errand_is_left_in_the_kernel(
+    hire: Callable[[], Boss], kernel: FakeKernel, computer: tuple[FakeKernel, Nursery]
+) -> None:
+    kernel.settings["stuck"] = True
+    kernel.before["stuck"] = kernel.before["bind"] = threading.Event()
+    boss, other = hire(), hire()
+    with Server(offers({b"": MIB})) as server:
+        boss.send("attach", definition=wire(server), resume=False)
+        until(lambda: {"stuck", "bind"} <= kernel.askers.keys())
+        errand = boss.errand()
+        os.kill(boss.pid, signal.SIGKILL)
+        until(lambda: gone(errand))
+        # Another's end is told meanwhile.
+        other.dismiss()
+        assert not computer[1].told(boss.pid)
+        kernel.before["stuck"].set()
+        assert boss.ended() == -signal.SIGKILL
+    assert kernel.bound == {}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_errand_that_is_killed_over_the_binding_takes_the_worker_along_and_the_next_one_sees_what_was_bound(
+    hire: Callable[[], Boss], kernel: FakeKernel, when: str
+) -> None:
+    with Server(offers({b"": MIB})) as server:
+        held = getattr(kernel, when)["bind"] = threading.Event()
+        boss = hire()
+        boss.send("attach", definition=wire(server), resume=False)
+        until(lambda: "bind" in kernel.askers)
+        if when == "after":
+            kernel.wait_for("bind")
+        os.kill(kernel.askers["bind"], signal.SIGKILL)
+        assert boss.ended() == 1
+        held.set()
+        successor = hire()
+        assert successor.order("attach", definition=wire(server), resume=True)["live"] == 1
+        until(lambda: kernel.live(NAME) == 1)
+        successor.order("detach", binding=None, force=False)
+    assert kernel.bound == {}
+    assert [what for what, _ in kernel.asked].count("bind") == 1
+
+
+@pytest.mark.parametrize("order", ["detach", "set-timeout"])
+def test_an_errand_that_is_killed_over_another_order_takes_the_worker_along(
+    boss: Boss, kernel: FakeKernel, order: str
+) -> None:
+    question = {"detach": "disconnect", "set-timeout": "timeout"}[order]
+    kernel.before[question] = threading.Event()
+    with Server(offers({b"": MIB})) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        boss.send(order, binding=None, force=False, seconds=3)
+        until(lambda: question in kernel.askers)
+        os.kill(kernel.askers[question], signal.SIGKILL)
+        assert boss.ended() == 1
+    assert NAME in kernel.bound
 
 
 # Attach
@@ -398,25 +511,6 @@ def test_attach_binds_what_the_server_offers_and_describes_it(boss: Boss, kernel
         assert (reply["diskseq"], reply["reconnects"], reply["uri"]) == (7, 0, str(server.uri()))
 
 
-def test_a_worker_whose_manager_went_during_a_slow_negotiation_binds_nothing(boss: Boss, kernel: FakeKernel) -> None:
-    asked, gone = threading.Event(), threading.Event()
-    answer = offers({b"": MIB})
-
-    def serve(conn: socket.socket) -> None:
-        asked.set()
-        assert gone.wait(SECONDS)
-        answer(conn)
-
-    with Server(serve) as server:
-        order = {"order": "attach", "id": 1, "definition": wire(server), "resume": False}
-        boss.channel.send(order)
-        assert asked.wait(SECONDS)
-        boss.sock.shutdown(socket.SHUT_RDWR)
-        gone.set()
-        assert boss.ended() == 0
-    assert kernel.bound == {}
-
-
 def test_what_the_server_could_not_give_is_told(boss: Boss) -> None:
     with Server(offers({b"": MIB})) as server:
         assert boss.order("attach", definition=wire(server, connections=3), resume=False)["connections"] == 1
@@ -424,13 +518,13 @@ def test_what_the_server_could_not_give_is_told(boss: Boss) -> None:
 
 
 def test_a_name_that_is_bound_by_somebody_else_is_refused(boss: Boss, kernel: FakeKernel) -> None:
-    kernel.bound[NAME] = FakeNode(3, MIB, 512, read_only=False)
+    kernel.bound[NAME] = node(3, MIB, 512)
     with Server(offers({b"": MIB})) as server, pytest.raises(Busy, match="/dev/nbd3 is bound under the name 'disk'"):
         boss.order("attach", definition=wire(server), resume=False)
 
 
 def test_a_device_that_a_worker_before_us_bound_is_taken_over(boss: Boss, kernel: FakeKernel) -> None:
-    kernel.bound[NAME] = FakeNode(3, MIB, 512, read_only=False)
+    kernel.bound[NAME] = node(3, MIB, 512)
     with Server(offers({b"": MIB}, MULTI)) as server:
         reply, fds = boss.order_fds("attach", definition=wire(server, connections=2), resume=True)
         boss.order("ping")
@@ -450,9 +544,10 @@ def test_an_attach_resumed_where_nothing_was_bound_is_a_plain_one(boss: Boss, ke
     [(offers({b"": 0}), NegotiationFailed), (offers({b"x": MIB}), NoSuchExport), (says(b"HTTP/1.1"), NbddError)],
 )
 def test_a_refusal_of_the_server_is_told_by_its_class_and_the_worker_lives(
-    boss: Boss, serve: Serve, kind: type[NbddError], monkeypatch: pytest.MonkeyPatch
+    hire: Callable[[], Boss], kernel: FakeKernel, serve: Serve, kind: type[NbddError]
 ) -> None:
-    monkeypatch.setattr(nbdd.worker, "CONNECT_SECONDS", 1.0)
+    kernel.settings["CONNECT_SECONDS"] = 1.0
+    boss = hire()
     with Server(serve) as server, pytest.raises(kind):
         boss.order("attach", definition=wire(server), resume=False)
     assert boss.order("ping") == {}
@@ -470,25 +565,31 @@ def test_a_refusal_of_the_kernel_is_told_and_leaves_no_socket(boss: Boss, kernel
         with pytest.raises(KernelError):
             boss.order("attach", definition=wire(server), resume=False)
         assert hung_up.wait(SECONDS)
-    assert kernel.open_clients == 0
 
 
 # Adopt
 
 
-def notes(server: Server, kernel: FakeKernel, **changes: Any) -> Message:
-    """A device that another worker bound, and the binding it told."""
-    before = Boss()
-    binding = before.order("attach", definition=wire(server, connections=changes.get("connections", 1)), resume=False)
-    before.dismiss()
-    kernel.asked.clear()
-    kernel.open_clients = 0
-    return {**binding, **changes}
+Notes = Callable[..., Message]
 
 
-def test_adopt_takes_the_device_over_with_its_links(boss: Boss, kernel: FakeKernel) -> None:
+@pytest.fixture
+def notes(hire: Callable[[], Boss], kernel: FakeKernel) -> Notes:
+    """Makes a device that another worker bound, and returns the binding it told."""
+
+    def make(server: Server, **changes: Any) -> Message:
+        before, connections = hire(), changes.get("connections", 1)
+        binding = before.order("attach", definition=wire(server, connections=connections), resume=False)
+        before.dismiss()
+        kernel.asked.clear()
+        return {**binding, **changes}
+
+    return make
+
+
+def test_adopt_takes_the_device_over_with_its_links(boss: Boss, kernel: FakeKernel, notes: Notes) -> None:
     with Server(offers({b"": MIB}, MULTI)) as server:
-        binding = notes(server, kernel, connections=2)
+        binding = notes(server, connections=2)
         one, two = socket.socketpair()
         three, four = socket.socketpair()
         reply, fds = boss.order_fds(
@@ -497,7 +598,7 @@ def test_adopt_takes_the_device_over_with_its_links(boss: Boss, kernel: FakeKern
         assert (reply["live"], len(fds)) == (2, 2)
         for fd in fds:
             os.close(fd)
-        assert kernel.asked == [("adopt", (0, 7))]
+        assert kernel.asked == [("adopt", [0, 7])]
         one.close()
         two.shutdown(socket.SHUT_RDWR)
         assert boss.event_with(live=1)["error"] == "ConnectFailed"
@@ -505,11 +606,9 @@ def test_adopt_takes_the_device_over_with_its_links(boss: Boss, kernel: FakeKern
             sock.close()
 
 
-def test_adopt_of_what_is_gone_or_was_never_bound_is_refused_and_leaves_no_socket(
-    boss: Boss, kernel: FakeKernel
-) -> None:
+def test_adopt_of_what_is_gone_or_was_never_bound_is_refused_and_leaves_no_socket(boss: Boss, notes: Notes) -> None:
     with Server(offers({b"": MIB})) as server:
-        binding = notes(server, kernel)
+        binding = notes(server)
         for gone in (None, {**binding, "index": 9}, {**binding, "diskseq": 8}, {**binding, "pid": 12}):
             one, two = socket.socketpair()
             with pytest.raises(NotAttached):
@@ -517,18 +616,17 @@ def test_adopt_of_what_is_gone_or_was_never_bound_is_refused_and_leaves_no_socke
             one.close()
             assert two.recv(1) == b"", "the worker closed its copy too"
             two.close()
-    assert kernel.open_clients == 0
 
 
-def test_a_reply_has_the_number_of_its_order_whatever_stands_in_the_notes(boss: Boss, kernel: FakeKernel) -> None:
+def test_a_reply_has_the_number_of_its_order_whatever_stands_in_the_notes(boss: Boss, notes: Notes) -> None:
     with Server(offers({b"": MIB})) as server:
-        binding = notes(server, kernel) | {"id": 4711}
+        binding = notes(server) | {"id": 4711}
         assert boss.order("adopt", definition=wire(server), binding=binding)["index"] == 0
 
 
-def test_adopt_passes_over_descriptors_that_are_no_sockets(boss: Boss, kernel: FakeKernel, tmp_path: Path) -> None:
+def test_adopt_passes_over_descriptors_that_are_no_sockets(boss: Boss, notes: Notes, tmp_path: Path) -> None:
     with Server(offers({b"": MIB})) as server:
-        binding = notes(server, kernel)
+        binding = notes(server)
         one, two = socket.socketpair()
         with (tmp_path / "file").open("w") as file:
             order = {"definition": wire(server), "binding": binding}
@@ -537,19 +635,21 @@ def test_adopt_passes_over_descriptors_that_are_no_sockets(boss: Boss, kernel: F
         two.close()
 
 
-def test_a_device_all_of_whose_links_were_dead_is_mended_by_the_successor(boss: Boss, kernel: FakeKernel) -> None:
+def test_a_device_all_of_whose_links_were_dead_is_mended_by_the_successor(
+    boss: Boss, kernel: FakeKernel, notes: Notes
+) -> None:
     with Server(offers({b"": MIB})) as server:
-        binding = notes(server, kernel, live=0)
+        binding = notes(server, live=0)
         assert boss.order("adopt", definition=wire(server), binding=binding)["live"] == 0
         assert boss.event_with(live=1)["reconnects"] == 1
     assert ("replace", 1) in kernel.asked
 
 
 def test_a_device_whose_links_nobody_kept_is_watched_by_the_kernels_reports_and_mended(
-    boss: Boss, kernel: FakeKernel
+    boss: Boss, kernel: FakeKernel, notes: Notes
 ) -> None:
     with Server(offers({b"": MIB})) as server:
-        binding = notes(server, kernel)
+        binding = notes(server)
         assert boss.order("adopt", definition=wire(server), binding=binding)["live"] == 1
         boss.order("ping")
         # What died unseen is replaced by a link offered at once; the kernel drops it where nothing had died.
@@ -558,12 +658,12 @@ def test_a_device_whose_links_nobody_kept_is_watched_by_the_kernels_reports_and_
         kernel.report(0)
         assert boss.event_with(live=0)["error"] == "ConnectFailed"
         assert boss.event_with(live=1)["reconnects"] == 1
-        assert kernel.reports == [], "links that are ours again are watched by themselves"
+        assert kernel.listeners() == 0, "links that are ours again are watched by themselves"
 
 
-def test_a_link_that_died_while_nobody_watched_is_mended(boss: Boss, kernel: FakeKernel) -> None:
+def test_a_link_that_died_while_nobody_watched_is_mended(boss: Boss, notes: Notes) -> None:
     with Server(offers({b"": MIB})) as server:
-        binding = notes(server, kernel)
+        binding = notes(server)
         one, two = socket.socketpair()
         two.close()
         boss.order("adopt", [one.fileno()], definition=wire(server), binding=binding)
@@ -639,6 +739,117 @@ def test_a_server_that_does_not_come_back_is_tried_on_and_orders_are_obeyed_mean
     boss.order("detach", binding=None, force=False)
 
 
+def test_orders_are_answered_at_once_while_mending_waits_for_a_silent_server(boss: Boss, kernel: FakeKernel) -> None:
+    with Server(in_turn(offers({b"": MIB}), SILENT)) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        boss.rested()
+        cut(server)
+        mending = boss.errand()
+        assert boss.order("ping") == {}
+        assert boss.order("statistics")["statistics"]["in-flight"] == 1
+        boss.order("set-timeout", seconds=12)
+        assert ("timeout", 12) in kernel.asked
+        assert mending in boss.errands()
+
+
+def test_a_detach_ends_the_mending(boss: Boss, kernel: FakeKernel) -> None:
+    with Server(in_turn(offers({b"": MIB}), SILENT)) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        boss.rested()
+        cut(server)
+        mending = boss.errand()
+        boss.order("detach", binding=None, force=False)
+        until(lambda: gone(mending))
+        until(lambda: not boss.errands())
+    assert kernel.bound == {}
+    assert [message["error"] for message, _ in boss.events] == ["ConnectFailed"]
+
+
+def test_a_refused_detach_lets_the_mending_begin_anew(hire: Callable[[], Boss], kernel: FakeKernel) -> None:
+    kernel.settings["MEND_SECONDS"] = 1.0
+    boss = hire()
+    good = offers({b"": MIB})
+    kernel.refusals["disconnect"] = Busy("in use")
+    with Server(in_turn(good, SILENT, good)) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        boss.rested()
+        cut(server)
+        boss.errand()
+        with pytest.raises(Busy):
+            boss.order("detach", binding=None, force=False)
+        assert boss.event_with(live=1)["reconnects"] == 1
+    assert kernel.asked.count(("replace", 1)) == 1
+
+
+def test_links_that_die_of_a_detach_are_not_mended(boss: Boss, kernel: FakeKernel) -> None:
+    with Server(offers({b"": MIB})) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        kernel.after["disconnect"] = threading.Event()
+        number = boss.send("detach", binding=None, force=False)
+        kernel.wait_for("disconnect")
+        assert boss.order("ping") == {}
+        kernel.after["disconnect"].set()
+        boss.reply(number)
+    assert boss.events == []
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_errand_that_is_killed_over_mending_leaves_no_link_that_nobody_watches(
+    boss: Boss, kernel: FakeKernel, when: str
+) -> None:
+    with Server(offers({b"": MIB})) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        held = getattr(kernel, when)["replace"] = threading.Event()
+        cut(server)
+        until(lambda: "replace" in kernel.askers)
+        if when == "after":
+            kernel.wait_for("replace")
+        os.kill(kernel.askers["replace"], signal.SIGKILL)
+        assert boss.event_with(error="WorkerFailed")["live"] == 0
+        held.set()
+        message, fds = boss.event()
+        while "error" in message:
+            message, fds = boss.event()
+        assert (message["live"], message["reconnects"], fds) == (1, 1, 1)
+        # The one that is watched is the kernel's.
+        assert kernel.live(NAME) == 1
+        cut(server)
+        assert boss.event_with(live=0)
+        assert boss.event_with(live=1)
+
+
+def test_mending_that_hangs_is_killed_and_tried_again(hire: Callable[[], Boss], kernel: FakeKernel) -> None:
+    kernel.settings["MEND_DEADLINE"] = 0.3
+    boss = hire()
+    with Server(in_turn(offers({b"": MIB}), SILENT, offers({b"": MIB}))) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        boss.rested()
+        cut(server)
+        os.kill(boss.errand(), signal.SIGSTOP)
+        assert boss.event_with(error="WorkerFailed")["live"] == 0
+        assert boss.event_with(live=1)["reconnects"] == 1
+
+
+def test_mending_goes_on_where_no_process_could_be_had(
+    hire: Callable[[], Boss], kernel: FakeKernel, notes: Notes
+) -> None:
+    with Server(offers({b"": MIB})) as server:
+        binding = notes(server, live=0)
+        kernel.settings.update(forks=2, forks_after=1)
+        boss = hire()
+        assert boss.order("adopt", definition=wire(server), binding=binding)["live"] == 0
+        assert boss.event_with(error="WorkerFailed")["live"] == 0
+        assert boss.event_with(error="WorkerFailed")["live"] == 0
+        assert boss.event_with(live=1)["reconnects"] == 1
+
+
+def test_the_reason_why_a_link_ended_is_told(boss: Boss) -> None:
+    with Server(offers({b"": MIB})) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        cut(server)
+        assert boss.event_with(live=0)["message"] == f"A connection to {server.uri()} ended: the server closed it."
+
+
 def test_a_refusal_of_the_kernel_to_take_a_link_is_told_and_tried_again(boss: Boss, kernel: FakeKernel) -> None:
     kernel.refusals["replace"] = KernelError("no")
     with Server(offers({b"": MIB})) as server:
@@ -670,7 +881,7 @@ def test_the_timeout_goes_to_the_kernel(boss: Boss, kernel: FakeKernel) -> None:
 def test_statistics_count_from_the_attach(boss: Boss, kernel: FakeKernel) -> None:
     with Server(offers({b"": MIB})) as server:
         boss.order("attach", definition=wire(server), resume=False)
-        counted = kernel.bound[NAME].counted
+        counted = kernel.bound[NAME]["counted"]
         counted["read-requests"] += 3
         counted["write-sectors"] += 2
         counted["in-flight"] = 9
@@ -685,21 +896,13 @@ def test_statistics_count_from_the_attach(boss: Boss, kernel: FakeKernel) -> Non
 
 
 def test_detach_frees_the_device_and_closes_the_links(boss: Boss, kernel: FakeKernel) -> None:
-    hung_up = threading.Event()
-
-    def serve(conn: socket.socket) -> None:
-        offers({b"": MIB})(conn)
-        hung_up.set()
-
-    with Server(serve) as server:
-        _, fds = boss.order_fds("attach", definition=wire(server), resume=False)
+    with Server(offers({b"": MIB})) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        held = boss.descriptors()
         boss.order("detach", binding=None, force=False)
-        assert not hung_up.is_set()
-        for fd in fds:
-            os.close(fd)
-        assert hung_up.wait(SECONDS)
+        boss.order("ping")
+        until(lambda: boss.descriptors() < held)
     assert kernel.bound == {}
-    assert kernel.open_clients == 0
     assert boss.events == [], "its links died on purpose"
 
 
@@ -720,35 +923,46 @@ def test_detach_by_force_tells_who_still_has_the_node(boss: Boss) -> None:
     assert "blkid (5)" in boss.event()[0]["message"]
 
 
-def test_a_worker_that_is_called_in_detaches_by_the_notes_or_the_name(boss: Boss, kernel: FakeKernel) -> None:
+def test_detach_by_force_does_not_wait_long_for_the_users_that_it_overrides(boss: Boss, kernel: FakeKernel) -> None:
+    with Server(offers({b"": MIB})) as server:
+        for force in (False, True):
+            boss.order("attach", definition=wire(server), resume=False)
+            boss.order("detach", binding=None, force=force)
+    asked = [detail for what, detail in kernel.asked if what == "disconnect"]
+    assert asked == [{"force": False, "seconds": DETACH_SECONDS}, {"force": True, "seconds": FORCE_SECONDS}]
+    assert FORCE_SECONDS <= 5
+
+
+def test_a_worker_that_is_called_in_detaches_by_the_notes_or_the_name(
+    boss: Boss, kernel: FakeKernel, notes: Notes
+) -> None:
     with Server(offers({b"": MIB})) as server:
         for told in (True, False):
-            binding = notes(server, kernel)
+            binding = notes(server)
             boss.order("detach", definition=wire(server), binding=binding if told else None, force=False)
             assert kernel.bound == {}
-    assert kernel.open_clients == 0
 
 
-def test_a_worker_that_is_called_in_for_a_busy_device_looks_after_it(boss: Boss, kernel: FakeKernel) -> None:
+def test_a_worker_that_is_called_in_for_a_busy_device_looks_after_it(
+    boss: Boss, kernel: FakeKernel, notes: Notes
+) -> None:
     with Server(offers({b"": MIB})) as server:
-        binding = notes(server, kernel)
+        binding = notes(server)
         kernel.refusals["disconnect"] = Busy("in use")
         for _ in range(3):
             with pytest.raises(Busy):
                 boss.order("detach", definition=wire(server), binding=binding, force=False)
-        assert kernel.open_clients == 1
         assert boss.order("statistics")["statistics"]["in-flight"] == 1
 
 
 @pytest.mark.parametrize("binding", [None, {"index": 9, "diskseq": 7}])
-def test_detach_of_what_is_gone_is_done(boss: Boss, kernel: FakeKernel, binding: Message | None) -> None:
+def test_detach_of_what_is_gone_is_done(boss: Boss, binding: Message | None) -> None:
     with Server(offers({b"": MIB})) as server:
         assert boss.order("detach", definition=wire(server), binding=binding, force=False) == {}
-    assert kernel.open_clients == 0
 
 
 def test_detach_of_another_disk_of_the_same_name_touches_nothing(boss: Boss, kernel: FakeKernel) -> None:
-    kernel.bound[NAME] = FakeNode(0, MIB, 512, read_only=False)
+    kernel.bound[NAME] = node(0, MIB, 512)
     with Server(offers({b"": MIB})) as server:
         boss.order("detach", definition=wire(server), binding={"index": 0, "diskseq": 6}, force=True)
     assert NAME in kernel.bound

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""The jobs that a worker sends errands on: everything that connects, or that asks the kernel for something.
+
+Each is a function of a `Task`. It runs in a child of the worker, blocks as long as it must, within its deadlines,
+and returns its answer or raises an NbddError. A device is told from a later one of the same index by the worker's
+notes about it, each time anew.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from nbdd.channel import Message
+from nbdd.client import Client
+from nbdd.definition import Definition
+from nbdd.errand import Answer, Tell
+from nbdd.errors import Busy, NbddError, NegotiationFailed, NoFreeDevice, NotAttached
+from nbdd.kernel import Node, Usage, find
+from nbdd.link import Links, differs, open_links
+from nbdd.protocol import Export
+from nbdd.transport import Deadline, list_exports
+from nbdd.uri import URI
+
+CONNECT_SECONDS = 15.0
+"""For connecting and negotiating all links of an attach. With what binding and udev take, an attach that fails says so
+before busctl's 25 seconds are over."""
+
+MEND_SECONDS = 5.0
+"""For connecting and negotiating links anew. A server that comes back is found by a fresh attempt, not by waiting."""
+
+DETACH_SECONDS = 20.0
+"""For the kernel to free a device and udev to take its links away."""
+
+FORCE_SECONDS = 5.0
+"""The same for a detach by force, which does not wait for the users that it overrides."""
+
+_EXPORTS_PER_MESSAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One order, and what the worker knows of the device when it sends the errand."""
+
+    order: Message
+    name: str
+    definition: Message
+    """As `Definition.to_wire`, or {} where none matters."""
+    notes: Message
+    """What the device is, as it was bound; {} where none is. See `_noted`."""
+    links: Sequence[int]
+    """Descriptors of the device's links, as far as anybody has them."""
+
+
+def look(task: Task, _tell: Tell) -> Answer:
+    """Refuse if the name is taken in the kernel. From a record on, a device of that name counts as our own."""
+    for node in find(task.name):
+        users = "; ".join(Usage().users(node))
+        who = f"it was detached by force and is still in use ({users})" if users else "by somebody else than nbdd"
+        raise Busy(
+            f"{node.path} is bound under the name {task.name!r} already: {who}. "
+            f"Free it, or use another name; 'nbd-client -d {node.path}' ends it when nobody uses it."
+        )
+    return {}, ()
+
+
+def attach(task: Task, tell: Tell) -> Answer:
+    """Connect, bind, and wait until the device is usable; answers the notes, with the links."""
+    definition = Definition.from_wire(task.definition)
+    bound = find(task.name)
+    if bound and task.order["resume"]:
+        # One before us died between the kernel's answer and its own: it knew the server, we must ask again.
+        with open_links(definition, Deadline(CONNECT_SECONDS)) as links:
+            notes = {**_offered(links), "index": bound[0].index}
+        return _noted(_adopted(task, notes)[1], notes), ()
+    look(task, tell)
+    links = open_links(definition, Deadline(CONNECT_SECONDS))
+    for warning in links.warnings:
+        tell({"event": "warning", "message": warning}, ())
+    try:
+        client = Client(
+            task.name,
+            sockets=links.sockets,
+            size=links.export.size,
+            block_size=links.block_size,
+            flags=int(links.export.flags),
+            read_only=links.read_only,
+            timeout=definition.timeout,
+            dead_timeout=definition.dead_timeout,
+        )
+    except NbddError:
+        links.close()
+        raise
+    try:
+        node = client.bind(definition.device)
+    except (Busy, NoFreeDevice):
+        links.close()  # The kernel took none of them.
+        raise
+    return _noted(node, _offered(links)), links.sockets
+
+
+def adopt(task: Task, _tell: Tell) -> Answer:
+    """Find the device of the notes still bound; answers them as they are now."""
+    if not task.notes:
+        raise NotAttached(f"{task.name!r} was not bound to any device yet.")
+    _, node = _adopted(task, task.notes)
+    # A link that died since is seen by the worker's first poll. Where nobody kept any, as many live as was last known.
+    return _noted(node, {**task.notes, "live": len(task.links) or task.notes["live"]}), ()
+
+
+def mend(task: Task, tell: Tell) -> Answer:
+    """Give the kernel `missing` new links for dead ones, checked to lead to the same data; answers their server."""
+    links = open_links(Definition.from_wire(task.definition), Deadline(MEND_SECONDS), task.order["missing"])
+    try:
+        difference = differs(Export.from_wire(task.notes["export"]), links.export)
+        if difference:
+            raise NegotiationFailed(
+                f"{links.uri} came back as something else, and is not used: {difference}. I/O waits; detach the device "
+                "if this is what you want."
+            )
+        client, _ = _adopted(task, task.notes)
+    except NbddError:
+        links.close()
+        raise
+    # Before the kernel is asked: whatever becomes of us, the worker holds what the kernel may have taken.
+    tell({"event": "offered"}, [sock.fileno() for sock in links.sockets])
+    client.replace_links(links.sockets)
+    return {"uri": str(links.uri)}, ()
+
+
+def set_timeout(task: Task, _tell: Tell) -> Answer:
+    """Set the request timeout, live."""
+    client, _ = _adopted(task, task.notes)
+    client.set_timeout(task.order["seconds"])
+    return {}, ()
+
+
+def detach(task: Task, tell: Tell) -> Answer:
+    """End the device of the notes; without notes, what an attach that was not over has left under the name."""
+    if task.notes:
+        with suppress(NotAttached):
+            _disconnect(task, tell, _adopted(task, task.notes)[0], force=task.order["force"])
+        return {}, ()
+    for node in find(task.name):
+        with suppress(NotAttached):
+            client = Client(task.name)
+            client.adopt(node.index)
+            # What has it open is udev, or the errand that died over it. But somebody quick may have mounted it.
+            if claims := client.claims():
+                raise Busy(f"{node.path} is in use: {'; '.join(claims)}.")
+            _disconnect(task, tell, client, force=True)
+    return {}, ()
+
+
+def exports(task: Task, tell: Tell) -> Answer:
+    """Ask a server what it exports; told in pieces."""
+    found = [export.to_wire() for export in list_exports(URI.parse(task.order["uri"]), Deadline(CONNECT_SECONDS))]
+    for start in range(0, len(found), _EXPORTS_PER_MESSAGE):
+        tell({"event": "exports", "exports": found[start : start + _EXPORTS_PER_MESSAGE]}, ())
+    return {}, ()
+
+
+ORDERS: Mapping[str, Callable[[Task, Tell], Answer]] = {
+    "look": look,
+    "attach": attach,
+    "adopt": adopt,
+    "set-timeout": set_timeout,
+    "detach": detach,
+    "list-exports": exports,
+}
+"""What the manager may order, and what is done for it."""
+
+
+# What a job opens is closed by the end of its process; only servers want to be told.
+
+
+def _adopted(task: Task, notes: Message) -> tuple[Client, Node]:
+    """The device of the notes, if it is still that: else NotAttached."""
+    definition = Definition.from_wire(task.definition)
+    client = Client(task.name, timeout=definition.timeout, dead_timeout=definition.dead_timeout)
+    sockets = [socket.socket(fileno=fd) for fd in task.links]
+    return client, client.adopt(notes["index"], **_identity(notes), sockets=sockets)
+
+
+def _identity(notes: Message) -> dict[str, Any]:
+    """What tells a device from a later one of the same index, as `Client.adopt` takes it."""
+    return {"diskseq": notes.get("diskseq") or None, "pid": notes.get("pid") or None}
+
+
+def _offered(links: Links) -> Message:
+    """The notes about a device, but for what only the kernel knows."""
+    return {
+        "uri": str(links.uri),
+        "export": links.export.to_wire(),
+        "connections": len(links.sockets),
+        "live": len(links.sockets),
+        "reconnects": 0,
+    }
+
+
+def _noted(node: Node, notes: Message) -> Message:
+    """The notes with what the kernel says: all that a worker, and its successor, need to know."""
+    return {
+        "baseline": node.statistics(),
+        **notes,
+        "index": node.index,
+        "node": node.path,
+        "size": node.size,
+        "block-size": node.block_size,
+        "read-only": node.read_only,
+        "diskseq": node.diskseq or 0,
+        "pid": node.pid or 0,
+    }
+
+
+def _disconnect(task: Task, tell: Tell, client: Client, *, force: bool) -> None:
+    seconds = FORCE_SECONDS if task.order["force"] else DETACH_SECONDS
+    if left := client.disconnect(seconds=seconds, force=force):
+        message = f"detached, and the node is taken until they leave: {'; '.join(left)}"
+        tell({"event": "warning", "message": message}, ())

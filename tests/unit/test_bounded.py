@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Calls that may hang: what becomes of them when their time is over, or when the caller is interrupted."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Never
+
+import pytest
+
+from nbdd.errors import TimedOut
+from nbdd.kernel import bounded as module
+from nbdd.kernel.bounded import bounded
+
+SECONDS = 30.0
+
+
+class Interrupt(Exception):
+    """As Ctrl-C is."""
+
+
+@pytest.fixture
+def interrupt() -> Iterator[None]:
+    """Raise `Interrupt` in the main thread, soon."""
+
+    def handler(_number: int, _frame: object) -> Never:
+        raise Interrupt
+
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_a_call_that_came_back_leaves_no_thread() -> None:
+    before = threading.active_count()
+    assert bounded(lambda: 5, SECONDS, "stuck") == 5
+    assert threading.active_count() == before
+
+
+def test_what_a_call_raises_is_raised_here() -> None:
+    with pytest.raises(ZeroDivisionError):
+        bounded(lambda: 1 // 0, SECONDS, "stuck")
+
+
+def test_a_call_that_comes_back_late_is_undone() -> None:
+    gate, undone = threading.Event(), threading.Event()
+    with pytest.raises(TimedOut, match="stuck"):
+        bounded(lambda: gate.wait(SECONDS), 0.01, "stuck", late=lambda _result: undone.set())
+    gate.set()
+    assert undone.wait(SECONDS)
+
+
+@pytest.mark.usefixtures("interrupt")
+def test_an_interruption_is_held_back_until_the_call_is_over() -> None:
+    done = threading.Event()
+
+    def call() -> None:
+        threading.Event().wait(0.2)
+        done.set()
+
+    with pytest.raises(Interrupt):
+        bounded(call, SECONDS, "stuck")
+    assert done.is_set()
+
+
+@pytest.mark.usefixtures("interrupt")
+def test_a_call_that_hangs_holds_no_interruption_back_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "INTERRUPT_SECONDS", 0.05)
+    gate, undone = threading.Event(), threading.Event()
+    with pytest.raises(Interrupt):
+        bounded(lambda: gate.wait(SECONDS), SECONDS, "stuck", late=lambda _result: undone.set())
+    assert not undone.is_set()
+    gate.set()
+    assert undone.wait(SECONDS)
+
+
+@pytest.mark.usefixtures("interrupt")
+def test_what_an_interrupted_call_has_got_is_undone() -> None:
+    undone = threading.Event()
+    with pytest.raises(Interrupt):
+        bounded(lambda: threading.Event().wait(0.2), SECONDS, "stuck", late=lambda _result: undone.set())
+    assert undone.wait(SECONDS)
