@@ -59,7 +59,7 @@ check: deps host-tools ## lint, format, types, units, fast tests: seconds, no ro
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m nbdd --check config
-	$(PY) -m pytest -q -n 2 tests/unit
+	$(PY) -m pytest -q -n 2 tests/unit tests/interop
 
 # Without them, and without root to install them, the tests that need them are skipped and say so.
 .PHONY: host-tools

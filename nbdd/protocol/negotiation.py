@@ -20,7 +20,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
-from nbdd.errors import NegotiationFailed, ServerError
+from nbdd.errors import NegotiationFailed, ServerError, TimedOut
 from nbdd.protocol.constants import (
     EXPORT_NAME_PADDING,
     IHAVEOPT,
@@ -62,6 +62,8 @@ longest names and descriptions for MAX_DESCRIBED exports come to 26 MiB; replies
 REQUESTED = (Info.NBD_INFO_EXPORT, Info.NBD_INFO_BLOCK_SIZE, Info.NBD_INFO_NAME, Info.NBD_INFO_DESCRIPTION)
 
 _NOT_ASKED = f"It was not asked: nbdd asks for the first {MAX_DESCRIBED} exports of a list."
+
+_TOO_SLOW = "It was not described in time: the server took too long over this one and those before it."
 
 _TOO_OLD = "The server is too old to describe an export without opening it."
 
@@ -128,7 +130,8 @@ def info(export: str) -> Steps[Export]:
 def list_exports() -> Steps[list[Export]]:
     """All exports that the server shows, in its order, each described as far as it goes, and leave.
 
-    An export that the server lists but does not describe has a `problem`, and so have those after MAX_DESCRIBED.
+    An export that the server lists but does not describe has a `problem`, and so have those after MAX_DESCRIBED, and
+    those for which there was no time left.
     Raises `NegotiationFailed` where the server does not list, `TLSFailed` where it wants TLS for that.
     """
     yield from _greet()
@@ -138,13 +141,22 @@ def list_exports() -> Steps[list[Export]]:
         yield from _abort()
         raise listed.error("")
     exports: list[Export] = []
-    able = True
+    untold = ""
     for name, description in listed:
-        if not able or len(exports) >= MAX_DESCRIBED:
-            problem = _NOT_ASKED if able else _TOO_OLD
-            exports.append(Export(name, 0, Flags(0), description=description, problem=problem))
+        if not untold and len(exports) >= MAX_DESCRIBED:
+            untold = _NOT_ASKED
+        if not untold:
+            try:
+                answer = yield from _describe(Opt.NBD_OPT_INFO, name, budget)
+            except TimedOut:
+                if not exports:
+                    raise
+                # A question costs a round trip: a thousand of them are more than the time allows where the server is
+                # far. What it has told is worth more than an error.
+                untold = _TOO_SLOW
+        if untold:
+            exports.append(Export(name, 0, Flags(0), description=description, problem=untold))
             continue
-        answer = yield from _describe(Opt.NBD_OPT_INFO, name, budget)
         if isinstance(answer, Export):
             # The name of the list stays: it is the one that leads here. INFO's may be the same for several.
             problem = "" if answer.size else _SIZE_ZERO
@@ -154,7 +166,8 @@ def list_exports() -> Steps[list[Export]]:
         if answer.kind == RepErr.NBD_REP_ERR_SHUTDOWN:
             yield from _abort()
             raise answer.error(name)
-        able = answer.kind != RepErr.NBD_REP_ERR_UNSUP
+        if answer.kind == RepErr.NBD_REP_ERR_UNSUP:
+            untold = _TOO_OLD
         problem = f"The server {answer.error(name)}"
         exports.append(Export(name, 0, Flags(0), description=description, problem=problem))
     yield from _abort()

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
-from nbdd.errors import NegotiationFailed, ServerError
+from nbdd.errors import NegotiationFailed, ServerError, TimedOut
 from nbdd.protocol import Receive, Steps
 from nbdd.protocol.constants import IHAVEOPT, NBDMAGIC, REPLY_MAGIC, HandshakeFlags, Info, Opt, Rep, RepErr
 from nbdd.uri import URI
@@ -92,12 +92,14 @@ def parse_client(octets: bytes) -> tuple[int, list[Asked]]:
 class Play:
     """Run a negotiation against a server whose every word is known beforehand.
 
-    It hangs up after its last word, or before it takes the message called `hangs_up_before`.
+    After its last word it hangs up, or is silent until the time is over, or it hangs up before it takes the message
+    called `hangs_up_before`.
     """
 
-    def __init__(self, server: bytes, hangs_up_before: str = "") -> None:
+    def __init__(self, server: bytes, hangs_up_before: str = "", *, silent: bool = False) -> None:
         self.server = server
         self.hangs_up_before = hangs_up_before
+        self.silent = silent
         self.sent = b""
         self.read = 0
 
@@ -111,6 +113,8 @@ class Play:
                         continue
                     self.sent += request.data
                     request = steps.send(b"")
+                elif self.read + request.count > len(self.server) and self.silent:
+                    request = steps.throw(TimedOut("took too long."))
                 elif self.read + request.count > len(self.server):
                     request = steps.throw(NegotiationFailed(f"hung up. {request.hint}"))
                 else:

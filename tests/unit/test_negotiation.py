@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdd.errors import NegotiationFailed, NoSuchExport, ServerError, TLSFailed
+from nbdd.errors import NegotiationFailed, NoSuchExport, ServerError, TimedOut, TLSFailed
 from nbdd.protocol import Export, Flags, go, info, list_exports, printable
 from nbdd.protocol.constants import NBDMAGIC, OLDSTYLE_MAGIC, Info, Opt, Rep, RepErr
 from nbdd.protocol.text import decode, encode
@@ -304,6 +304,16 @@ def test_an_export_that_is_listed_but_not_described_says_why_and_harms_no_other(
     assert gone.problem == "The server has no export called 'gone'."
     assert (good.size, good.problem) == (MIB, "")
     assert (zero.size, zero.problem[:32]) == (0, "The server gives its size as 0; ")
+
+
+def test_what_is_not_described_in_time_says_so_and_what_is_stays() -> None:
+    server = greeting() + entry(b"a") + entry(b"b") + entry(b"c") + ack(LIST)
+    a, b, c = Play(server + servers.accepts(INFO), silent=True).run(list_exports())
+    assert (a.name, a.size, a.problem) == ("a", MIB, "")
+    assert [export.name for export in (b, c)] == ["b", "c"]
+    assert all("not described in time" in export.problem for export in (b, c))
+    with pytest.raises(TimedOut):
+        Play(server, silent=True).run(list_exports())
 
 
 def test_a_server_too_old_to_describe_is_asked_once() -> None:
