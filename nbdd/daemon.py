@@ -84,13 +84,9 @@ async def run(directory: Path) -> int:
 async def _reload(manager: Manager, notifier: Notifier) -> None:
     notifier.reloading()
     try:
-        changes = await manager.reload()
+        await manager.reload()
     except NbddError as error:
         log.error("nothing is changed, the configuration is bad:\n%s", error)
-    else:
-        log.info(
-            "reloaded: %d added, %d changed, %d removed", len(changes.added), len(changes.changed), len(changes.removed)
-        )
     notifier.ready()
 
 

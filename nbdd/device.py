@@ -122,6 +122,8 @@ class Device:
         self._record = record
         self._post.inherit(sockets)
         self._active = record.definition
+        if record.binding is not None:
+            log.info("%s: it was left as /dev/nbd%d, and is taken up again", self.name, record.binding["index"])
         self._set(state=State.CONNECTING, **self._told_by(record.definition))
         self._run(self._adopt)
 
@@ -183,6 +185,7 @@ class Device:
         await self._ask("set-timeout", seconds=seconds)
         self._active = self._active.with_timeout(seconds)
         self._note(definition=self._active)
+        log.info("%s: a request may take %s", self.name, f"{seconds} s" if seconds else "as long as it needs")
         self._set(timeout=seconds)
 
     async def statistics(self) -> dict[str, int]:
@@ -566,5 +569,6 @@ class Device:
             return
         self._status = new
         if new.state is not old.state:
-            log.info("%s: %s -> %s%s", self.name, old.state, new.state, f" ({new.node})" if new.node else "")
+            where = f" ({new.node}, {new.uri})" if new.node else ""
+            log.info("%s: %s -> %s%s", self.name, old.state, new.state, where)
         self._on_change(self, old)

@@ -96,8 +96,8 @@ class Manager:
             return self._devices[check_name(name)]
         except KeyError:
             raise NoSuchDevice(
-                f"There is no device {name!r}: no file in the configuration defines it, and nobody attached it. "
-                "'nbdctl list' shows all."
+                f"There is no device {name!r}: nbdd has read no definition of it, and nobody attached it. If you have "
+                "just written one: 'nbdctl reload'; 'nbdctl list' shows all."
             ) from None
 
     async def start(self, sockets: Mapping[str, list[int]]) -> None:
@@ -199,6 +199,10 @@ class Manager:
         async with self._reloading:
             changes, leftovers = await self._apply(await asyncio.to_thread(self._load))
             await self._retire_all(leftovers)
+            log.info(
+                "reloaded: %d added, %d changed, %d removed",
+                *map(len, (changes.added, changes.changed, changes.removed)),
+            )
             return changes
 
     async def _apply(self, configuration: Configuration) -> tuple[Changes, list[Device]]:

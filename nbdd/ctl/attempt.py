@@ -13,8 +13,17 @@ from typing import IO, Any
 from nbdd.bus.client import Client, Event, Kind
 from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean, fit
-from nbdd.errors import InvalidURI, NbddError, NoSuchDevice
+from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice
 from nbdd.uri import URI
+
+_FIELDS_OF_OPTIONS = {
+    "device": "node",
+    "read-only": "read_only",
+    "connections": "connections",
+    "timeout": "timeout",
+    "dead-timeout": "dead_timeout",
+    "block-size": "block_size",
+}
 
 PATIENCE = 0.7
 """Seconds after which a person begins to wonder; until then nothing is said."""
@@ -59,15 +68,28 @@ class Attempt:
         return await self._found(client, path)
 
     async def existing(self, client: Client) -> Device | None:
-        """The device that is attached already just as it is wanted; None where that is another one."""
+        """The device that is attached already; None where that is another one.
+
+        Raises AlreadyAttached where it is not as the options want it.
+        """
         if not self._uri:
-            return Device.of(await client.device(self.name))
+            return self._as_wanted(Device.of(await client.device(self.name)))
         for properties in await client.devices():
             device = Device.of(properties)
             # A name that is taken by another export must not pass for success.
             if device.node and _same(device.uri, self._target) and self.name in {"", device.name}:
-                return device
+                return self._as_wanted(device)
         return None
+
+    def _as_wanted(self, device: Device) -> Device:
+        for key, wanted in self._options.items():
+            field = _FIELDS_OF_OPTIONS.get(key)
+            if field is not None and getattr(device, field) != wanted:
+                raise AlreadyAttached(
+                    f"{device.name} is attached already, as {device.node}, but not with --{key} as it is asked for; "
+                    "detach it first."
+                )
+        return device
 
     async def _attach(self, client: Client) -> str:
         if self._uri:

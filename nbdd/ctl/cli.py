@@ -218,7 +218,10 @@ def list_(as_json: bool) -> None:
     elif found:
         print(show.devices(found, show.Look.of(sys.stdout)))
     else:
-        say("There are no devices. Define some in /etc/nbdd/devices.d/, or try: nbdctl attach nbd://HOST/EXPORT")
+        say(
+            "There are no devices. Define some in /etc/nbdd/devices.d/ and `nbdctl reload`, or try: "
+            "nbdctl attach nbd://HOST/EXPORT"
+        )
 
 
 @cli.command()

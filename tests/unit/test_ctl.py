@@ -141,6 +141,13 @@ def test_attach_if_needed_is_content_with_a_device_that_is_attached(fake: FakeMa
     )  # fmt: skip
 
 
+def test_attach_if_needed_is_not_content_with_a_device_that_is_attached_otherwise(fake: FakeManager, run: Run) -> None:
+    fake.errors["Attach"] = ("org.nbdd1.Error.AlreadyAttached", "backup is attached already.")
+    code, _, told = run("attach", "--if-needed", "backup", "--read-only")
+    assert code == 1
+    assert "attached already, as /dev/nbd0, but not with --read-only" in told
+
+
 def test_attach_if_needed_of_a_uri_is_not_content_with_another_export_of_that_name(fake: FakeManager, run: Run) -> None:
     fake.errors["AttachURI"] = ("org.nbdd1.Error.AlreadyAttached", "backup is attached already.")
     assert run("attach", "--if-needed", "NBD://Storage.Example:10809/backup", "--name", "backup")[0] == 0
