@@ -47,6 +47,9 @@ STEADY = 5.0
 WAIT_INTERVAL = 0.25
 """Seconds between two looks whether the users of a device have left it."""
 
+MEND_INTERVAL = 7.0
+"""The same while a link is dead: each look interrupts the mending, whose attempts take up to five seconds."""
+
 ATTEMPTS = 3
 """How often one request is put to a new worker when workers die under it."""
 
@@ -485,7 +488,9 @@ class Device:
             except Busy:
                 if time.monotonic() >= until:
                     raise
-                await asyncio.sleep(min(WAIT_INTERVAL, max(0, until - time.monotonic())))
+                whole = self._status.live_connections >= self._status.connections
+                pause = WAIT_INTERVAL if whole else MEND_INTERVAL
+                await asyncio.sleep(min(pause, max(0, until - time.monotonic())))
             except WorkerFailed:
                 deaths += 1
                 if deaths >= ATTEMPTS:
@@ -507,7 +512,11 @@ class Device:
 
     async def _bound_worker(self) -> WorkerProcess:
         """The worker of the attached device, or its successor, which may still be adopting."""
-        worker = await self._post.manned(READY_DEADLINE if self._status.state.bound else 0)
+        # Being taken up after a restart of ours, it is attached already to all others.
+        adopted = (
+            self._status.state is State.CONNECTING and self._record is not None and self._record.binding is not None
+        )
+        worker = await self._post.manned(READY_DEADLINE if self._status.state.bound or adopted else 0)
         if self._status.state is State.DETACHING:
             raise Busy(f"{self.name!r} is being detached; try again in a moment.")
         if not self._status.state.bound:

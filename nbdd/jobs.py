@@ -18,7 +18,7 @@ from nbdd.channel import Message
 from nbdd.client import Client
 from nbdd.definition import Definition
 from nbdd.errand import Answer, Tell
-from nbdd.errors import Busy, NbddError, NegotiationFailed, NoFreeDevice, NotAttached
+from nbdd.errors import Busy, NbddError, NegotiationFailed, NoFreeDevice, NotAttached, ServerError
 from nbdd.kernel import Node, Usage, find
 from nbdd.link import Links, differs, open_links
 from nbdd.protocol import Export
@@ -73,9 +73,13 @@ def attach(task: Task, tell: Tell) -> Answer:
     bound = find(task.name)
     if bound and task.order["resume"]:
         # One before us died between the kernel's answer and its own: it knew the server, we must ask again.
-        with open_links(definition, Deadline(CONNECT_SECONDS)) as links:
-            notes = {**_offered(links), "index": bound[0].index}
-        return _noted(_adopted(task, notes)[1], notes), ()
+        try:
+            with open_links(definition, Deadline(CONNECT_SECONDS)) as links:
+                notes = {**_offered(links), "index": bound[0].index}
+            return _noted(_adopted(task, notes)[1], notes), ()
+        except ServerError as error:
+            # Our own device may hold the only place that the server has. As long as nobody uses it, it is made anew.
+            _unmake(task.name, bound[0], error)
     look(task, tell)
     links = open_links(definition, Deadline(CONNECT_SECONDS))
     for warning in links.warnings:
@@ -183,6 +187,18 @@ def _adopted(task: Task, notes: Message) -> tuple[Client, Node]:
     client = Client(task.name, timeout=definition.timeout, dead_timeout=definition.dead_timeout)
     sockets = [socket.socket(fileno=fd) for fd in task.links]
     return client, client.adopt(notes["index"], **_identity(notes), sockets=sockets)
+
+
+def _unmake(name: str, node: Node, error: ServerError) -> None:
+    """Free a device that nobody uses yet; raises the error that made it necessary where somebody does."""
+    with Client(name) as client:
+        try:
+            client.adopt(node.index)
+            client.disconnect(seconds=DETACH_SECONDS)
+        except NotAttached:
+            return
+        except Busy as busy:
+            raise type(error)(f"{error} It stays bound as it is: {busy}") from None
 
 
 def _identity(notes: Message) -> dict[str, Any]:

@@ -24,12 +24,16 @@ from typing import Any, NoReturn, Self
 from nbdd.errors import ConnectFailed, NbddError, NotAttached, TimedOut, WorkerFailed
 from nbdd.kernel import LinkDeadMonitor, NetlinkNBD, Node, Usage, find, let_udev_finish, release
 from nbdd.kernel.sockets import hung_up
+from nbdd.kernel.sysfs import read
 
 START_SECONDS = 60.0
 """For a child to bind its device, or to give up; it has limits of its own for each step, which are shorter."""
 
 END_SECONDS = 10.0
 """For a killed child to be gone, and for its device to be free."""
+
+STUCK_SECONDS = 1.0
+"""How long a killed child may take to be gone before something is done about it."""
 
 PATIENCE_SECONDS = 2.0
 """How long the kernel's word about a dead link may come after the link's end itself."""
@@ -196,12 +200,17 @@ class Service:
         """The child's first message; empty where there is none."""
         text = b""
         until = time.monotonic() + START_SECONDS
+        self._channel.settimeout(STUCK_SECONDS)
         while b"\n" not in text:
-            self._channel.settimeout(max(until - time.monotonic(), 0.001))
             try:
                 more = self._channel.recv(65536)
             except TimeoutError:
-                raise TimedOut(f"The service process bound no device within {START_SECONDS:g} seconds.") from None
+                # One that was killed keeps its end open while one of its threads waits for the server.
+                if _is_dead(self.pid):
+                    return {}
+                if time.monotonic() >= until:
+                    raise TimedOut(f"The service process bound no device within {START_SECONDS:g} seconds.") from None
+                continue
             except ConnectionResetError:
                 more = b""
             if not more:
@@ -230,6 +239,9 @@ class Service:
             if not self.ended(patience):
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                if not self.ended(STUCK_SECONDS):
+                    # It waits in the kernel for a server that doesn't answer. What it waits for fails with the device.
+                    self._free()
                 if not self.ended(END_SECONDS):
                     raise TimedOut(f"The service process {self.pid} was killed, and the kernel holds it still.")
             with suppress(ChildProcessError):  # the program has waited for it already
@@ -237,6 +249,7 @@ class Service:
         finally:
             self._channel.close()
             os.close(self._pidfd)
+        # Only now can there be nothing more to come.
         return self._free()
 
     def drop(self) -> None:
@@ -272,6 +285,13 @@ class Service:
         for sock in self._sockets:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether a child that nobody waited for yet has ended, all but its threads perhaps."""
+    # proc_pid_stat(5): the name, in parentheses, may hold anything.
+    state = (read(f"/proc/{pid}/stat") or ") X").rpartition(")")[2].split()[0]
+    return state in "ZX"
 
 
 def _child(channel: socket.socket, sockets: Sequence[socket.socket], serve: Serve) -> NoReturn:

@@ -241,7 +241,12 @@ def _resolve(uri: URI, deadline: Deadline) -> list[tuple[int, Any]]:
     # getaddrinfo can't be interrupted and has its own idea of patience. A thread that outstays the deadline is left
     # behind; it ends with the process.
     thread = threading.Thread(target=look_up, name="nbdd-resolver", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        raise ConnectFailed(
+            "The system lets nbdd start no more threads, and so no host name can be resolved."
+        ) from None
     thread.join(deadline.remaining(f"There was no connection to {uri.address}"))
     if failed:
         _unresolved(uri, failed[0])

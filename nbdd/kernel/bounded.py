@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from nbdd.errors import TimedOut
+from nbdd.errors import KernelError, TimedOut
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +73,16 @@ class _Call(Generic[T]):
         return self._results[0]
 
 
+def _start(thread: threading.Thread) -> None:
+    """Start it; raises KernelError where the system gives no thread."""
+    try:
+        thread.start()
+    except RuntimeError:
+        raise KernelError(
+            "The system lets nbdd start no more threads; see TasksMax= in systemd.resource-control(5)."
+        ) from None
+
+
 def bounded(
     call: Callable[[], T],
     seconds: float,
@@ -89,7 +99,7 @@ def bounded(
     work = _Call(call, late)
     thread = threading.Thread(target=work.run, name="nbdd-kernel", daemon=True)
     try:
-        thread.start()
+        _start(thread)
         if nudge is not None and seconds > NUDGE_SECONDS:
             if not work.done.wait(NUDGE_SECONDS):
                 nudge()

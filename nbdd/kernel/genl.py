@@ -195,32 +195,43 @@ class GenericNetlink:
         payload: bytes,
         seconds: float,
         *,
+        more: Callable[[], bytes] | None = None,
         sent: Callable[[], None] | None = None,
         nudge: Callable[[], None] | None = None,
     ) -> list[Message]:
         """Send one command, return the messages that came before its acknowledgement.
 
         `OSError` carries the kernel's errno, with its reason as text where it gave one. `TimedOut` after `seconds`:
-        the command may still take effect. `sent` is called, possibly much later and in another thread, when the
-        kernel has finished with the request; `nudge` after two seconds without an end, see `bounded`.
+        the command may still take effect. `more`, the rest of the payload, is called in the thread that sends, where
+        no signal handler interrupts; `sent` is called there, possibly much later, when the kernel has finished with
+        the request; `nudge` after two seconds without an end, see `bounded`.
         """
         end = time.monotonic() + seconds
         self._sequence = self._sequence + 1 & 0xFFFFFFFF or 1
         sequence = self._sequence
-        body = _GENL.pack(command, version, 0) + payload
-        header = _HEADER.pack(_HEADER.size + len(body), family, NLM_F_REQUEST | NLM_F_ACK, sequence, 0)
         stuck = f"The kernel did not finish a netlink command within {seconds:g} seconds."
+        # Taken by whoever comes first: the thread that sends, or an interruption before it does.
+        turn = [None]
 
         def send() -> None:
+            try:
+                turn.pop()
+            except IndexError:
+                return
             # The kernel runs the whole command in here. Only sending is left to the thread: were it to read as
             # well, one that was given up could take a later command's answer away.
             try:
+                body = _GENL.pack(command, version, 0) + payload + (more() if more is not None else b"")
+                header = _HEADER.pack(_HEADER.size + len(body), family, NLM_F_REQUEST | NLM_F_ACK, sequence, 0)
                 self._socket.send(header + body)
             finally:
                 if sent is not None:
                     sent()
 
-        bounded(send, seconds, stuck, nudge=nudge)
+        try:
+            bounded(send, seconds, stuck, nudge=nudge)
+        finally:
+            turn.clear()
         answers: list[Message] = []
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)

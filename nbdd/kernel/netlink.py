@@ -228,17 +228,25 @@ class NetlinkNBD:
     ) -> list[genl.Message]:
         # The kernel looks descriptors up while it runs the command. Ours could have been closed and their numbers
         # given to other files by then, if we stopped waiting: so the command gets its own.
-        own = [os.dup(fd) for fd in fds]
-        if own:
-            items = (genl.nested(NBD_SOCK_ITEM, genl.u32(NBD_SOCK_FD, fd)) for fd in own)
-            payload += genl.nested(Attr.SOCKETS, *items)
+        own: list[int] = []
+
+        def sockets() -> bytes:
+            own.extend(os.dup(fd) for fd in fds)
+            return genl.nested(Attr.SOCKETS, *(genl.nested(NBD_SOCK_ITEM, genl.u32(NBD_SOCK_FD, fd)) for fd in own))
 
         def sent() -> None:
             for fd in own:
                 os.close(fd)
 
         return self._genl.request(
-            self._family.identifier, command, VERSION, payload, self._seconds, sent=sent, nudge=nudge
+            self._family.identifier,
+            command,
+            VERSION,
+            payload,
+            self._seconds,
+            more=sockets if fds else None,
+            sent=sent,
+            nudge=nudge,
         )
 
     def _connect_error(self, error: OSError, index: int | None, size: int, block_size: int) -> KernelError | Busy:

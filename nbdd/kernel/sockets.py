@@ -42,8 +42,8 @@ def check_socket(sock: socket.socket) -> None:
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """Whether nothing comes from the other end any more."""
-    return bool(_events(sock) & _DEAD)
+    """Whether nothing comes from the other end any more. Of one that is closed on our side nobody can tell: False."""
+    return sock.fileno() >= 0 and bool(_events(sock) & _DEAD)
 
 
 def _events(sock: socket.socket) -> int:

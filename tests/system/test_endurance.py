@@ -20,12 +20,10 @@ ROUNDS = int(os.environ.get("NBDD_ROUNDS", "200"))
 WARM_UP = 20
 
 DEVICES = 64
-WORKER_LIMIT, SERVICE_LIMIT = 3600, 45_000
-"""KiB of PSS with so many devices attached: a worker on average; manager and fork server together. What a worker is to
-come down to is WORKER_GOAL: a fork shares nearly all of its parent's memory until it touches it, and attaching touches
-much."""
-
-WORKER_GOAL = 1500
+WORKER_LIMIT, SERVICE_LIMIT = 1700, 45_000
+"""KiB of PSS with so many devices attached: a worker on average; manager and fork server together. A worker was seen
+with 1490 on Debian 12 and 1400 on Debian 13: it shares its parent's memory until it touches it, and leaves what touches
+much to its errands."""
 
 Show = Callable[[str], None]
 
@@ -91,7 +89,7 @@ def rounds_table(release: str, seconds: list[float], looks: list[dict[str, Any]]
 def test_many_attached_devices_cost_little_memory(lab: Lab, show: Show, release: str) -> None:
     server = lab.nbdkit("memory 16M")
     found = run(lab, "bench.memory", f"{server.uri} --devices {DEVICES} --json", timeout=500)
-    show(f"{release}: {found['table']}\na worker's goal is {WORKER_GOAL} KiB of PSS")
+    show(f"{release}: {found['table']}")
     assert sum(process["role"] == "worker" for process in found["loaded"]) == DEVICES
     assert found["mean"] <= WORKER_LIMIT, "PSS of a worker, KiB"
     assert found["both"] <= SERVICE_LIMIT, "PSS of manager and fork server, KiB"

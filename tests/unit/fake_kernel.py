@@ -315,7 +315,7 @@ class FakeClient:
     def set_timeout(self, seconds: int) -> None:
         self._ask("timeout", seconds)
 
-    def disconnect(self, *, seconds: float, force: bool) -> list[str]:
+    def disconnect(self, *, seconds: float, force: bool = False) -> list[str]:
         return cast(list[str], self._ask("disconnect", {"force": force, "seconds": seconds}))
 
     def claims(self) -> list[str]:

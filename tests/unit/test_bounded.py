@@ -10,7 +10,7 @@ from typing import Never
 
 import pytest
 
-from nbdd.errors import TimedOut
+from nbdd.errors import KernelError, TimedOut
 from nbdd.kernel import bounded as module
 from nbdd.kernel.bounded import bounded
 
@@ -33,6 +33,15 @@ def interrupt() -> Iterator[None]:
     yield
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+
+
+def test_a_thread_that_can_not_be_had_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(KernelError, match="no more threads"):
+        bounded(lambda: None, 5, "stuck")
 
 
 def test_a_call_that_came_back_leaves_no_thread() -> None:

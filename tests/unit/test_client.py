@@ -98,8 +98,9 @@ def test_every_public_name_is_there_and_others_are_not() -> None:
     for name in nbdd.__all__:
         assert getattr(nbdd, name) is not None
         assert name in dir(nbdd)
-    with pytest.raises(AttributeError, match="no attribute 'Clinet'"):
-        _ = nbdd.Clinet
+    for name in ("Clinet", "os", "TYPE"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(nbdd, name)
 
 
 USER = """
@@ -134,7 +135,7 @@ USER = """
         return end.signal if end.reason is Reason.SIGNAL else end.status
 """
 MISUSER = """
-    from nbdd import Client
+    from nbdd import Client, Clinet
     Client(soket=None)
     Client().set_size("1G")
     Client().run().reasons
@@ -165,7 +166,7 @@ def test_a_program_that_uses_it_is_checked_strictly_by_mypy(tmp_path: Path) -> N
         )
         found[name] = done.stdout
     assert found["user"] == "Success: no issues found in 1 source file\n"
-    assert len(re.findall(r"^misuser.py:\d+: error:", found["misuser"], re.MULTILINE)) == 3, found["misuser"]
+    assert len(re.findall(r"^misuser.py:\d+: error:", found["misuser"], re.MULTILINE)) == 4, found["misuser"]
 
 
 def test_the_help_text_reads_like_a_manual() -> None:
@@ -303,6 +304,16 @@ def test_sockets_that_the_kernel_could_not_use_are_refused(tmp_path: Path) -> No
         refused(lambda: client.socket(0), "int")  # type: ignore[arg-type]
         refused(lambda: client.socket([widow, "x"]), error=ConnectFailed)  # type: ignore[list-item]
         assert client.socket() is None
+
+
+def test_a_link_whose_socket_was_closed_here_is_not_taken_for_dead(
+    kernel: Kernel, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    with Client("mine") as client:
+        client.adopt(0, sockets=[pair[0]])
+        pair[0].close()
+        client.set_size(2 * MIB)
+        assert len(kernel.asked) == 1
 
 
 def test_a_socket_of_the_ssl_module_is_refused(pair: tuple[socket.socket, socket.socket]) -> None:

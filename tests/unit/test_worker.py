@@ -469,6 +469,31 @@ def test_an_errand_that_is_killed_over_the_binding_takes_the_worker_along_and_th
     assert [what for what, _ in kernel.asked].count("bind") == 1
 
 
+def test_what_was_bound_is_made_anew_where_the_server_can_not_be_asked_and_nobody_uses_it(
+    hire: Callable[[], Boss], kernel: FakeKernel
+) -> None:
+    # A server with a place for one client, which our own device takes.
+    serve = offers({b"": MIB})
+    turns = iter([serve, lambda conn: conn.close(), serve])
+
+    def in_turn(conn: socket.socket) -> None:
+        next(turns)(conn)
+
+    with Server(in_turn) as server:
+        kernel.after["bind"] = threading.Event()
+        boss = hire()
+        boss.send("attach", definition=wire(server), resume=False)
+        kernel.wait_for("bind")
+        os.kill(kernel.askers["bind"], signal.SIGKILL)
+        assert boss.ended() == 1
+        kernel.after["bind"].set()
+        successor = hire()
+        assert successor.order("attach", definition=wire(server), resume=True)["live"] == 1
+        assert [what for what, _ in kernel.asked if what in ("bind", "disconnect")] == ["bind", "disconnect", "bind"]
+        successor.order("detach", binding=None, force=False)
+    assert kernel.bound == {}
+
+
 @pytest.mark.parametrize("order", ["detach", "set-timeout"])
 def test_an_errand_that_is_killed_over_another_order_takes_the_worker_along(
     boss: Boss, kernel: FakeKernel, order: str
@@ -811,11 +836,39 @@ def test_an_errand_that_is_killed_over_mending_leaves_no_link_that_nobody_watche
         while "error" in message:
             message, fds = boss.event()
         assert (message["live"], message["reconnects"], fds) == (1, 1, 1)
-        # The one that is watched is the kernel's.
+        # The newest, which is watched, is the one that the kernel has.
         assert kernel.live(NAME) == 1
+        assert kernel.links[NAME][0].getsockname() == server._conns[-1].getpeername()
         cut(server)
         assert boss.event_with(live=0)
         assert boss.event_with(live=1)
+
+
+def test_a_link_that_is_offered_just_when_a_detach_comes_is_not_left_behind(boss: Boss, kernel: FakeKernel) -> None:
+    kernel.refusals["disconnect"] = Busy("in use")
+    good, asked, gate = offers({b"": MIB}), threading.Event(), threading.Event()
+
+    def gated(conn: socket.socket) -> None:
+        asked.set()
+        assert gate.wait(SECONDS)
+        good(conn)
+
+    with Server(in_turn(good, gated, good)) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        kernel.after["replace"] = threading.Event()
+        cut(server)
+        assert asked.wait(SECONDS)
+        os.kill(boss.pid, signal.SIGSTOP)
+        gate.set()
+        kernel.wait_for("replace")
+        number = boss.send("detach", binding=None, force=False)
+        os.kill(boss.pid, signal.SIGCONT)
+        with pytest.raises(Busy):
+            boss.reply(number)
+        kernel.after["replace"].set()
+        assert boss.event_with(live=1)
+        assert kernel.live(NAME) == 1
+        assert kernel.links[NAME][0].getsockname() == server._conns[-1].getpeername()
 
 
 def test_mending_that_hangs_is_killed_and_tried_again(hire: Callable[[], Boss], kernel: FakeKernel) -> None:
