@@ -154,7 +154,7 @@ class CallerError(NbddError):
     """The caller asked in a way, or with rights, that can't be served."""
 
 
-class InvalidArgs(CallerError):
+class InvalidArgs(CallerError, ValueError):
     """Arguments of the wrong type, out of range, or with unknown keys."""
 
     dbus_name = _FREEDESKTOP + "InvalidArgs"

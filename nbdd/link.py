@@ -86,6 +86,8 @@ def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> 
         read_only = _read_only(definition, uri, export)
         if export.size == 0:
             raise NegotiationFailed(f"{uri} has a size of 0 bytes; there is nothing to attach.")
+        if export.size < block_size:
+            raise NegotiationFailed(f"{uri} has {export.size} bytes, less than one block of {block_size}.")
         warnings = []
         if wanted > 1 and not export.flags & Flags.NBD_FLAG_CAN_MULTI_CONN:
             warnings.append(f"{uri} does not allow several connections; one is used instead of {wanted}.")

@@ -105,9 +105,10 @@ def bounded(
                 nudge()
             seconds -= NUDGE_SECONDS
         in_time = work.wait(seconds)
-    except BaseException:
-        # Who cleans up after it must see what it has done.
-        work.done.wait(INTERRUPT_SECONDS)
+    except BaseException as error:
+        # Who cleans up after it must see what it has done. A thread that could not be had does nothing.
+        if thread.ident is not None or not isinstance(error, KernelError):
+            work.done.wait(INTERRUPT_SECONDS)
         work.leave()
         raise
     if not in_time:

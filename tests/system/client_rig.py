@@ -25,7 +25,7 @@ from nbdd import Client, NbddError
 from tests.system.data_server import FLAGS, DataServer
 
 MIB = 1 << 20
-_TROUBLE = re.compile(r"WARNING:|BUG:|Oops|blocked for more than|general protection|refcount_t|list_del corruption")
+TROUBLE = re.compile(r"WARNING:|BUG:|Oops|blocked for more than|general protection|refcount_t|list_del corruption")
 
 
 def sysfs(name: str, attribute: str) -> str:
@@ -219,7 +219,7 @@ _seen = [-1]
 
 def kernel_trouble() -> list[str]:
     """Lines of it that no kernel should write."""
-    return [line for line in kernel_lines() if _TROUBLE.search(line)]
+    return [line for line in kernel_lines() if TROUBLE.search(line)]
 
 
 def left_over(before: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Never
 
 import pytest
@@ -22,16 +22,22 @@ class Interrupt(Exception):
 
 
 @pytest.fixture
-def interrupt() -> Iterator[None]:
-    """Raise `Interrupt` in the main thread, soon."""
+def interrupt() -> Iterator[Callable[[], None]]:
+    """Called in another thread, it raises `Interrupt` in the main one, which waits for that."""
 
     def handler(_number: int, _frame: object) -> Never:
+        came.set()
         raise Interrupt
 
+    def now() -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGALRM)
+        assert came.wait(SECONDS)
+
+    came = threading.Event()
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    yield now
     signal.signal(signal.SIGALRM, before)
 
 
@@ -63,12 +69,11 @@ def test_a_call_that_comes_back_late_is_undone() -> None:
     assert undone.wait(SECONDS)
 
 
-@pytest.mark.usefixtures("interrupt")
-def test_an_interruption_is_held_back_until_the_call_is_over() -> None:
+def test_an_interruption_is_held_back_until_the_call_is_over(interrupt: Callable[[], None]) -> None:
     done = threading.Event()
 
     def call() -> None:
-        threading.Event().wait(0.2)
+        interrupt()
         done.set()
 
     with pytest.raises(Interrupt):
@@ -76,20 +81,30 @@ def test_an_interruption_is_held_back_until_the_call_is_over() -> None:
     assert done.is_set()
 
 
-@pytest.mark.usefixtures("interrupt")
-def test_a_call_that_hangs_holds_no_interruption_back_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_hangs_holds_no_interruption_back_for_long(
+    interrupt: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "INTERRUPT_SECONDS", 0.05)
     gate, undone = threading.Event(), threading.Event()
+
+    def call() -> bool:
+        interrupt()
+        return gate.wait(SECONDS)
+
     with pytest.raises(Interrupt):
-        bounded(lambda: gate.wait(SECONDS), SECONDS, "stuck", late=lambda _result: undone.set())
+        bounded(call, SECONDS, "stuck", late=lambda _result: undone.set())
     assert not undone.is_set()
     gate.set()
     assert undone.wait(SECONDS)
 
 
-@pytest.mark.usefixtures("interrupt")
-def test_what_an_interrupted_call_has_got_is_undone() -> None:
-    undone = threading.Event()
+def test_what_an_interrupted_call_has_got_is_undone(interrupt: Callable[[], None]) -> None:
+    undone: list[str] = []
+
+    def call() -> str:
+        interrupt()
+        return "a descriptor"
+
     with pytest.raises(Interrupt):
-        bounded(lambda: threading.Event().wait(0.2), SECONDS, "stuck", late=lambda _result: undone.set())
-    assert undone.wait(SECONDS)
+        bounded(call, SECONDS, "stuck", late=undone.append)
+    assert undone == ["a descriptor"]
