@@ -18,7 +18,16 @@ from nbdd.channel import Message
 from nbdd.client import Client
 from nbdd.definition import Definition
 from nbdd.errand import Answer, Tell
-from nbdd.errors import Busy, NbddError, NegotiationFailed, NoFreeDevice, NotAttached, ServerError
+from nbdd.errors import (
+    Busy,
+    ConnectFailed,
+    InvalidArgs,
+    NbddError,
+    NegotiationFailed,
+    NoFreeDevice,
+    NotAttached,
+    ServerError,
+)
 from nbdd.kernel import Node, Usage, find
 from nbdd.link import Links, differs, open_links
 from nbdd.protocol import Export
@@ -95,12 +104,11 @@ def attach(task: Task, tell: Tell) -> Answer:
             timeout=definition.timeout,
             dead_timeout=definition.dead_timeout,
         )
-    except NbddError:
-        links.close()
-        raise
-    try:
         node = client.bind(definition.device)
-    except (Busy, NoFreeDevice):
+    except ConnectFailed:
+        # It knows the socket, and not whose it is.
+        raise ConnectFailed(f"The NBD server {links.uri.address} hung up before the device was usable.") from None
+    except (Busy, InvalidArgs, NoFreeDevice):
         links.close()  # The kernel took none of them.
         raise
     return _noted(node, _offered(links)), links.sockets
