@@ -22,6 +22,8 @@ GUEST_TEST_SECONDS = 600
 _LIVE = pytest.StashKey[list[Guest]]()
 
 CleanGuest = Callable[..., Guest]
+Show = Callable[[str], None]
+_SHOWN = "shown"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +58,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # The fixtures have deadlines of their own; what is timed here is the test.
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))
+
+
+@pytest.fixture
+def show(record_property: Callable[[str, object], None]) -> Show:
+    """Call it with figures that are to be seen, also where the test passes: they are printed at the end of the run."""
+
+    def shown(text: str) -> None:
+        record_property(_SHOWN, text)
+
+    return shown
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    # From the reports, as what a process of pytest-xdist prints is lost.
+    for reports in (terminalreporter.stats.get(outcome, ()) for outcome in ("passed", "failed")):
+        for name, text in (found for report in reports for found in report.user_properties):
+            if name == _SHOWN:
+                terminalreporter.write_line(f"\n{text}")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import Show
 from tests.guest import Guest
 from tests.system import client_checks, client_ends
 from tests.system.lab import Lab
@@ -32,20 +33,8 @@ SCRIPTS = (
 ROUNDS = int(os.environ.get("NBDD_ROUNDS", "500"))
 KILLS = 40
 
-Show = Callable[[str], None]
 Run = Callable[..., Any]
 Told = dict[str, tuple[float, str]]
-
-
-@pytest.fixture
-def show(capsys: pytest.CaptureFixture[str]) -> Show:
-    """Print on the terminal, also where the test passes: these figures are to be seen."""
-
-    def on_terminal(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n{text}")
-
-    return on_terminal
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import difflib
 
-import pytest
-
+from tests.conftest import Show
 from tests.interop.report import WRITE, run_in, table, versions, written
 from tests.system.lab import Lab
 
 
-def test_nbdinfo_agrees_in_every_cell_of_the_matrix_and_the_document_says_so(
-    lab: Lab, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_nbdinfo_agrees_in_every_cell_of_the_matrix_and_the_document_says_so(lab: Lab, show: Show) -> None:
     result = run_in(lab.guest)
     release, seconds = result["system"]["release"], result["seconds"]
-    with capsys.disabled():
-        print(f"\n{release}: {versions(result)}; seconds: {seconds}\n{table(result)}")
+    show(f"{release}: {versions(result)}; seconds: {seconds}\n{table(result)}")
     faults = {fault for row in result["rows"] for fault in row["faults"]}
     assert not faults, "\n".join(sorted(faults))
     # Versions are not compared: a newer one that says the same is no news.
