@@ -12,6 +12,7 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 MAX_LINE = 64 << 20
@@ -127,3 +128,12 @@ class Channel:
             if not self.receive():
                 return None
         return found
+
+
+def close_all_but(*kept: int) -> None:
+    """Close every descriptor of this process but 0 to 2 and these: what a fresh fork has no use for."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) > 2 and int(name) not in kept:
+            # The one that listed the directory is closed already.
+            with suppress(OSError):
+                os.close(int(name))

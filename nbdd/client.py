@@ -67,7 +67,7 @@ class Client:
         client.kill_async()
 
     The keywords `socket`, `device`, `timeout`, `blocksize`, `blocks` and `size` call the method of that name, perhaps
-    with "set_" before it; `sockets` and `block_size` are other spellings. The others:
+    with "set_" before it. The others:
 
     `backend`: the identifier that the kernel keeps with the device, by which any process finds it again. One that is a
     name for nbdd (letters, digits, "._:-") gives the device a link /dev/disk/by-nbd/NAME. Without it the client makes
@@ -92,14 +92,12 @@ class Client:
         socket: Socket | list[Socket] | tuple[Socket, ...] | None = None,
         device: str | os.PathLike[str] | None = None,
         timeout: int = 0,
-        blocksize: int | None = None,
+        blocksize: int = MIN_BLOCK_SIZE,
         blocks: int | None = None,
         size: int | None = None,
         flags: int = 0,
         read_only: bool = False,
         dead_timeout: int | None = None,
-        sockets: Sequence[Socket] = (),
-        block_size: int = MIN_BLOCK_SIZE,
     ) -> None:
         self.node: Node | None = None
         # No udev rule makes a link of a name that begins like this, and the daemon takes it for nobody's.
@@ -123,13 +121,13 @@ class Client:
         self._sockets: list[Socket] = []
         self.device(device)
         self.set_timeout(timeout)
-        self.set_blocksize(block_size if blocksize is None else blocksize)
+        self.set_blocksize(blocksize)
         if blocks is not None:
             self.set_blocks(blocks)
         if size is not None:
             self.set_size(size)
         # Last: they are the client's from here on, and the caller's as long as anything above was refused.
-        self.socket(list(sockets) or socket)
+        self.socket(socket)
 
     def __enter__(self) -> Self:
         return self
@@ -280,12 +278,13 @@ class Client:
 
         Raises Busy, NoFreeDevice, AlreadyAttached, InvalidArgs (no socket), KernelError, TimedOut.
         """
-        from nbdd.service import Stop, close_all_but  # noqa: PLC0415 - only who serves pays for it
+        from nbdd.channel import close_all_but  # noqa: PLC0415 - only who serves pays for them
+        from nbdd.service import Stop  # noqa: PLC0415
 
         self._prepare()
         if close_fds:
             self._drop_netlink()
-            close_all_but(sock.fileno() for sock in self._sockets)
+            close_all_but(*(sock.fileno() for sock in self._sockets))
         with Stop() as stop:
             return self._serve(stop, lambda _node: None)
 

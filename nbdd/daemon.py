@@ -9,6 +9,7 @@ The name comes first: it is the lock that keeps a second nbdd from touching the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections import Counter
@@ -83,10 +84,8 @@ async def run(directory: Path) -> int:
 
 async def _reload(manager: Manager, notifier: Notifier) -> None:
     notifier.reloading()
-    try:
+    with contextlib.suppress(NbddError):  # the manager has told the journal
         await manager.reload()
-    except NbddError as error:
-        log.error("nothing is changed, the configuration is bad:\n%s", error)
     notifier.ready()
 
 

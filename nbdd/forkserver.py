@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 
-from nbdd.channel import Channel, Message
+from nbdd.channel import Channel, Message, close_all_but
 
 
 def _import_threading() -> None:
@@ -114,7 +114,7 @@ def _fork(control: Channel, message: Message, channel_fd: int) -> tuple[int, int
     if pid == 0:
         code = 1
         try:
-            _close_all_but(channel_fd, held)
+            close_all_but(channel_fd, held)
             # Held until the very end: the manager kills whose channel closes, and the exit code would be lost.
             channel = Channel(socket.socket(fileno=channel_fd))
             code = work(channel, message["name"])
@@ -134,15 +134,6 @@ def _fork(control: Channel, message: Message, channel_fd: int) -> tuple[int, int
     finally:
         os.close(pidfd)
     return pid, life
-
-
-def _close_all_but(*wanted: int) -> None:
-    """Close what a worker has no use for, but for the standard three."""
-    first = 3
-    for fd in sorted(wanted):
-        os.closerange(first, fd)
-        first = fd + 1
-    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
 
 
 def _reap(control: Channel, pid: int) -> None:

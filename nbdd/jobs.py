@@ -96,9 +96,9 @@ def attach(task: Task, tell: Tell) -> Answer:
     try:
         client = Client(
             task.name,
-            sockets=links.sockets,
+            socket=links.sockets,
             size=links.export.size,
-            block_size=links.block_size,
+            blocksize=links.block_size,
             flags=int(links.export.flags),
             read_only=links.read_only,
             timeout=definition.timeout,

@@ -14,14 +14,15 @@ from typing import Self
 from nbdd.definition import Definition
 from nbdd.errors import ConnectFailed, NegotiationFailed, ServerError
 from nbdd.protocol import Export, Flags
+from nbdd.protocol.constants import NBD_CMD_DISC, REQUEST_MAGIC
 from nbdd.transport import NETWORK_TIMEOUT, Deadline, open_export
 from nbdd.uri import URI
 
 MIN_BLOCK_SIZE = 512
 """Bytes; what the kernel can address at least."""
 
-_DISC = struct.pack(">IHHQQI", 0x25609513, 0, 2, 0, 0, 0)
-"""NBD_CMD_DISC (proto.md, Request message): magic, flags, type, cookie, offset, length."""
+_DISC = struct.pack(">IHHQQI", REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
+"""The farewell (proto.md, Request message): magic, flags, type, cookie, offset, length."""
 
 # include/net/tcp_states.h; `struct tcp_info` of linux/tcp.h begins with the state.
 _FIN_WAIT1, _FIN_WAIT2, _CLOSED, _CLOSING = 4, 5, 7, 11

@@ -197,7 +197,12 @@ class Manager:
         Returns when the leftovers nobody uses are detached; the new ones are attached behind the caller's back.
         """
         async with self._reloading:
-            changes, leftovers = await self._apply(await asyncio.to_thread(self._load))
+            try:
+                configuration = await asyncio.to_thread(self._load)
+            except NbddError as error:
+                log.error("nothing is changed, the configuration is bad:\n%s", error)
+                raise
+            changes, leftovers = await self._apply(configuration)
             await self._retire_all(leftovers)
             log.info(
                 "reloaded: %d added, %d changed, %d removed",
@@ -251,13 +256,16 @@ class Manager:
         task.add_done_callback(self._tasks.discard)
 
     async def _retire_all(self, devices: list[Device]) -> None:
+        """The configuration no longer has these: detach them, unless somebody uses them; those stay for their users."""
+        for device in devices:
+            device.disown()
         for start in range(0, len(devices), BATCH):
             await asyncio.gather(*map(self._retire, devices[start : start + BATCH]))
             await _breathe(start)
 
     async def _retire(self, device: Device) -> None:
-        """The configuration no longer has the device: detach it, unless somebody uses it; then it stays for them."""
-        device.disown()
+        if device.status.configured:
+            return  # A reload has brought it back while others were detached.
         told = await self._detach_quietly(device)
         if told:
             log.warning("%s", told)

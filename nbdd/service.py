@@ -7,7 +7,6 @@ It carries no I/O, the kernel does. It is there so that a device ends with its s
 from __future__ import annotations
 
 import gc
-import json
 import os
 import select
 import signal
@@ -15,12 +14,13 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NoReturn, Self
 
+from nbdd.channel import Channel, Message, close_all_but
 from nbdd.errors import ConnectFailed, NbddError, NotAttached, TimedOut, WorkerFailed
 from nbdd.kernel import LinkDeadMonitor, NetlinkNBD, Node, Usage, find, let_udev_finish, release
 from nbdd.kernel.sockets import hung_up
@@ -78,7 +78,7 @@ class Stop:
     Only in the main thread, and only signals that have their default effect: others are the program's own affair.
     """
 
-    def __init__(self, parent: socket.socket | None = None) -> None:
+    def __init__(self, parent: Channel | None = None) -> None:
         self.parent = parent
         self._caught = 0
         self._before: dict[signal.Signals, Any] = {}
@@ -146,16 +146,6 @@ def watch(
     return End(Reason.SERVER_DIED if died >= len(sockets) else Reason.DISCONNECTED)
 
 
-def close_all_but(keep: Iterable[int]) -> None:
-    """Close every descriptor of this process but 0 to 2 and these."""
-    kept = {0, 1, 2, *keep}
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in kept:
-            # The one that listed the directory is closed already.
-            with suppress(OSError):
-                os.close(int(name))
-
-
 Serve = Callable[[Stop, Callable[[Node], None]], End]
 """What a child does: bind a device, tell which, wait for its end."""
 
@@ -163,7 +153,7 @@ Serve = Callable[[Stop, Callable[[Node], None]], End]
 class Service:
     """A child process that serves a device, as its parent holds it. It ends when the parent does."""
 
-    def __init__(self, pid: int, channel: socket.socket, backend: str, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, pid: int, channel: Channel, backend: str, sockets: Sequence[socket.socket]) -> None:
         self.pid = pid
         self._channel = channel
         self._backend = backend
@@ -176,12 +166,12 @@ class Service:
     @classmethod
     def start(cls, backend: str, sockets: Sequence[socket.socket], serve: Serve) -> Self:
         """Fork a child that serves."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = Channel.pair()
         with ours, theirs:
             pid = os.fork()
             if pid == 0:
-                _child(theirs, sockets, serve)
-            return cls(pid, ours.dup(), backend, sockets)
+                _child(Channel(theirs), sockets, serve)
+            return cls(pid, Channel(ours.dup()), backend, sockets)
 
     def bound(self) -> tuple[Node, int | None, int | None]:
         """Wait until the device is bound; what it is: the node, its disk sequence number, and the thread that bound it.
@@ -196,28 +186,21 @@ class Service:
         self._device = Node(told["index"]), told["diskseq"], told["pid"]
         return self._device
 
-    def _hear(self) -> dict[str, Any]:
+    def _hear(self) -> Message:
         """The child's first message; empty where there is none."""
-        text = b""
         until = time.monotonic() + START_SECONDS
-        self._channel.settimeout(STUCK_SECONDS)
-        while b"\n" not in text:
-            try:
-                more = self._channel.recv(65536)
-            except TimeoutError:
-                # One that was killed keeps its end open while one of its threads waits for the server.
-                if _is_dead(self.pid):
+        poll = select.poll()
+        poll.register(self._channel, select.POLLIN)
+        while (found := self._channel.pop()) is None:
+            if poll.poll(STUCK_SECONDS * 1000):
+                if not self._channel.receive():
                     return {}
-                if time.monotonic() >= until:
-                    raise TimedOut(f"The service process bound no device within {START_SECONDS:g} seconds.") from None
-                continue
-            except ConnectionResetError:
-                more = b""
-            if not more:
+            elif _is_dead(self.pid):
+                # One that was killed keeps its end open while one of its threads waits for the server.
                 return {}
-            text += more
-        told: dict[str, Any] = json.loads(text.partition(b"\n")[0])
-        return told
+            elif time.monotonic() >= until:
+                raise TimedOut(f"The service process bound no device within {START_SECONDS:g} seconds.")
+        return found[0]
 
     def ended(self, seconds: float) -> bool:
         """Whether the child has ended by itself within that time."""
@@ -294,7 +277,7 @@ def _is_dead(pid: int) -> bool:
     return state in "ZX"
 
 
-def _child(channel: socket.socket, sockets: Sequence[socket.socket], serve: Serve) -> NoReturn:
+def _child(channel: Channel, sockets: Sequence[socket.socket], serve: Serve) -> NoReturn:
     """The whole life of the child. Nothing of the parent's program may run in it: no handler, no finalizer, no exit."""
     status = 2
     try:
@@ -305,7 +288,7 @@ def _child(channel: socket.socket, sockets: Sequence[socket.socket], serve: Serv
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        close_all_but([channel.fileno(), *(sock.fileno() for sock in sockets)])
+        close_all_but(channel.fileno(), *(sock.fileno() for sock in sockets))
 
         def bound(node: Node) -> None:
             _tell(channel, {"index": node.index, "diskseq": node.diskseq, "pid": node.pid})
@@ -325,7 +308,7 @@ def _child(channel: socket.socket, sockets: Sequence[socket.socket], serve: Serv
         os._exit(status)
 
 
-def _tell(channel: socket.socket, what: dict[str, Any]) -> None:
+def _tell(channel: Channel, what: Message) -> None:
     # A parent that has gone is seen by whoever waits for the end.
     with suppress(OSError):
-        channel.sendall(json.dumps(what).encode() + b"\n")
+        channel.send(what)

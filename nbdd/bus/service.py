@@ -16,7 +16,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from dbus_next import BusType, Message, MessageFlag, MessageType, Variant
 from dbus_next.aio import MessageBus
@@ -79,6 +79,10 @@ class ExportedInterface:
             for name, value in self.values().items()
             if names is None or name in names
         }
+
+
+Body: TypeAlias = list[Any] | Callable[[], list[Any]]
+"""The values of a reply, or what makes them where that takes long."""
 
 
 class PatientSocket:
@@ -207,8 +211,8 @@ class ServiceBus(MessageBus):
         try:
             await self._opened.wait()
             signature, body = await self._dispatch(message)
-            if signature == OBJECT_MANAGER.methods["GetManagedObjects"].out_signature:
-                await self._reply_managed_objects(message)
+            if callable(body):
+                await self._reply_later(message, signature, body)
             else:
                 self._reply(message, Message.new_method_return(message, signature, body))
         except DispatchError as error:
@@ -228,7 +232,7 @@ class ServiceBus(MessageBus):
         if not (message.flags & MessageFlag.NO_REPLY_EXPECTED or self._disconnected):
             self._put(reply)
 
-    async def _dispatch(self, message: Message) -> tuple[str, list[Any]]:
+    async def _dispatch(self, message: Message) -> tuple[str, Body]:
         path, member = message.path, message.member
         candidates: dict[str, tuple[Interface, Mapping[str, Any]]] = {
             INTROSPECTABLE.name: (INTROSPECTABLE, {"Introspect": self._on_introspect}),
@@ -318,22 +322,23 @@ class ServiceBus(MessageBus):
         self._on_get(path, [interface, name])
         raise DispatchError("PropertyReadOnly", f"{name} can't be set; methods change what can be changed.")
 
-    def _on_managed_objects(self, _path: str, _body: list[Any]) -> list[Any]:
-        return []  # see _reply_managed_objects
-
-    async def _reply_managed_objects(self, message: Message) -> None:
-        """Answer GetManagedObjects from a thread: ten thousand objects take seconds, and the loop must turn."""
+    def _on_managed_objects(self, _path: str, _body: list[Any]) -> Body:
+        # Ten thousand objects take seconds.
         served = [(path, interfaces) for path, interfaces in self._served.items() if path != self._root]
-        reply = Message.new_method_return(message, OBJECT_MANAGER.methods["GetManagedObjects"].out_signature)
+        return lambda: [
+            {
+                path: {exported.interface.name: exported.variants() for exported in interfaces}
+                for path, interfaces in served
+            }
+        ]
+
+    async def _reply_later(self, message: Message, signature: str, make: Callable[[], list[Any]]) -> None:
+        """Reply with what `make` returns; both are done in a thread, as the loop must turn."""
+        reply = Message.new_method_return(message, signature)
         reply.serial = self.next_serial()
 
         def marshal() -> bytes:
-            reply.body = [
-                {
-                    path: {exported.interface.name: exported.variants() for exported in interfaces}
-                    for path, interfaces in served
-                }
-            ]
+            reply.body = make()
             return bytes(reply._marshall(negotiate_unix_fd=False))  # noqa: SLF001 - as dbus-next itself sends
 
         octets = await asyncio.to_thread(marshal)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Numbers of the NBD protocol, by the names that doc/proto.md of the NBD project gives them.
 
-Only what a client needs that hands its socket to the kernel: the handshake phase, and the transmission flags.
+Only what a client needs that hands its socket to the kernel: the handshake phase, the transmission flags, and the
+farewell on a socket that the kernel never gets.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ OLDSTYLE_MAGIC = (0x00420281861253).to_bytes(8, "big")
 
 REPLY_MAGIC = 0x0003E889045565A9
 """What every reply to an option begins with."""
+
+REQUEST_MAGIC = 0x25609513
+"""What every request of the transmission phase begins with (NBD_REQUEST_MAGIC)."""
+
+NBD_CMD_DISC = 2
+"""The type of the one request that is ours to send: the farewell of a client that hands no socket to the kernel."""
 
 EXPORT_NAME_PADDING = 124
 """Zero bytes after the answer to NBD_OPT_EXPORT_NAME, unless NO_ZEROES was agreed on."""

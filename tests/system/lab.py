@@ -156,12 +156,18 @@ class Lab:
         get = f"busctl get-property org.nbdd1 {path} org.nbdd1.Device {prop} 2>&1"
         self.until(f"""[ "$({get})" = {shlex.quote(value)} ]""", seconds, what=f"{name}.{prop} = {value}")
 
-    def until(self, condition: str, seconds: float = ATTACH_SECONDS, *, what: str = "") -> None:
-        """Wait until a shell condition holds in the guest; a failure shows what nbdd last said."""
+    def until(self, condition: str, seconds: float = ATTACH_SECONDS, *, what: str = "", unit: str = "") -> None:
+        """Wait until a shell condition holds in the guest; a failure shows what nbdd last said.
+
+        With a unit, the wait is over when that no longer runs, and a failure shows what it last said.
+        """
+        alive = f" && systemctl is-active --quiet {unit}" if unit else ""
         end = f"end=$(($(date +%s) + {int(seconds)}))"
-        loop = f"{end}; until {condition}; do [ $(date +%s) -lt $end ] || exit 99; sleep 0.1; done"
+        loop = f"{end}; until {condition}; do [ $(date +%s) -lt $end ]{alive} || exit 99; sleep 0.1; done"
         done = self.guest.run(loop, check=False, timeout=seconds + 60)
-        assert done.returncode == 0, f"not within {seconds} s: {what or condition}\n{self.guest.journal('nbdd', 30)}"
+        if done.returncode:
+            failure = f"{unit or 'nbdd'}: not within {seconds} s: {what or condition}"
+            raise AssertionError(f"{failure}\n{self.guest.journal(unit or 'nbdd', 30)}")
 
     # Configuration and servers
 
@@ -185,7 +191,7 @@ class Lab:
         self.guest.run(f"{clear}systemd-run --quiet --collect --unit={unit} -p KillMode=control-group {command}")
         self._servers.append(unit)
         default = f"[ -S {socket[1]} ]" if socket else f"ss -ltnH sport = :{self._port} | grep -q ."
-        self.until(ready or default, 60, what=f"{unit}: {command}")
+        self.until(ready or default, 60, what=command, unit=unit)
         return Server(unit, uri)
 
     def nbdkit(self, arguments: str = "memory 64M", export: str = "") -> Server:
@@ -237,7 +243,8 @@ class Lab:
                 self.detach(name, "{'force': <true>}")
         assert self.devices() == {}, "devices are left on the bus"
         done = self.guest.run(
-            f"systemctl stop {' '.join(self._servers)} 2>/dev/null; ls -d /sys/block/nbd*/pid 2>/dev/null;"
+            f"systemctl stop {' '.join(self._servers)} 2>/dev/null; rm -f /run/server-*.sock;"
+            "ls -d /sys/block/nbd*/pid 2>/dev/null;"
             "ls -d /run/nbdd/devices/* 2>/dev/null; pgrep -xa 'nbdd:.*' || :"
         )
         self._servers.clear()

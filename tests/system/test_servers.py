@@ -79,7 +79,8 @@ def nbd_server(lab: Lab, where: str) -> Server:
     )
     config = "/root/servers/{unit}.conf"
     content = f"[generic]\n{where}\n{exports}"
-    script = f"echo {shlex.quote(content)} >{config}; exec nbd-server -C {config}"
+    # A socket that a server of an earlier test left is in its way: it does not take over, it ends.
+    script = f"rm -f /run/{{unit}}.sock; echo {shlex.quote(content)} >{config}; exec nbd-server -C {config}"
     # It closes every descriptor that it might have, and where the limit is high, that takes seconds too.
     options = "-p Type=forking -p LimitNOFILE=1024"
     # What the lab takes for the URI is the port alone: each cell makes its own from it.
@@ -112,7 +113,7 @@ def connect(servers: Servers, kind: str, transport: Transport, content: str, mor
         shared = servers.nbd_unix if transport is UNIX else servers.nbd_tcp
         server = Server(shared.unit, transport.uri.format(name=name, port=shared.uri, unit=shared.unit))
         # A search for large primes has no bound: seconds most often, minutes where chance and the emulation are unkind.
-        lab.until(f"nbdinfo --size {shlex.quote(server.uri)} >/dev/null", 400)
+        lab.until(f"nbdinfo --size {shlex.quote(server.uri)} >/dev/null", 400, unit=shared.unit)
         stop = ":"
     else:
         if kind == "nbdkit-memory":

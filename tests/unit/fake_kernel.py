@@ -182,7 +182,7 @@ class FakeKernel:
             "index": asked["index"] or 0,
             "path": f"/dev/nbd{asked['index'] or 0}",
             "size": asked["size"],
-            "block_size": asked["block_size"],
+            "block_size": asked["blocksize"],
             "read_only": asked["read_only"],
             "diskseq": 7,
             "pid": question["pid"],
@@ -284,9 +284,9 @@ class FakeClient:
 
     stuck = False
 
-    def __init__(self, backend: str, *, sockets: Sequence[socket.socket] = (), **arguments: Any) -> None:
+    def __init__(self, backend: str, *, socket: Sequence[socket.socket] = (), **arguments: Any) -> None:
         self._name = backend
-        self._sockets = list(sockets)
+        self._sockets = list(socket)
         self._arguments = arguments
 
     def __enter__(self) -> Self:

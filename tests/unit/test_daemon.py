@@ -236,7 +236,8 @@ def test_a_second_one_says_so_in_a_sentence_and_leaves_the_first_alone(
     nbdd: Daemon, bus: BusDaemon, tmp_path: Path
 ) -> None:
     nbdd.start()
-    before = children(nbdd.process.pid)
+    # The first is the fork server, which may have a child of its own for a moment, when it rehearses.
+    server = children(nbdd.process.pid)[0]
     (tmp_path / "second").mkdir()
     second = Daemon(tmp_path / "second", bus)
     try:
@@ -255,7 +256,7 @@ def test_a_second_one_says_so_in_a_sentence_and_leaves_the_first_alone(
             assert set(await here.devices()) == {"backup", "other"}
 
     run(main())
-    assert children(nbdd.process.pid) == before
+    assert children(nbdd.process.pid)[0] == server
     assert nbdd.end() == 0
 
 

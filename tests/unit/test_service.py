@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from nbdd.channel import close_all_but
 from nbdd.errors import Busy, ConnectFailed, WorkerFailed
 from nbdd.kernel import Node
-from nbdd.service import End, Reason, Service, Stop, close_all_but, watch
+from nbdd.service import End, Reason, Service, Stop, watch
 from tests.unit.fake_worker import open_fds
 
 SECONDS = 30.0
@@ -215,7 +216,7 @@ def waits(stop: Stop, bound: Callable[[Node], None]) -> End:
     """A device that is bound and never ends."""
     bound(THIS)
     assert stop.parent is not None
-    stop.parent.recv(1)
+    stop.parent.receive()
     return End(Reason.DISCONNECTED)
 
 
@@ -370,7 +371,7 @@ def test_descriptors_are_closed_but_for_those_named() -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            close_all_but([writer, kept])
+            close_all_but(writer, kept)
             os.write(writer, " ".join(sorted(os.listdir("/proc/self/fd"), key=int)).encode())
         finally:
             os._exit(0)
