@@ -146,13 +146,18 @@ def test_one_link_of_two_is_enough(scene: Scene) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_once_and_its_handler_is_put_back(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+    # Started by nohup, SIGHUP would be ignored.
+    before = {each: signal.signal(each, signal.SIG_DFL) for each in (number, signal.SIGHUP)}
     scene = Scene()
-    with scene.stop:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert scene.watch() == End(Reason.SIGNAL, number)
-    assert signal.getsignal(number) is before
+    try:
+        with scene.stop:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert scene.watch() == End(Reason.SIGNAL, number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
     scene.close()
 
 
