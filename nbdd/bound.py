@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A bound device as its worker knows it: what it is, its links, and how they are mended when they die."""
+"""A bound device as its worker knows it: its links, how they are mended when they die, and the end of the waiting."""
 
 from __future__ import annotations
 
@@ -13,18 +13,25 @@ from functools import partial
 
 from nbdd.channel import Message
 from nbdd.client import Client
-from nbdd.errand import Errand
-from nbdd.errors import ConnectFailed, NotAttached, WorkerFailed
-from nbdd.jobs import Task, mend
+from nbdd.errand import Errand, Job
+from nbdd.errors import ConnectFailed, NotAttached, TimedOut, WorkerFailed
+from nbdd.jobs import Task, mend, refuse
 from nbdd.kernel import LinkDeadMonitor
 from nbdd.link import why_ended
 from nbdd.loop import Loop
+from nbdd.refuser import Refuser
 
 MEND_WAITS = (0.0, 0.2, 0.5, 1.0, 2.0)
-"""Seconds before each attempt to mend; the last one repeats."""
+"""Seconds before each attempt to mend; the last one repeats. Up to a third more: see `_jittered`."""
 
 MEND_DEADLINE = 30.0
 """Seconds after which an errand that mends counts as hung. Its own deadlines end sooner."""
+
+WARN_SECONDS = 60.0
+"""How long before the dead timeout is over it is warned of; half of it where it is short."""
+
+REFUSE_WAIT = 1.0
+"""Seconds before another attempt to end the waiting, where one failed."""
 
 Report = Callable[[Message, Sequence[int]], None]
 """Takes what the manager is to know about the links, and those that live."""
@@ -48,8 +55,12 @@ class Bound:
         self._report_to = report
         self._mends = 0
         self._attempt: _Attempt | None = None
-        # When to mend, or to give the attempt under way up, monotonic.
-        self.due: float | None = None
+        # When to mend, or to give the attempt under way up; and when to warn of the end of the dead timeout, or to see
+        # to it. Monotonic.
+        self._mend_due: float | None = None
+        self._end_due: float | None = None
+        self._refuser: Refuser | None = None
+        self._resting = True
         # Set while the links are the kernel's alone: after a start that found none kept. Then the kernel's reports are
         # all there is to watch, and for what died unseen it is offered a new link.
         self._reports: LinkDeadMonitor | None = None
@@ -58,25 +69,33 @@ class Bound:
                 self._reports = client.link_dead()
         self.resume()
 
+    @property
+    def due(self) -> float | None:
+        """When to call `tick` again, monotonic; None while there is nothing to wait for."""
+        return min((due for due in (self._mend_due, self._end_due) if due is not None), default=None)
+
     def rest(self) -> None:
         """Look no longer after the links: somebody detaches the device, and they die on purpose."""
+        self._resting = True
         for fd in self.links:
             self._loop.forget(fd)
         if self._reports is not None:
             self._loop.forget(self._reports.fileno())
         attempt, self._attempt = self._attempt, None
-        self.due = None
+        self._mend_due = self._end_due = None
         if attempt is not None:
             attempt.abandon()
 
     def resume(self) -> None:
         """Look after the links, again; one that died meanwhile is seen by the next poll."""
+        self._resting = False
         for fd in self.links:
             self._watch(fd)
         if self._reports is not None:
             self._loop.watch(self._reports.fileno(), select.POLLIN, self._reported)
         if self._missing or self._reports is not None:
-            self.due = time.monotonic()
+            self._mend_due = time.monotonic()
+        self._count_down()
 
     def close(self) -> None:
         """Let go of a device that is no more, after `rest`."""
@@ -84,16 +103,20 @@ class Bound:
             os.close(fd)
         if self._reports is not None:
             self._reports.close()
+        if self._refuser is not None:
+            self._refuser.close()
 
     def tick(self) -> None:
         """Do what is due by now."""
-        if self.due is None or time.monotonic() < self.due:
-            return
-        self.due = None
-        if self._attempt is not None:
-            self._attempt.errand.kill()
-        else:
-            self._mend()
+        now = time.monotonic()
+        if self._end_due is not None and self._end_due <= now:
+            self._count_down()
+        if self._mend_due is not None and self._mend_due <= now:
+            self._mend_due = None
+            if self._attempt is not None:
+                self._attempt.errand.kill()
+            else:
+                self._mend()
 
     @property
     def _missing(self) -> int:
@@ -113,7 +136,10 @@ class Bound:
         self.notes["live"] = max(0, self.notes["live"] - count)
         self._mends = 0
         if self._attempt is None:
-            self.due = time.monotonic()
+            self._mend_due = time.monotonic()
+        if not self.notes["live"]:
+            self.notes["lost"] = self.notes.get("lost") or time.monotonic()
+            self._count_down()
         self._report(ConnectFailed(f"A connection to {self.notes['uri']} ended: {why}.").to_wire())
 
     def _reported(self, _events: int) -> None:
@@ -129,23 +155,35 @@ class Bound:
         missing = self._missing
         # Blind, with none known to be dead: the kernel takes what we offer in place of a dead one, or drops it unseen.
         offer = self._reports is not None and missing == 0
-        job = partial(mend, Task({"missing": missing or 1}, self._name, self.definition, self.notes, ()))
-        attempt = _Attempt()
-        done = partial(self._tried, attempt, offer)
+        # A duplicate, as an errand closes what the loop watches.
+        refusing = [os.dup(self._refuser.fileno())] if self._refuser is not None else []
         try:
-            attempt.errand = Errand(self._loop, self._name, job, heard=attempt.heard, done=done)
+            task = Task({"missing": missing or 1}, self._name, self.definition, self.notes, refusing)
+            self._send(partial(mend, task), partial(self._tried, offer))
         except WorkerFailed as error:
             self._not_mended(error.to_wire())
-            return
-        self._attempt = attempt
-        self.due = time.monotonic() + MEND_DEADLINE
+        else:
+            self._mend_due = time.monotonic() + MEND_DEADLINE
+        finally:
+            for fd in refusing:
+                os.close(fd)
 
-    def _tried(self, attempt: _Attempt, offer: bool, answer: Message | None, _fds: list[int]) -> None:
-        if attempt is not self._attempt:
-            return
-        self._attempt = None
+    def _send(self, job: Job, done: Callable[[_Attempt, Message | None], None]) -> _Attempt:
+        """Send an errand that has to do with the links, one at a time: `done` is called unless it is abandoned."""
+        attempt = _Attempt(self._report_to)
+
+        def ended(answer: Message | None, _fds: list[int]) -> None:
+            if attempt is self._attempt:
+                self._attempt = None
+                done(attempt, answer)
+
+        attempt.errand = Errand(self._loop, self._name, job, heard=attempt.heard, done=ended)
+        self._attempt = attempt
+        return attempt
+
+    def _tried(self, offer: bool, attempt: _Attempt, answer: Message | None) -> None:
         # More may have died meanwhile.
-        self.due = time.monotonic() if self._missing else None
+        self._mend_due = time.monotonic() if self._missing else None
         if answer is None:
             answer = WorkerFailed(f"The process that mends the links of {self._name!r} was lost.").to_wire()
         if "error" in answer:
@@ -158,12 +196,15 @@ class Bound:
             self._mended(attempt.offered, answer["uri"])
 
     def _not_mended(self, error: Message) -> None:
+        self._check_attached(error)
+        self._mends += 1
+        self._mend_due = time.monotonic() + _jittered(MEND_WAITS[min(self._mends, len(MEND_WAITS) - 1)])
+        self._report(error)
+
+    def _check_attached(self, error: Message) -> None:
         if error["error"] == NotAttached.__name__:
             # Somebody else ended the device: go, and the next worker finds out.
             raise SystemExit(0)
-        self._mends += 1
-        self.due = time.monotonic() + MEND_WAITS[min(self._mends, len(MEND_WAITS) - 1)]
-        self._report(error)
 
     def _mended(self, links: list[int], uri: str) -> None:
         for fd in links:
@@ -172,17 +213,88 @@ class Bound:
         self.notes["live"] += len(links)
         self.notes["reconnects"] += len(links)
         self.notes["uri"] = uri
+        self.notes["lost"] = 0
+        self._end_due = None
         if self._reports is not None and len(self.links) >= self.notes["connections"]:
             self._loop.forget(self._reports.fileno())
             self._reports.close()
             self._reports = None
         self._mends = 0
-        self.due = time.monotonic() if self._missing else None
+        self._mend_due = time.monotonic() if self._missing else None
         self._report({})
+
+    # Waiting
+
+    @property
+    def _ends_at(self) -> float | None:
+        """When I/O has waited as long as it may, monotonic; None while there is a link."""
+        return self.notes["lost"] + self.definition["dead-timeout"] if self.notes.get("lost") else None
+
+    def _count_down(self) -> None:
+        """Warn of the end of the dead timeout, and see to it: only the kernel's newer requests end by themselves."""
+        end, self._end_due = self._ends_at, None
+        if end is None or self._resting or self._refuser is not None:
+            return
+        now = time.monotonic()
+        warn = end - min(WARN_SECONDS, self.definition["dead-timeout"] / 2)
+        if now < warn:
+            self._end_due = warn
+        elif now < end:
+            self._end_due = end
+            message = f"no server answers; reads and writes that wait fail in {round(end - now)} s"
+            self._report_to({"event": "warning", "message": message}, ())
+        else:
+            attempt, self._attempt = self._attempt, None
+            if attempt is not None:
+                attempt.abandon()
+            self._refuse()
+
+    def _refuse(self) -> None:
+        """Fail all that waits, and all that comes, until there is a server again."""
+        ours, theirs = socket.socketpair()
+        try:
+            task = Task({}, self._name, self.definition, self.notes, [theirs.fileno()])
+            attempt = self._send(partial(refuse, task), self._refused)
+            attempt.offered.append(ours.detach())
+            self._mend_due = time.monotonic() + MEND_DEADLINE
+        except WorkerFailed as error:
+            self._not_refused(error.to_wire())
+        finally:
+            ours.close()
+            theirs.close()
+
+    def _refused(self, attempt: _Attempt, answer: Message | None) -> None:
+        self._mend_due = time.monotonic()
+        if answer is None or "error" in answer:
+            attempt.abandon()
+            lost = WorkerFailed(f"The process that ends the waiting for {self._name!r} was lost.")
+            self._not_refused(answer or lost.to_wire())
+            return
+        ours = socket.socket(fileno=attempt.offered.pop())
+        self._refuser = Refuser(self._loop, ours, self._refuser_gone)
+        why = f"No server came back within {self.definition['dead-timeout']} s: reads and writes fail until one does."
+        self._report(TimedOut(why).to_wire())
+
+    def _not_refused(self, error: Message) -> None:
+        self._check_attached(error)
+        self._end_due = time.monotonic() + REFUSE_WAIT
+        self._report(error)
+
+    def _refuser_gone(self) -> None:
+        """It was withdrawn for a real link; or the kernel did not take it, since it had one that was just dying."""
+        self._refuser = None
+        if self.notes["lost"] and not self._resting:
+            self._end_due = time.monotonic() + REFUSE_WAIT
 
     def _report(self, error: Message) -> None:
         fields = {key: self.notes[key] for key in ("live", "reconnects", "uri")}
-        self._report_to({"event": "links", **fields, **error}, self.links)
+        waiting = {"lost": self.notes.get("lost", 0), "failing": self._refuser is not None}
+        self._report_to({"event": "links", **fields, **waiting, **error}, self.links)
+
+
+def _jittered(seconds: float) -> float:
+    """Up to a third more, by chance: a hundred devices of one server shall not all come back in the same moment."""
+    return seconds * (1 + os.urandom(1)[0] / 768)
 
 
 class _Attempt:
@@ -190,12 +302,15 @@ class _Attempt:
 
     errand: Errand
 
-    def __init__(self) -> None:
+    def __init__(self, report: Report) -> None:
         self.offered: list[int] = []
+        self._report_to = report
         self._abandoned = False
 
-    def heard(self, _message: Message, fds: Sequence[int]) -> None:
-        """It offers links; nothing else is said on the way."""
+    def heard(self, message: Message, fds: Sequence[int]) -> None:
+        """It offers links, or says something for the manager."""
+        if message["event"] != "offered":
+            self._report_to(message, fds)
         self.offered += fds
         if self._abandoned:
             self._shut_down()

@@ -76,6 +76,10 @@ class Client:
     are left out. `read_only`: no writes, whatever the flags say.
     `dead_timeout`: seconds that I/O waits for a new socket when the last has died; 0 fails it at once. None is 0 for
     a device that is bound, and leaves one that is adopted as it is.
+    `io_timeout`: milliseconds between two looks of the kernel whether a request's link was replaced, which is when what
+    was lost with the old one is sent again. It counts while no `timeout` is set, and is for a device of one socket
+    that is given new ones: with several, a link would be given up over a request that takes so long. None leaves it
+    at the kernel's 30 s.
 
     Sizes in bytes, times in seconds. Nothing reaches the kernel before `run`, `run_async` or `bind`; from then on the
     set methods act on the device at once. Where the kernel refuses, a `KernelError` says why; values out of range are
@@ -98,6 +102,7 @@ class Client:
         flags: int = 0,
         read_only: bool = False,
         dead_timeout: int | None = None,
+        io_timeout: int | None = None,
     ) -> None:
         self.node: Node | None = None
         # No udev rule makes a link of a name that begins like this, and the daemon takes it for nobody's.
@@ -118,6 +123,9 @@ class Client:
         self._dead_timeout = dead_timeout
         if dead_timeout is not None:
             _whole("A dead timeout", dead_timeout, 0, MAX_TIMEOUT, "s")
+        self._io_timeout = io_timeout
+        if io_timeout is not None:
+            _whole("An I/O timeout", io_timeout, 1, MAX_TIMEOUT * 1000, "ms")
         self._sockets: list[Socket] = []
         self.device(device)
         self.set_timeout(timeout)
@@ -236,6 +244,8 @@ class Client:
             index = self._still_ours().index
             self._kernel().reconfigure(index, backend=self._bound_as, timeout=seconds, dead_timeout=self._dead_timeout)
         self._timeout = seconds
+        if self.node is not None:
+            self._pace(self.node)
 
     def set_blocksize(self, size: int) -> None:
         """Set the block size in bytes: a power of two from 512 to the page size (to 65536 from Linux 6.15 on).
@@ -382,6 +392,7 @@ class Client:
         self._diskseq, self._pid = node.diskseq, node.pid
         self._size, self._block_size = node.size, node.block_size
         self._sockets = list(sockets)
+        self._pace(node)
         return node
 
     def replace_links(self, sockets: Sequence[Socket]) -> None:
@@ -426,6 +437,7 @@ class Client:
             )
             node = self.node = Node(found)
             self._bound_as, self._diskseq, self._pid = self.backend, node.diskseq, node.pid
+            self._pace(node)
             return node
         except TimedOut:
             self._shut_down()
@@ -439,6 +451,11 @@ class Client:
                 if node not in known:
                     self._unbind(node)
             raise
+
+    def _pace(self, node: Node) -> None:
+        """Have the kernel look as often as was asked for. Requests that it has got already keep their 30 s."""
+        if self._io_timeout is not None and not self._timeout and node.io_timeout != self._io_timeout:
+            node.set_io_timeout(self._io_timeout)
 
     def _make_usable(self, node: Node, seconds: float) -> None:
         """Wait until it has its size, its partitions and udev's links; ConnectFailed where all links are gone."""

@@ -133,7 +133,7 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
                 fields["read_only"] = bool(value)
             case "block-size":
                 fields["block_size"] = None if value == "auto" else int(value)
-            case "connections" | "timeout" | "dead-timeout":
+            case "connections" | "timeout" | "dead-timeout" | "network-timeout":
                 # JSON schema takes 30.0 for an integer, and so do editors.
                 fields[key.replace("-", "_")] = int(value)
     return fields

@@ -16,6 +16,9 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,62}$"
 
 DEFAULT_DEAD_TIMEOUT = 300
 
+DEFAULT_NETWORK_TIMEOUT = 30
+"""Long enough for a switch to restart a port or a route to move, short enough that a person still waits."""
+
 
 class Attach(StrEnum):
     """When a device is attached."""
@@ -52,6 +55,8 @@ class Definition:
     """How long a request may take before its link is given up; 0 is no limit."""
     dead_timeout: int = DEFAULT_DEAD_TIMEOUT
     """How long I/O waits without any link before it fails."""
+    network_timeout: int = DEFAULT_NETWORK_TIMEOUT
+    """How long the other machine may give no sign of life until a link to it is given up; see `transport.connect`."""
     block_size: int | None = None
     """Logical block size, or None to take the server's minimum (512 at least)."""
 
@@ -70,6 +75,7 @@ class Definition:
             "connections": self.connections,
             "timeout": self.timeout,
             "dead-timeout": self.dead_timeout,
+            "network-timeout": self.network_timeout,
             "block-size": self.block_size,
         }
 
@@ -85,5 +91,7 @@ class Definition:
             connections=wire["connections"],
             timeout=wire["timeout"],
             dead_timeout=wire["dead-timeout"],
+            # A record that an earlier version wrote has none.
+            network_timeout=wire.get("network-timeout", DEFAULT_NETWORK_TIMEOUT),
             block_size=wire["block-size"],
         )

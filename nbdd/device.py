@@ -6,6 +6,8 @@
        │                     v                     v
        └──────detach────── failed               detaching ──free──> detached
 
+A device that has waited too long for its server, or was offered another export by it, is `failed` and still bound.
+
 One task, the *runner*, keeps the worker's post filled for as long as the device is wanted: it attaches, watches, and
 when the worker ends for whatever reason lets a new one adopt the bound device. `detach` takes the runner's place for
 the time of the detaching. State changes in one method, `_set`, which tells the log and the manager.
@@ -24,7 +26,7 @@ from typing import Any
 
 from nbdd.channel import Message
 from nbdd.definition import Attach, Definition
-from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, WorkerFailed
+from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, OtherExport, WorkerFailed
 from nbdd.post import KeepSockets, Post, Spawner
 from nbdd.records import Record, Records
 from nbdd.status import State, Status, state_for, told_of
@@ -138,7 +140,7 @@ class Device:
         """
         if self._closed:
             raise WorkerFailed("nbdd is stopping.")
-        if self._status.state.bound:
+        if self._status.bound:
             raise AlreadyAttached(f"{self.name!r} is attached already, as {self._status.node}.")
         if self._status.state is State.DETACHING:
             raise Busy(f"{self.name!r} is being detached; try again in a moment.")
@@ -159,7 +161,7 @@ class Device:
 
         `wait` is how long to wait for openers to leave. Raises NotAttached, Busy (with who uses it), KernelError.
         """
-        state = self._status.state
+        state, bound = self._status.state, self._status.bound
         if state is State.DETACHED:
             raise NotAttached(f"{self.name!r} is not attached.")
         if state is State.DETACHING:
@@ -178,7 +180,7 @@ class Device:
                     self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
             await self._release(force=force, until=time.monotonic() + wait)
         except BaseException as error:
-            self._not_detached(state, error, fresh=fresh)
+            self._not_detached(state, error, bound=bound, fresh=fresh)
             raise
         self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
         self._detached()
@@ -389,9 +391,11 @@ class Device:
 
     def _links(self, message: Message) -> None:
         live, reconnects, uri = int(message["live"]), int(message["reconnects"]), str(message["uri"])
+        noted = {"live": live, "reconnects": reconnects, "uri": uri, "lost": message["lost"]}
         changes: dict[str, Any] = {"live_connections": live, "reconnects": reconnects, "uri": uri}
+        changes["fails_at"] = self._fails_at(message)
         if self._record is not None and self._record.binding is not None:
-            self._note(binding={**self._record.binding, "live": live, "reconnects": reconnects, "uri": uri})
+            self._note(binding={**self._record.binding, **noted})
         if "error" in message:
             error = NbddError.from_wire(message)
             changes["last_error"] = told_of(error)
@@ -400,8 +404,9 @@ class Device:
                 log.warning("%s: %s", self.name, error)
         elif reconnects > self._status.reconnects:
             log.info("%s: connected to %s again, %d of %d links", self.name, uri, live, self._status.connections)
-        if self._status.state.bound:
-            changes["state"] = state_for(live, self._status.connections)
+        if self._status.bound:
+            failed = bool(message["failing"]) or message.get("error") == OtherExport.__name__
+            changes["state"] = state_for(live, self._status.connections, failed=failed)
         self._set(**changes)
 
     def _bound(self, reply: Message) -> None:
@@ -419,6 +424,7 @@ class Device:
             "dead_timeout": self._active.dead_timeout,
             "reconnects": reply["reconnects"],
             "attached_since": since or time.time_ns() // 1000,
+            "fails_at": self._fails_at(reply),
             "last_error": ("", "") if reply["live"] >= reply["connections"] else self._status.last_error,
         }
         self._fresh = False
@@ -442,7 +448,7 @@ class Device:
         self._active = self._definition
         self._clear()
 
-    def _not_detached(self, state: State, error: BaseException, *, fresh: bool) -> None:
+    def _not_detached(self, state: State, error: BaseException, *, bound: bool, fresh: bool) -> None:
         """The device may still be there. If it is in use it wants looking after, even if whoever asked has gone."""
         told = self._status.last_error
         if isinstance(error, Busy):
@@ -451,7 +457,7 @@ class Device:
         elif isinstance(error, NbddError):
             told = told_of(error)
         over = fresh and not isinstance(error, Busy)
-        if self._record is None or over or not (state.bound or state is State.CONNECTING):
+        if self._record is None or over or not (bound or state is State.CONNECTING):
             self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
             self._post.abandon()
             self._clear(state=State.FAILED, last_error=told)
@@ -516,14 +522,21 @@ class Device:
         adopted = (
             self._status.state is State.CONNECTING and self._record is not None and self._record.binding is not None
         )
-        worker = await self._post.manned(READY_DEADLINE if self._status.state.bound or adopted else 0)
+        worker = await self._post.manned(READY_DEADLINE if self._status.bound or adopted else 0)
         if self._status.state is State.DETACHING:
             raise Busy(f"{self.name!r} is being detached; try again in a moment.")
-        if not self._status.state.bound:
+        if not self._status.bound:
             raise NotAttached(f"{self.name!r} is not attached.")
         if worker is None:
             raise WorkerFailed(f"{self.name!r} has no worker at the moment; try again.")
         return worker
+
+    def _fails_at(self, told: Message) -> int:
+        """When I/O that waits begins to fail, microseconds since 1970; 0 while it does not wait."""
+        if not told.get("lost"):
+            return 0
+        left = told["lost"] + self._active.dead_timeout - time.monotonic()
+        return int((time.time() + left) * 1e6)
 
     def _keep(self, record: Record) -> None:
         self._records.write(record)

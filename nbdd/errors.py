@@ -8,7 +8,8 @@
     ├── ServerError
     │   ├── ConnectFailed             org.nbdd1.Error.ConnectFailed
     │   ├── NegotiationFailed         org.nbdd1.Error.NegotiationFailed
-    │   │   └── NoSuchExport          org.nbdd1.Error.NoSuchExport
+    │   │   ├── NoSuchExport          org.nbdd1.Error.NoSuchExport
+    │   │   └── OtherExport           org.nbdd1.Error.NegotiationFailed
     │   ├── TLSFailed                 org.nbdd1.Error.TLSFailed
     │   └── TimedOut                  org.nbdd1.Error.TimedOut
     ├── DeviceError
@@ -92,6 +93,10 @@ class NoSuchExport(NegotiationFailed):
     """The server does not offer the export that was asked for."""
 
     dbus_name = _OWN + "NoSuchExport"
+
+
+class OtherExport(NegotiationFailed):
+    """The server came back, or the next one answered, and what it offers is not what is on the device."""
 
 
 class TLSFailed(ServerError):

@@ -11,9 +11,10 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from nbdd import identity
 from nbdd.channel import Message
 from nbdd.client import Client
 from nbdd.definition import Definition
@@ -23,14 +24,17 @@ from nbdd.errors import (
     ConnectFailed,
     InvalidArgs,
     NbddError,
-    NegotiationFailed,
     NoFreeDevice,
     NotAttached,
+    OtherExport,
     ServerError,
+    TimedOut,
 )
+from nbdd.identity import Identity
 from nbdd.kernel import Node, Usage, find
-from nbdd.link import Links, differs, open_links
+from nbdd.link import Check, Links, differs, open_links
 from nbdd.protocol import Export
+from nbdd.refuser import withdraw
 from nbdd.transport import Deadline, list_exports
 from nbdd.uri import URI
 
@@ -40,6 +44,18 @@ before busctl's 25 seconds are over."""
 
 MEND_SECONDS = 5.0
 """For connecting and negotiating links anew. A server that comes back is found by a fresh attempt, not by waiting."""
+
+LOOK_SECONDS = 15.0
+"""For a look at what is on the export. A slow server gets it, and one that is slower still does without the look."""
+
+IO_TIMEOUT = 1000
+"""Milliseconds; for a device of one link, without a request timeout of the user's.
+
+What was under way when its link died is sent again when the kernel looks after it. By itself it does that after 30 s.
+With one link and no request timeout it only looks, so it may look often: slow servers are left in peace. With several
+links, or a timeout, it would give up the link of every request that takes so long (drivers/block/nbd.c,
+nbd_xmit_timeout), so that these keep the 30 s, or what the user said.
+"""
 
 DETACH_SECONDS = 20.0
 """For the kernel to free a device and udev to take its links away."""
@@ -103,6 +119,7 @@ def attach(task: Task, tell: Tell) -> Answer:
             read_only=links.read_only,
             timeout=definition.timeout,
             dead_timeout=definition.dead_timeout,
+            io_timeout=_io_timeout(len(links.sockets)),
         )
         node = client.bind(definition.device)
     except ConnectFailed:
@@ -124,23 +141,37 @@ def adopt(task: Task, _tell: Tell) -> Answer:
 
 
 def mend(task: Task, tell: Tell) -> Answer:
-    """Give the kernel `missing` new links for dead ones, checked to lead to the same data; answers their server."""
-    links = open_links(Definition.from_wire(task.definition), Deadline(MEND_SECONDS), task.order["missing"])
+    """Give the kernel `missing` new links for dead ones, checked to lead to the same data; answers their server.
+
+    `task.links` is the refuser's end, where the kernel has been given one; it is withdrawn first.
+    """
+    definition = Definition.from_wire(task.definition)
+    if task.notes["live"]:
+        # Writes over links to one server would be read over those to another late, or never.
+        definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
     try:
-        difference = differs(Export.from_wire(task.notes["export"]), links.export)
-        if difference:
-            raise NegotiationFailed(
-                f"{links.uri} came back as something else, and is not used: {difference}. I/O waits; detach the device "
-                "if this is what you want."
-            )
-        client, _ = _adopted(task, task.notes)
+        links = _open_same(task, definition, lambda links: _look_same(Node(task.notes["index"]), links))
+    except _TooSlow as error:
+        tell({"event": "warning", "message": str(error)}, ())
+        links = _open_same(task, definition, lambda _links: None)
+    try:
+        client, _ = _adopted(replace(task, links=()), task.notes)
     except NbddError:
         links.close()
         raise
     # Before the kernel is asked: whatever becomes of us, the worker holds what the kernel may have taken.
     tell({"event": "offered"}, [sock.fileno() for sock in links.sockets])
+    for fd in task.links:
+        withdraw(fd)
     client.replace_links(links.sockets)
     return {"uri": str(links.uri)}, ()
+
+
+def refuse(task: Task, _tell: Tell) -> Answer:
+    """Give the kernel, for its dead links, one that fails every request: `task.links` is its end. See `refuser`."""
+    client, _ = _adopted(replace(task, links=()), task.notes)
+    client.replace_links([socket.socket(fileno=fd) for fd in task.links])
+    return {}, ()
 
 
 def set_timeout(task: Task, _tell: Tell) -> Answer:
@@ -189,10 +220,54 @@ ORDERS: Mapping[str, Callable[[Task, Tell], Answer]] = {
 # What a job opens is closed by the end of its process; only servers want to be told.
 
 
+class _TooSlow(Exception):
+    """A server did not let us look at its export in time. No ServerError: it is no reason to try the next one."""
+
+
+def _open_same(task: Task, definition: Definition, look: Check) -> Links:
+    """New links to what the notes say; `look` looks closer."""
+
+    def check(links: Links) -> None:
+        if difference := differs(Export.from_wire(task.notes["export"]), links.export):
+            raise _other(links, difference)
+        look(links)
+
+    return open_links(definition, Deadline(MEND_SECONDS), task.order["missing"], check=check)
+
+
+def _look_same(node: Node, links: Links) -> None:
+    """Refuse an export that has another filesystem on it, or another partition table, than the device."""
+    known = identity.of_device(node, Usage())
+    if known == Identity():
+        return
+    try:
+        found = identity.of_export(links.sockets[0], links.export.size, links.block_size, Deadline(LOOK_SECONDS))
+    except TimedOut as error:
+        raise _TooSlow(f"{error} What is on the export is not compared with what is on the device.") from None
+    if difference := known.differs(found):
+        raise _other(links, difference)
+
+
+def _other(links: Links, difference: str) -> OtherExport:
+    return OtherExport(
+        f"{links.uri} came back as something else, and is not used: {difference}. I/O waits; detach the device if this "
+        "is what you want."
+    )
+
+
+def _io_timeout(connections: int) -> int | None:
+    return IO_TIMEOUT if connections == 1 else None
+
+
 def _adopted(task: Task, notes: Message) -> tuple[Client, Node]:
     """The device of the notes, if it is still that: else NotAttached."""
     definition = Definition.from_wire(task.definition)
-    client = Client(task.name, timeout=definition.timeout, dead_timeout=definition.dead_timeout)
+    client = Client(
+        task.name,
+        timeout=definition.timeout,
+        dead_timeout=definition.dead_timeout,
+        io_timeout=_io_timeout(notes.get("connections", 0)),
+    )
     sockets = [socket.socket(fileno=fd) for fd in task.links]
     return client, client.adopt(notes["index"], **_identity(notes), sockets=sockets)
 

@@ -7,15 +7,16 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeAlias
 
 from nbdd.definition import Definition
-from nbdd.errors import ConnectFailed, NegotiationFailed, ServerError
+from nbdd.errors import ConnectFailed, NegotiationFailed, OtherExport, ServerError
 from nbdd.protocol import Export, Flags
 from nbdd.protocol.constants import NBD_CMD_DISC, REQUEST_MAGIC
-from nbdd.transport import NETWORK_TIMEOUT, Deadline, open_export
+from nbdd.transport import Deadline, open_export
 from nbdd.uri import URI
 
 MIN_BLOCK_SIZE = 512
@@ -54,11 +55,17 @@ class Links:
             hang_up(sock)
 
 
-def open_links(definition: Definition, deadline: Deadline, connections: int | None = None) -> Links:
-    """Connect to the first server of the definition that gives what it asks for.
+Check: TypeAlias = Callable[[Links], None]
+"""Raises a ServerError where a server has not what is wanted."""
+
+
+def open_links(
+    definition: Definition, deadline: Deadline, connections: int | None = None, *, check: Check | None = None
+) -> Links:
+    """Connect to the first server of the definition that gives what it asks for, and that `check` lets pass.
 
     `connections` is how many links to open, where it is not the definition's number.
-    Raises the ServerError of the only server, or one that tells of each.
+    Raises the ServerError of the only server, or one that tells of each: OtherExport, where that is one of them.
     """
     failures: list[ServerError] = []
     for number, uri in enumerate(definition.uri):
@@ -66,21 +73,27 @@ def open_links(definition: Definition, deadline: Deadline, connections: int | No
             # A server that is silent must leave time for the next one.
             left = len(definition.uri) - number
             share = deadline if left == 1 else Deadline(deadline.remaining() / left)
-            return _open(definition, uri, share, connections or definition.connections)
+            links = _open(definition, uri, share, connections or definition.connections)
+            try:
+                if check is not None:
+                    check(links)
+            except BaseException:
+                links.close()
+                raise
+            return links
         except ServerError as error:
             failures.append(error)
     if len(failures) == 1:
         raise failures[0]
-    # Every one is told; the class is the last one's, which the person just waited for.
-    raise (
-        type(failures[-1])(" ".join(str(failure) for failure in failures))
-        if failures
-        else ConnectFailed(f"{definition.name!r} names no server.")
-    )
+    if not failures:
+        raise ConnectFailed(f"{definition.name!r} names no server.")
+    # Every one is told; the class is the gravest, or the last one's, which the person just waited for.
+    grave = any(isinstance(failure, OtherExport) for failure in failures)
+    raise (OtherExport if grave else type(failures[-1]))(" ".join(str(failure) for failure in failures))
 
 
 def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> Links:
-    sock, export = open_export(uri, deadline)
+    sock, export = open_export(uri, deadline, network_timeout=definition.network_timeout)
     sockets = [sock]
     try:
         block_size = _block_size(definition, uri, export)
@@ -99,7 +112,7 @@ def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> 
                 f"the last {export.size % block_size} are not reachable."
             )
         for _ in range(wanted - 1):
-            other, other_export = open_export(uri, deadline)
+            other, other_export = open_export(uri, deadline, network_timeout=definition.network_timeout)
             sockets.append(other)
             difference = differs(export, other_export)
             if difference:
@@ -126,20 +139,20 @@ def why_ended(sock: socket.socket) -> str:
     if error not in (0, errno.ETIMEDOUT, errno.EPIPE):
         return os.strerror(error)[:1].lower() + os.strerror(error)[1:]
     # The driver reads the same error, and who comes first takes it away. What TCP noted down stays.
-    state, silent = _tcp(sock)
-    if error == errno.ETIMEDOUT or (state == _CLOSED and silent >= NETWORK_TIMEOUT * 900):
-        return f"the other machine gave no sign of life for {NETWORK_TIMEOUT} s"
+    state, silent, patience = _tcp(sock)
+    if error == errno.ETIMEDOUT or (state == _CLOSED and 0 < patience * 0.9 <= silent):
+        return f"the other machine gave no sign of life for {patience // 1000} s"
     if state in (_FIN_WAIT1, _FIN_WAIT2, _CLOSING):
         return "the kernel gave it up, since a request took too long or got no proper answer"
     return "the server closed it"
 
 
-def _tcp(sock: socket.socket) -> tuple[int, int]:
-    """State, and milliseconds since the last acknowledgement; (0, 0) for Unix sockets."""
+def _tcp(sock: socket.socket) -> tuple[int, int, int]:
+    """State, milliseconds since the last acknowledgement, and how many are allowed; all 0 for Unix sockets."""
     if sock.family == socket.AF_UNIX:
-        return 0, 0
+        return 0, 0, 0
     state, silent = _TCP_INFO.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
-    return state, silent
+    return state, silent, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
 
 def differs(one: Export, other: Export) -> str:

@@ -310,14 +310,14 @@ class Manager:
             self._remove(device)
 
     def _changed(self, device: Device, old: Status) -> None:
-        if device.status.state.bound and not old.state.bound:
+        if device.status.bound and not old.bound:
             self._warn_of_twins(device.status)
         self._observer.changed(device, old)
 
     def _warn_of_twins(self, new: Status) -> None:
         """Say if an export is written to through two devices: no filesystem but a clustered one survives that."""
         for other in (device.status for device in self._devices.values()):
-            if other.name == new.name or other.uri != new.uri or not other.state.bound:
+            if other.name == new.name or other.uri != new.uri or not other.bound:
                 continue
             if not (other.read_only and new.read_only):
                 log.warning(

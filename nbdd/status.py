@@ -22,7 +22,7 @@ class State(StrEnum):
 
     @property
     def bound(self) -> bool:
-        """Whether the kernel has the device and I/O may be under way."""
+        """Whether the kernel has the device and its I/O goes on, or may."""
         return self in (State.ATTACHED, State.DEGRADED, State.RECONNECTING)
 
 
@@ -46,7 +46,13 @@ class Status:
     worker_pid: int = 0
     reconnects: int = 0
     attached_since: int = 0
+    fails_at: int = 0
     last_error: tuple[str, str] = ("", "")
+
+    @property
+    def bound(self) -> bool:
+        """Whether the kernel has the device, one included whose I/O fails or waits for another server than came."""
+        return self.state.bound or (self.state is State.FAILED and bool(self.node))
 
 
 def told_of(error: NbddError) -> tuple[str, str]:
@@ -54,8 +60,8 @@ def told_of(error: NbddError) -> tuple[str, str]:
     return error.dbus_name, str(error)
 
 
-def state_for(live: int, connections: int) -> State:
-    """The state of a bound device that has `live` links of `connections`."""
+def state_for(live: int, connections: int, *, failed: bool = False) -> State:
+    """The state of a bound device that has `live` links of `connections`; without any it may have `failed`."""
     if live == 0:
-        return State.RECONNECTING
+        return State.FAILED if failed else State.RECONNECTING
     return State.ATTACHED if live >= connections else State.DEGRADED

@@ -20,12 +20,11 @@ from nbdd.protocol import Export, Receive, Send, Steps
 from nbdd.uri import MAX_SOCKET_PATH, URI
 
 NETWORK_TIMEOUT = 30
-"""Seconds without a sign of life from the other machine until its link is given up.
+"""Seconds without a sign of life from the other machine until its link is given up, where nobody says otherwise.
 
-Long enough for a switch to restart a port or a route to move, short enough that a person still waits. It is about
-the network and the peer's kernel, which acknowledges for a server however slow, with one exception (measured on
-6.18; net/ipv4/tcp_timer.c, tcp_probe_timer): a server that *reads* nothing for so long, while requests fill its
-receive buffer, is given up too. A disk that spins up takes 10 s of that, so it is more.
+It is about the network and the peer's kernel, which acknowledges for a server however slow, with one exception
+(measured on 6.18; net/ipv4/tcp_timer.c, tcp_probe_timer): a server that *reads* nothing for so long, while requests
+fill its receive buffer, is given up too. A disk that spins up takes 10 s of that, so it is more.
 """
 
 MAX_NETWORK_TIMEOUT = 32767

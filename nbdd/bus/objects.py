@@ -26,6 +26,7 @@ ATTACH_OPTIONS = {
     "connections": "u",
     "timeout": "u",
     "dead-timeout": "u",
+    "network-timeout": "u",
     "block-size": "u",
 }
 """The keys that Attach takes, with their types."""
@@ -189,6 +190,7 @@ _PROPERTIES: dict[str, Callable[[Status], Any]] = {
     "WorkerPID": lambda status: status.worker_pid,
     "Reconnects": lambda status: status.reconnects,
     "AttachedSince": lambda status: status.attached_since,
+    "FailsAt": lambda status: status.fails_at,
     "Configured": lambda status: status.configured,
     "LastError": lambda status: list(status.last_error),
 }

@@ -128,6 +128,7 @@ def cli() -> None:
 @click.option("--connections", metavar="N", type=count, help="How many links to open to the server.")
 @click.option("--timeout", metavar="SECONDS", type=number, help="How long a request may take; 0 is no limit.")
 @click.option("--dead-timeout", metavar="SECONDS", type=number, help="How long I/O waits while there is no link.")
+@click.option("--network-timeout", metavar="SECONDS", type=count, help="How long the server's machine may be silent.")
 @click.option("--block-size", metavar="BYTES", type=count, help="The logical block size.")
 @click.option("--if-needed", is_flag=True, help="Succeed if it is attached already.")
 @as_json

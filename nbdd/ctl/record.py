@@ -23,6 +23,7 @@ _FIELDS = {
     "WorkerPID": "worker_pid",
     "Reconnects": "reconnects",
     "AttachedSince": "attached_since",
+    "FailsAt": "fails_at",
     "Configured": "configured",
     "LastError": "last_error",
 }
@@ -62,6 +63,8 @@ class Device:
     reconnects: int = 0
     attached_since: int = 0
     """Microseconds since 1970; 0 while not attached."""
+    fails_at: int = 0
+    """Microseconds since 1970: when I/O that waits for a link fails; 0 while there is a link."""
     configured: bool = False
     last_error: Failure | None = None
 

@@ -193,6 +193,9 @@ def attached(device: Device) -> str:
 def status(device: Device, statistics: Mapping[str, int] | None, look: Look) -> str:
     """All about one device, a line for each thing."""
     lines = {"State": state(clean(device.state), look)}
+    if device.fails_at:
+        left = int(device.fails_at / 1e6 - time.time())
+        lines["I/O"] = f"waits for a link, and fails in {duration(left)}" if left > 0 else "fails until there is a link"
     if device.attached_since:
         lines["Attached"] = _since(device.attached_since / 1e6)
     if device.node:

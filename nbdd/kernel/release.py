@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from nbdd.errors import KernelError, NotAttached, TimedOut
 from nbdd.kernel import udev
+from nbdd.kernel.sysfs import KERNEL_IO_TIMEOUT
 from nbdd.kernel.usage import Usage
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ def release(
         identify(node, backend, diskseq, pid)
         if not force:
             let_udev_finish(node, look)
+        # A device bound later without a time limit would have ours. Now: as soon as it is free it may be another's.
+        with suppress(KernelError):
+            node.set_io_timeout(KERNEL_IO_TIMEOUT)
         netlink.disconnect(node.index, nudge=nudge)
     # Our own descriptor was an opener: the kernel takes the rest down now that it is closed.
     while node.bound and node.backend in {backend, None}:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SYSFS = "/sys"
+KERNEL_IO_TIMEOUT = 30_000
+"""Milliseconds; the `queue/io_timeout` of a device to which nobody gave another."""
+
 SECTOR = 512
 """Bytes; sysfs counts sizes and I/O in sectors of this size, whatever the block size."""
 

@@ -52,6 +52,15 @@ class Usage:
         found += self._loops(devices)
         return found
 
+    def written(self, node: Node) -> bool:
+        """Whether a program has the disk or a partition open for writing, as mkfs does. Who mounts it does not."""
+        return any(
+            int(line.removeprefix("flags:"), 8) & os.O_ACCMODE != os.O_RDONLY
+            for _, fdinfo, _ in self._open_files(self._devices(node))
+            for line in (read(fdinfo) or "").splitlines()
+            if line.startswith("flags:")
+        )
+
     def probed(self, node: Node) -> bool:
         """Whether udev is looking at the disk or a partition right now. It is never among the `users`."""
         return any(program in _PASSING for _, _, program in self._openers(self._devices(node)))
@@ -178,14 +187,21 @@ class Usage:
 
     def _openers(self, devices: dict[str, str]) -> Iterator[tuple[str, str, str]]:
         """Device, process id and program of each process that has one open, but for ourselves."""
+        before = ""
+        for path, _, pid in self._open_files(devices):
+            if pid != before:
+                yield path, pid, read(f"{self._proc}/{pid}/comm") or "?"
+            before = pid
+
+    def _open_files(self, devices: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+        """Device, fdinfo and process id of each descriptor of one, but for our own."""
         for pid in self._pids():
             if int(pid) == os.getpid():
                 continue
             for fd in listing(f"{self._proc}/{pid}/fd"):
                 path = self._open_device(f"{self._proc}/{pid}/fd/{fd}", devices)
                 if path:
-                    yield path, pid, read(f"{self._proc}/{pid}/comm") or "?"
-                    break
+                    yield path, f"{self._proc}/{pid}/fdinfo/{fd}", pid
 
     def _open_device(self, link: str, devices: dict[str, str]) -> str | None:
         try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Numbers of the NBD protocol, by the names that doc/proto.md of the NBD project gives them.
 
-Only what a client needs that hands its socket to the kernel: the handshake phase, the transmission flags, and the
-farewell on a socket that the kernel never gets.
+Only what a client needs that hands its socket to the kernel: the handshake phase, the transmission flags, and the few
+requests of its own that it makes or answers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,14 @@ REPLY_MAGIC = 0x0003E889045565A9
 REQUEST_MAGIC = 0x25609513
 """What every request of the transmission phase begins with (NBD_REQUEST_MAGIC)."""
 
+SIMPLE_REPLY_MAGIC = 0x67446698
+"""What every reply to a request begins with, as we negotiate nothing else (NBD_SIMPLE_REPLY_MAGIC)."""
+
+NBD_CMD_READ = 0
+NBD_CMD_WRITE = 1
+"""The type of the one request that has data behind it."""
 NBD_CMD_DISC = 2
-"""The type of the one request that is ours to send: the farewell of a client that hands no socket to the kernel."""
+"""The farewell of a client; it has no reply."""
 
 EXPORT_NAME_PADDING = 124
 """Zero bytes after the answer to NBD_OPT_EXPORT_NAME, unless NO_ZEROES was agreed on."""

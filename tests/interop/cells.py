@@ -67,12 +67,13 @@ class Caveat(Enum):
 
 
 REFUSALS = {
-    Caveat.UNLISTED: "is configured not to list its exports",
-    Caveat.CUT: "sent an export name with a NUL character in it",
-    Caveat.OLD: "speaks newstyle NBD as it was before 2012; nbdd needs the fixed newstyle.",
-    Caveat.OLDSTYLE: "speaks the oldstyle NBD protocol, which has no export names; nbdd needs newstyle.",
+    Caveat.UNLISTED: ("is configured not to list its exports",),
+    # What is in its memory is not always the same; once it is killed over it.
+    Caveat.CUT: ("sent an export name ", "closed the connection when its reply to NBD_OPT_LIST was due."),
+    Caveat.OLD: ("speaks newstyle NBD as it was before 2012; nbdd needs the fixed newstyle.",),
+    Caveat.OLDSTYLE: ("speaks the oldstyle NBD protocol, which has no export names; nbdd needs newstyle.",),
 }
-"""The sentence, or its beginning, that follows "The NBD server <address> " where `nbdctl exports` has to refuse."""
+"""The sentences, or their beginnings, that follows "The NBD server <address> " where `nbdctl exports` has to refuse."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -232,13 +232,25 @@ def same(one: Listing, other: Listing, *, patient: bool) -> bool:
     )
 
 
+def refusal(place: Place, listing: Listing) -> Caveat | None:
+    """The caveat that lets nbdd refuse the list of a place, if it did so in the words that go with it."""
+    start = f"The NBD server {URI.parse(place.uri()).address} "
+    for caveat in place.server.caveats:
+        texts = tuple(start + text for text in REFUSALS.get(caveat, ()))
+        if isinstance(listing, str) and texts and listing.startswith(texts):
+            return caveat
+    return None
+
+
 def differences(place: Place, answers: Answers) -> Iterator[Caveat | str]:
     """Where nbdd, in all its ways, and nbdinfo differ about one place."""
     ours = answers.nbdd["library"]
+    refused = refusal(place, ours)
     for way, listing in answers.nbdd.items():
+        if refused and refusal(place, listing) is refused:
+            continue
         if not same(listing, ours, patient=place.server.listed != MANY):
             yield f"by its {way}, nbdd says {str(listing)[:200]}, and by its library {str(ours)[:200]}"
-    refusal = next((caveat for caveat in place.server.caveats if caveat in REFUSALS), None)
     for export in place.server.exports:
         name, opened, theirs = shown(export.name), answers.opened[export.name], answers.theirs[export.name]
         if isinstance(opened, str):
@@ -251,8 +263,7 @@ def differences(place: Place, answers: Answers) -> Iterator[Caveat | str]:
         for found in compare(opened, theirs, answers.extra):
             yield f"{name} opened: {found}" if isinstance(found, str) else found
     if isinstance(ours, str):
-        start = f"The NBD server {URI.parse(place.uri()).address} "
-        yield refusal if refusal and ours.startswith(start + REFUSALS[refusal]) else ours
+        yield refused or ours
         if isinstance(answers.nbdinfo, list):
             yield f"nbdinfo lists {len(answers.nbdinfo)} exports all the same"
         return

@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,18 @@ import pytest
 
 import nbdd.device
 from nbdd.definition import Attach
-from nbdd.errors import AlreadyAttached, Busy, ConnectFailed, KernelError, NbddError, NotAttached, WorkerFailed
+from nbdd.errors import (
+    AlreadyAttached,
+    Busy,
+    ConnectFailed,
+    KernelError,
+    NbddError,
+    NegotiationFailed,
+    NotAttached,
+    OtherExport,
+    TimedOut,
+    WorkerFailed,
+)
 from nbdd.records import Record
 from nbdd.status import State
 from nbdd.supervisor import Ending, How
@@ -749,7 +761,7 @@ def test_links_that_die_and_come_back_are_told(bench: MakeBench) -> None:
         async with bench(connections=2) as it:
             it.spawner.connections = 2
             await it.device.attach()
-            links = {"reconnects": 0, "uri": "nbd://storage.example/disk"}
+            links = {"reconnects": 0, "uri": "nbd://storage.example/disk", "lost": 0, "failing": False}
             wire = ConnectFailed("A connection ended.").to_wire()
             it.spawner.worker.say("links", [os.dup(0)], live=1, **links, **wire)
             assert it.now() is State.DEGRADED
@@ -770,6 +782,38 @@ def test_links_that_die_and_come_back_are_told(bench: MakeBench) -> None:
     play(script)
 
 
+def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench(dead_timeout=100) as it:
+            await it.device.attach()
+            links = {"live": 0, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": time.monotonic() - 40}
+            it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
+            assert it.now() is State.RECONNECTING
+            assert abs(it.device.status.fails_at / 1e6 - (time.time() + 60)) < 5
+            other = OtherExport("It is another.").to_wire()
+            it.spawner.worker.say("links", [], **links, failing=False, **other)
+            assert it.now() is State.FAILED
+            assert it.device.status.last_error == (NegotiationFailed.dbus_name, "It is another.")
+            it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It is away.").to_wire())
+            assert it.now() is State.RECONNECTING
+            it.spawner.worker.say("links", [], **links, failing=True, **TimedOut("Too long.").to_wire())
+            assert it.now() is State.FAILED
+            assert it.device.status.bound
+            with pytest.raises(AlreadyAttached):
+                await it.device.attach()
+            await it.device.set_timeout(7)
+            record = it.records.load()[0]
+            assert record.binding is not None
+            assert record.binding["lost"] == links["lost"], "the next worker must know since when I/O waits"
+            it.spawner.worker.say("links", [os.dup(0)], live=1, reconnects=1, uri="nbd://x/y", lost=0, failing=False)
+            assert (it.now(), it.device.status.fails_at) == (State.ATTACHED, 0)
+            it.spawner.worker.say("links", [], **links, failing=True, **TimedOut("Too long.").to_wire())
+            await it.device.detach()
+            assert (it.now(), it.device.status.fails_at) == (State.DETACHED, 0)
+
+    play(script)
+
+
 def test_links_that_change_while_a_detach_is_refused_are_in_the_state_afterwards(bench: MakeBench) -> None:
     async def script() -> None:
         async with bench() as it:
@@ -778,7 +822,9 @@ def test_links_that_change_while_a_detach_is_refused_are_in_the_state_afterwards
             it.spawner.before["detach"] = asyncio.Event()
             detach = task(it.device.detach())
             await it.spawner.arrived["detach"].wait()
-            it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://storage.example/disk")
+            it.spawner.worker.say(
+                "links", [], live=0, reconnects=0, uri="nbd://storage.example/disk", lost=0, failing=False
+            )
             assert it.now() is State.DETACHING
             it.spawner.before["detach"].set()
             assert isinstance(await refused(detach), Busy)
@@ -793,7 +839,7 @@ def test_news_of_a_worker_that_was_let_go_changes_nothing(bench: MakeBench) -> N
             await it.device.attach()
             worker = it.spawner.worker
             await it.device.detach()
-            worker.say("links", [os.dup(0)], live=1, reconnects=5, uri="nbd://x/y")
+            worker.say("links", [os.dup(0)], live=1, reconnects=5, uri="nbd://x/y", lost=0, failing=False)
             worker.say("warning", [os.dup(0)], message="late")
             assert it.device.status.reconnects == 0
             assert it.kept["disk"] == []
@@ -856,7 +902,9 @@ def test_a_device_that_is_bound_stays_so_when_its_record_can_not_be_written_any_
             await attach
             assert it.now() is State.ATTACHED
             await it.device.set_timeout(4)
-            it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://storage.example/disk")
+            it.spawner.worker.say(
+                "links", [], live=0, reconnects=0, uri="nbd://storage.example/disk", lost=0, failing=False
+            )
             it.device.disown()
             assert it.now() is State.RECONNECTING
 

@@ -252,7 +252,8 @@ class DeadSocket:
         self._info = struct.pack("=B55xI", state, silent)
 
     def getsockopt(self, _level: int, option: int, _length: int = 0) -> int | bytes:
-        return self._info if option == socket.TCP_INFO else self._error
+        found: dict[int, int | bytes] = {socket.TCP_INFO: self._info, socket.TCP_USER_TIMEOUT: 30_000}
+        return found.get(option, self._error)
 
 
 @pytest.mark.parametrize(

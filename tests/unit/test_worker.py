@@ -524,7 +524,7 @@ def test_attach_binds_what_the_server_offers_and_describes_it(boss: Boss, kernel
                 "bind",
                 {
                     "index": 5, "size": 4 * MIB, "blocksize": 4096, "flags": MULTI, "read_only": True, "timeout": 3,
-                    "dead_timeout": 4,
+                    "dead_timeout": 4, "io_timeout": None,
                 },
             )
         ]  # fmt: skip
@@ -745,7 +745,7 @@ def test_a_server_that_comes_back_as_another_is_refused_until_it_is_the_same_aga
     with Server(in_turn(good, other, other, other, good)) as server:
         boss.order("attach", definition=wire(server), resume=False)
         cut(server)
-        message = boss.event_with(error="NegotiationFailed")
+        message = boss.event_with(error="OtherExport")
         assert "came back as something else, and is not used" in message["message"]
         assert what in message["message"]
         assert message["live"] == 0
@@ -775,6 +775,48 @@ def test_orders_are_answered_at_once_while_mending_waits_for_a_silent_server(bos
         boss.order("set-timeout", seconds=12)
         assert ("timeout", 12) in kernel.asked
         assert mending in boss.errands()
+
+
+def test_what_waits_too_long_is_warned_of_and_then_refused_until_a_server_is_back(
+    boss: Boss, kernel: FakeKernel
+) -> None:
+    mood = [offers({b"": MIB})]
+
+    def serve(conn: socket.socket) -> None:
+        mood[0](conn)
+
+    with Server(serve) as server:
+        boss.order("attach", definition=wire(server, dead_timeout=1), resume=False)
+        good, mood[0] = mood[0], socket.socket.close
+        cut(server)
+        assert boss.event_with(error="ConnectFailed")["lost"] > 0
+        assert "reads and writes that wait fail in " in boss.event_with(event="warning")["message"]
+        told = boss.event_with(failing=True)
+        assert (told["error"], told["live"]) == ("TimedOut", 0)
+        assert told["message"].startswith("No server came back within 1 s")
+        kernels = kernel.links[NAME][0]
+        kernels.settimeout(10)
+        kernels.sendall(bytes.fromhex("25609513 0000 0000 1122334455667788 0000000000000000 00001000"))
+        assert kernels.recv(100) == bytes.fromhex("67446698 00000005 1122334455667788"), "EIO, for that request"
+        mood[0] = good
+        # Our end goes first, or the kernel would not take another in its place.
+        assert kernels.recv(1) == b""
+        kernels.shutdown(socket.SHUT_RDWR)
+        told = boss.event_with(live=1)
+        assert (told["failing"], told["lost"]) == (False, 0)
+
+
+def test_a_successor_ends_the_waiting_when_it_would_have_ended(boss: Boss, hire: Callable[[], Boss]) -> None:
+    with Server(in_turn(offers({b"": MIB}), socket.socket.close)) as server:
+        definition = wire(server, dead_timeout=3600)
+        notes = boss.order("attach", definition=definition, resume=False)
+        cut(server)
+        lost = boss.event_with(error="ConnectFailed")["lost"]
+        boss.dismiss()
+        successor = hire()
+        long_ago = {**notes, "live": 0, "lost": lost - 3600}
+        successor.order("adopt", definition=definition, binding=long_ago)
+        assert successor.event_with(failing=True)["error"] == "TimedOut"
 
 
 def test_a_detach_ends_the_mending(boss: Boss, kernel: FakeKernel) -> None:

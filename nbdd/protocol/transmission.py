@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: MIT
+"""A little of the transmission phase: reads, for a look at an export before the kernel gets the connection.
+
+Simple replies only, as nothing else was negotiated. Like the negotiation it is a generator without any I/O.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+
+from nbdd.errors import NegotiationFailed, ServerError
+from nbdd.protocol.constants import NBD_CMD_READ, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
+from nbdd.protocol.negotiation import Receive, Send, Steps
+
+_REQUEST = struct.Struct(">IHHQQI")
+_REPLY = struct.Struct(">IIQ")
+
+
+def read(places: Sequence[tuple[int, int]]) -> Steps[list[bytes]]:
+    """Read the offsets and lengths, all asked for at once; no request is under way when this returns.
+
+    Raises NegotiationFailed where the reply is none, and ServerError where the server can't read: the connection is
+    of no more use then.
+    """
+    requests = b"".join(
+        _REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_READ, cookie, offset, length)
+        for cookie, (offset, length) in enumerate(places)
+    )
+    yield Send(requests, "a request to read")
+    found: dict[int, bytes] = {}
+    while len(found) < len(places):
+        magic, error, cookie = _REPLY.unpack((yield Receive(_REPLY.size, "its reply to a request to read")))
+        if magic != SIMPLE_REPLY_MAGIC or cookie >= len(places) or cookie in found:
+            raise NegotiationFailed("answers a request to read with something else than a reply to it.")
+        if error:
+            raise ServerError(f"could not read the export: {os.strerror(error)}.")
+        found[cookie] = yield Receive(places[cookie][1], "what was read")
+    return [found[cookie] for cookie in range(len(places))]

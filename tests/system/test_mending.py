@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: MIT
+"""Links that die: I/O waits and goes on; how long it waits, for whom, and what ends the waiting."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.system.lab import Lab, Server
+
+MIB = 1 << 20
+
+
+def file_server(lab: Lab, image: str = "/root/disk.img", arguments: str = "") -> Server:
+    """nbdkit on a file, to be killed and started again."""
+    return lab.nbdkit(f"{arguments} file {image}")
+
+
+def again(server: Server, image: str = "/root/disk.img") -> str:
+    """The shell command that starts such a server anew, on the same port."""
+    port = server.uri.split(":")[2].strip("/")
+    return (
+        f"systemctl stop {server.unit} 2>/dev/null;"
+        f"systemd-run -q --collect --unit={server.unit} nbdkit -f -i 127.0.0.1 -p {port} file {image}"
+    )
+
+
+def kill(server: Server) -> str:
+    """The shell command that sends it the signal that is named behind it."""
+    return f"systemctl kill {server.unit} --signal"
+
+
+def waiting(lab: Lab, device: str, record: str, seconds: float, server: Server) -> dict[str, Any]:
+    """See waiting.py."""
+    lab.guest.put(Path(__file__).with_name("waiting.py"), "/run/waiting.py")
+    done = lab.guest.run(
+        f"python3 /run/waiting.py {device} '{record}' {seconds} '{kill(server)}' '{again(server)}'", timeout=200
+    )
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def test_what_was_under_way_is_done_soon_after_the_link_is_back(lab: Lab, show: Callable[[str], None]) -> None:
+    lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
+    server = file_server(lab)
+    lab.define(f"devices:\n  soon:\n    uri: {server.uri}\n")
+    lab.attach("soon")
+    node = lab.device("soon")["Node"].removeprefix("/dev/")
+    assert lab.guest.run(f"cat /sys/block/{node}/queue/io_timeout").stdout == "1000\n"
+    told = waiting(lab, f"/dev/{node}", "/run/nbdd/devices/soon.json", 1, server)
+    assert [told[which]["error"] for which in ("early", "late")] == ["", ""], told
+    # Later ones wait for a link; the early one for the kernel's look, once a second.
+    assert told["early"]["after the link was back"] <= 1.5, told
+    show(f"a request under way at a kill, done after the link was back: {told['early']['after the link was back']} s")
+    assert lab.device("soon")["Reconnects"] == 1
+    lab.call("SetTimeout", "'soon'", "uint32 7")
+    assert lab.guest.run(f"cat /sys/block/{node}/queue/io_timeout").stdout == "7000\n"
+    lab.call("SetTimeout", "'soon'", "uint32 0")
+    assert lab.guest.run(f"cat /sys/block/{node}/queue/io_timeout").stdout == "1000\n"
+    lab.detach("soon")
+    assert lab.guest.run(f"cat /sys/block/{node}/queue/io_timeout").stdout == "30000\n", "as it was found"
+    # The field: nbd-client as it mends best, without netlink, since with it it does not.
+    port = server.uri.split(":")[2].strip("/")
+    lab.guest.run(f"nbd-client -nonetlink -persist 127.0.0.1 {port} /dev/nbd9 -N ''; sleep 1")
+    try:
+        theirs = waiting(lab, "/dev/nbd9", "", 1, server)
+    finally:
+        lab.guest.run("nbd-client -d /dev/nbd9; sleep 1", check=False)
+    for whose, found in (("nbdd", told), ("nbd-client -persist", theirs)):
+        early = found["early"]
+        outcome = early["error"] or (
+            f"done {early['after the server was back']} s after the server was back"
+            if early["after the kill"] is not None
+            else "not done in two minutes"
+        )
+        show(f"{whose}: a read under way when its server is killed: {outcome}")
+
+
+def test_a_server_that_takes_five_seconds_for_each_request_is_never_cut(lab: Lab) -> None:
+    slow = "if [ -e /run/slow ]; then sleep 5; fi; head -c $3 /dev/zero"
+    server = lab.nbdkit(f"eval get_size='echo 1M' pread='{slow}'")
+    lab.attach_uri(server.uri, "slow")
+    lab.guest.run("touch /run/slow")
+    try:
+        started = time.monotonic()
+        lab.guest.run("dd if=/dev/disk/by-nbd/slow of=/dev/null bs=4k count=2 iflag=direct status=none", timeout=60)
+        assert time.monotonic() - started > 10
+    finally:
+        lab.guest.run("rm -f /run/slow")
+    told = lab.device("slow")
+    assert (told["State"], told["Reconnects"], told["LastError"]) == ("attached", 0, ["", ""])
+    assert any("Possible stuck request" in line for line in lab.kernel_log()), "the kernel looked, and left it in peace"
+    lab.detach("slow")
+
+
+def test_after_the_dead_timeout_all_io_fails_at_the_promised_second_and_the_device_can_be_brought_back(
+    lab: Lab,
+) -> None:
+    lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
+    server = file_server(lab)
+    lab.define(f"devices:\n  dead:\n    uri: {server.uri}\n    dead-timeout: 8\n")
+    lab.attach("dead")
+    told = waiting(lab, "/dev/disk/by-nbd/dead", "", 20, server)
+    for which in ("early", "late"):
+        assert told[which]["error"] == "Input/output error", told
+        assert 6 <= told[which]["after the kill"] <= 10, told
+    journal = lab.guest.journal("nbdd", 40)
+    assert "dead: no server answers; reads and writes that wait fail in 4 s" in journal
+    assert "dead: No server came back within 8 s: reads and writes fail until one does." in journal
+    device = lab.device("dead")
+    assert (device["State"], device["LiveConnections"]) == ("failed", 0)
+    assert device["Node"]
+    assert 0 < device["FailsAt"] / 1e6 < float(lab.guest.run("date +%s.%N").stdout)
+    # New requests fail at once, and nobody hangs.
+    lab.guest.run("! timeout 5 dd if=/dev/disk/by-nbd/dead of=/dev/null bs=4k count=1 skip=64 iflag=direct 2>/dev/null")
+    assert lab.guest.run("ps -eo stat,comm | grep '^D.*dd$' || :").stdout == ""
+    lab.guest.run(again(server))
+    lab.wait_for("dead", "State", 's "attached"')
+    lab.guest.run("dd if=/dev/disk/by-nbd/dead of=/dev/null bs=1M iflag=direct status=none", timeout=60)
+    assert lab.device("dead")["FailsAt"] == 0
+    lab.detach("dead")
+
+
+def test_a_server_with_other_data_is_refused_by_its_size_and_by_its_filesystem_and_the_right_one_is_taken_back(
+    lab: Lab,
+) -> None:
+    lab.guest.run(
+        "cd /root; rm -f disk.img other.img larger.img; truncate -s 32M disk.img other.img; truncate -s 33M larger.img;"
+        "mkfs.ext4 -q other.img; mkfs.ext4 -q larger.img"
+    )
+    server = file_server(lab)
+    second = file_server(lab, "/root/other.img")
+    lab.define(f"devices:\n  same:\n    uri: [{server.uri}, {second.uri}]\n")
+    lab.attach("same")
+    lab.guest.run(
+        "mkfs.ext4 -q /dev/disk/by-nbd/same && udevadm settle && mkdir -p /mnt/t && mount /dev/disk/by-nbd/same /mnt/t"
+        "&& head -c 8M /dev/urandom >/mnt/t/data && sync && sha256sum </mnt/t/data >/root/data.sum"
+    )
+    for image, difference in (("larger.img", "the size was 33554432"), ("other.img", "the UUID of its filesystem was")):
+        before = lab.guest.run(f"sha256sum /root/{image} /root/other.img").stdout
+        lab.guest.run(f"{kill(server)} KILL; {again(server, f'/root/{image}')}")
+        lab.wait_for("same", "State", 's "failed"')
+        told = lab.device("same")
+        assert told["LastError"][0] == "org.nbdd1.Error.NegotiationFailed"
+        assert difference in told["LastError"][1]
+        assert told["FailsAt"] > 0
+        assert lab.guest.run(f"sha256sum /root/{image} /root/other.img").stdout == before, "not a byte was written"
+        lab.guest.run(f"{kill(server)} KILL; {again(server)}")
+        lab.wait_for("same", "State", 's "attached"')
+        lab.guest.run("echo 3 >/proc/sys/vm/drop_caches; sha256sum --check --status /root/data.sum </mnt/t/data")
+    # The next one of the list is taken where it has the same data.
+    lab.guest.run("sync; umount /mnt/t")
+    lab.guest.run(f"{kill(second)} KILL; cp /root/disk.img /root/other.img; {again(second, '/root/other.img')}")
+    lab.guest.run(f"{kill(server)} KILL")
+    lab.wait_for("same", "URI", f's "{second.uri}"')
+    lab.wait_for("same", "State", 's "attached"')
+    lab.guest.run(
+        "mount /dev/disk/by-nbd/same /mnt/t && sha256sum --check --status /root/data.sum </mnt/t/data; umount /mnt/t"
+    )
+    lab.detach("same")
+
+
+def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_io(lab: Lab) -> None:
+    lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
+    cut, still = file_server(lab), lab.nbdkit("memory 16M")
+    port = cut.uri.split(":")[2].strip("/")
+    lab.define(f"devices:\n  cut:\n    uri: {cut.uri}\n    network-timeout: 10\n  still:\n    uri: {still.uri}\n")
+    lab.attach("cut")
+    lab.attach("still")
+    fio = (
+        "fio --name={0} --filename=/dev/disk/by-nbd/{0} --rw=randwrite --bs=4k --size=2M --iodepth=8 --ioengine=libaio"
+    )
+    fio += " --direct=1 --verify=crc32c --verify_fatal=1 --time_based --runtime=45 --output=/run/{0}.log"
+    lab.guest.run("".join(f"systemd-run -q --unit=fio-{name} {fio.format(name)};" for name in ("cut", "still")))
+    lab.guest.run("sleep 3")
+    drop = "".join(f"nft add rule inet cut in tcp {side} {port} drop;" for side in ("dport", "sport"))
+    lab.guest.run(
+        f"nft add table inet cut; nft add chain inet cut in '{{ type filter hook input priority 0; }}'; {drop}"
+        f"{kill(still)} STOP"
+    )
+    lab.wait_for("cut", "State", 's "reconnecting"', 30)
+    assert "no sign of life for 10 s" in lab.device("cut")["LastError"][1]
+    lab.guest.run(f"sleep 20; nft delete table inet cut; {kill(still)} CONT", timeout=60)
+    lab.wait_for("cut", "State", 's "attached"')
+    lab.until("! systemctl -q is-active fio-cut && ! systemctl -q is-active fio-still", 120)
+    assert lab.guest.run("systemctl is-failed fio-cut fio-still || :").stdout == "inactive\ninactive\n"
+    assert [line for line in lab.kernel_log() if "I/O error" in line] == []
+    assert lab.device("still")["Reconnects"] == 0
+    for name in ("cut", "still"):
+        lab.detach(name)
