@@ -77,6 +77,10 @@ test: deps host-tools deb ## every test, the guests of both Debians included
 demo: deps deb ## attach, use and detach a device on a real kernel, shown step by step
 	@$(PY) -m tests.guest.demo
 
+.PHONY: chaos
+chaos: deps deb ## filesystems, a database and git, while everything fails (GUEST=debian12 MINUTES=60 SEED=7)
+	@$(PY) -m tests.chaos --guest $(or $(GUEST),debian13) --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
+
 .PHONY: vm
 vm: deps deb ## a shell in a guest with nbdd installed (GUEST=debian12 or debian13)
 	@$(PY) -m tests.guest shell $(or $(GUEST),debian13)

@@ -22,7 +22,7 @@ _SYSTEM = (
     "init-system-helpers less libglib2.0-bin jq"
 )
 _SERVERS = "nbdkit nbd-server nbd-client qemu-utils libnbd-bin"
-_STORAGE = "e2fsprogs xfsprogs parted fdisk gdisk dmsetup lvm2 mdadm cryptsetup-bin fio"
+_STORAGE = "e2fsprogs xfsprogs parted fdisk gdisk dmsetup lvm2 mdadm cryptsetup-bin fio git"
 # The packages that nbdd's own .deb depends on: a guest has no network to fetch them from.
 _PYTHON = "python3 python3-dbus-next python3-sdnotify python3-yaml python3-jsonschema python3-click python3-rich"
 

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: MIT
+"""A short campaign, with the same faults in each run of the tests; `make chaos` plays longer ones, with new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.chaos.driver import campaign
+from tests.system.lab import Lab
+
+SECONDS = 60
+SEED = 1
+
+
+def test_servers_the_network_and_nbdd_fail_for_a_minute_and_nothing_is_lost(
+    lab: Lab, show: Callable[[str], None]
+) -> None:
+    told = campaign(lab.guest, SECONDS, SEED)
+    assert told["wrong"] == [], told
+    assert all(told["rounds"].values()), "every load did something"
+    show(f"chaos, seed {SEED}: {sum(told['faults'].values())} faults in {SECONDS} s, nothing lost; {told['rounds']}")
