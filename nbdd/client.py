@@ -105,6 +105,8 @@ class Client:
         io_timeout: int | None = None,
     ) -> None:
         self.node: Node | None = None
+        if backend is not None and (not backend or "\0" in backend):
+            raise InvalidArgs(f"{backend!r} is no identifier: it must not be empty. Leave it out, and one is made up.")
         # No udev rule makes a link of a name that begins like this, and the daemon takes it for nobody's.
         self.backend = f"@nbdd-{os.urandom(8).hex()}" if backend is None else backend
         self._named = backend is not None
@@ -116,6 +118,7 @@ class Client:
         self._bound_as: str | None = None
         self._diskseq: int | None = None
         self._pid: int | None = None
+        _whole("Transmission flags", flags, 0, 0xFFFF, "bits")
         self._flags = flags | ServerFlags.HAS_FLAGS | (ServerFlags.READ_ONLY if read_only else 0)
         self._block_size = MIN_BLOCK_SIZE
         self._size = 0
@@ -174,6 +177,8 @@ class Client:
         if not isinstance(new, EllipsisType):
             if new is None:
                 self._set_sockets([])
+            elif isinstance(new, (list, tuple)) and not new:
+                raise InvalidArgs("An empty list is no socket; None takes the sockets away.")
             else:
                 self._set_sockets(list(new) if isinstance(new, (list, tuple)) else [new])
         return self._sockets[0] if self._sockets else None
@@ -220,8 +225,8 @@ class Client:
         )
         self.node = None
         if self._service is not None:
-            # It sees the end as well, and has nothing left to do.
-            self._service.ended(END_SECONDS)
+            # It sees the end as well, and has nothing left to do; unless somebody keeps the device.
+            self._service.ended(0 if left else END_SECONDS)
             self._end_service()
             self._close_sockets()
         return left
@@ -568,7 +573,9 @@ class Client:
 
     def _check_complete(self) -> None:
         if not self._sockets:
-            raise InvalidArgs("There is no socket to serve; set one first, with socket().")
+            raise InvalidArgs(
+                "There is no socket to serve; set one first, with socket(). Those of a service that has ended are gone."
+            )
         if not self._size:
             raise InvalidArgs("The size of the device is not known; set it first, with set_size() or set_blocks().")
         for sock in self._sockets:
@@ -635,7 +642,8 @@ def largest_block_size() -> int:
 
 def _whole(what: str, number: int, least: int, most: int, unit: str) -> int:
     """The number, or InvalidArgs where it is not in the range, or is none."""
-    if not isinstance(number, int):
+    given: object = number
+    if not isinstance(given, int) or isinstance(given, bool):
         raise InvalidArgs(f"{what} is a whole number of {unit}, not {number!r}.")
     if not least <= number <= most:
         raise InvalidArgs(f"{what} of {number} {unit} can't be set; it goes from {least} to {most}.")

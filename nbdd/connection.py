@@ -8,10 +8,17 @@ from dataclasses import dataclass
 from typing import Self
 
 from nbdd.definition import Definition
+from nbdd.errors import InvalidArgs, InvalidURI
 from nbdd.link import open_links
 from nbdd.protocol import Flags
 from nbdd.transport import Deadline
 from nbdd.uri import URI
+
+MAX_CONNECTIONS = 16
+"""As many as a definition may have."""
+
+MAX_SECONDS = 86400.0
+"""A day; who waits longer for a connection waits for ever."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +60,10 @@ def connect(uri: str, *, timeout: float = 15.0, connections: int = 1) -> Connect
 
     `uri` is nbd://host[:port]/export or nbd+unix:///export?socket=/path. `timeout`: seconds for all of it.
     `connections`: how many to open; one where the server doesn't allow more.
-    Raises InvalidURI, or the ServerError that tells which step failed: ConnectFailed, NegotiationFailed,
-    NoSuchExport, TLSFailed, TimedOut.
+    Raises InvalidURI, InvalidArgs (not 1 to 16 connections, no time at all), or the ServerError that tells which step
+    failed: ConnectFailed, NegotiationFailed, NoSuchExport, TLSFailed, TimedOut.
     """
+    _check(uri, timeout, connections)
     links = open_links(Definition("", (URI.parse(uri),), connections=connections), Deadline(timeout))
     export = links.export
     return Connection(
@@ -68,3 +76,12 @@ def connect(uri: str, *, timeout: float = 15.0, connections: int = 1) -> Connect
         preferred=export.preferred,
         maximum=export.maximum,
     )
+
+
+def _check(uri: object, timeout: object, connections: object) -> None:
+    if not isinstance(uri, str):
+        raise InvalidURI(f"{uri!r} is not an NBD URI; it is a text such as nbd://storage.example/backup.")
+    if type(connections) is not int or not 1 <= connections <= MAX_CONNECTIONS:
+        raise InvalidArgs(f"{connections!r} connections can't be opened: it goes from 1 to {MAX_CONNECTIONS}.")
+    if not isinstance(timeout, (int, float)) or not 0 < timeout <= MAX_SECONDS:
+        raise InvalidArgs(f"{timeout!r} is no time to connect in: it is a number of seconds, more than 0.")

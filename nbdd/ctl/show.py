@@ -169,19 +169,23 @@ def devices(found: Iterable[Device], look: Look) -> str:
 def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
     """The table of `nbdctl exports`. The default export, whose name is empty, is shown as ""."""
     rows = []
-    for export in found:
+    known = list(found)
+    for export in known:
         flags = export.get("flags", 0)
         meant = flags if flags & _HAS_FLAGS else 0
         rows.append(
             (
                 clean(export.get("name", "")) or '""',
-                size(export.get("size", 0)),
+                # Where the server did not tell, it is not nothing.
+                size(export["size"]) if export.get("size") or not export.get("problem") else "?",
                 "ro" if meant & _READ_ONLY else "rw",
                 "many" if meant & _CAN_MULTI_CONN else "1",
                 clean(export.get("description", "")),
             )
         )
-    return table(("NAME", "SIZE", "MODE", "LINKS", "DESCRIPTION"), rows, look, right=("SIZE",))
+    text = table(("NAME", "SIZE", "MODE", "LINKS", "DESCRIPTION"), rows, look, right=("SIZE",))
+    problems = dict.fromkeys(clean(export["problem"]) for export in known if export.get("problem"))
+    return "\n".join([text, "", *problems]) if problems and look.terminal else text
 
 
 def attached(device: Device) -> str:

@@ -80,7 +80,8 @@ def identify(node: Node, backend: str | None, diskseq: int | None = None, pid: i
     `diskseq` stays when an index is bound anew, and `pid`, which is the thread that bound it, does not.
     """
     if not node.bound:
-        raise NotAttached(f"{node.path} is not bound any more.")
+        known = diskseq is not None or pid is not None
+        raise NotAttached(f"{node.path} is not bound{' any more' if known else ''}.")
     found = node.backend
     if found != backend:
         raise NotAttached(f"{node.path} is bound as {found!r} and not as {backend!r}.")

@@ -34,6 +34,8 @@ class Usage:
     def __init__(self, *, proc: str = "/proc", sysfs_root: str = SYSFS) -> None:
         self._proc = proc
         self._sysfs = sysfs_root
+        # Our own descriptors count as well, but for the one by which we look.
+        self._claim: int | None = None
 
     def users(self, node: Node) -> list[str]:
         """One sentence (without its full stop) for each use of the disk or a partition; [] for none."""
@@ -78,13 +80,14 @@ class Usage:
         """
         end = time.monotonic() + patience
         while True:
-            fd = self._open_exclusively(node, seconds)
+            fd = self._claim = self._open_exclusively(node, seconds)
             try:
                 users = self.users(node)
                 if fd is not None and not users:
                     yield fd
                     return
             finally:
+                self._claim = None
                 if fd is not None:
                     os.close(fd)
             if time.monotonic() >= end:
@@ -186,7 +189,7 @@ class Usage:
         ]
 
     def _openers(self, devices: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-        """Device, process id and program of each process that has one open, but for ourselves."""
+        """Device, process id and program of each process that has one open."""
         before = ""
         for path, _, pid in self._open_files(devices):
             if pid != before:
@@ -194,11 +197,11 @@ class Usage:
             before = pid
 
     def _open_files(self, devices: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-        """Device, fdinfo and process id of each descriptor of one, but for our own."""
+        """Device, fdinfo and process id of each descriptor of one, but for the claim."""
         for pid in self._pids():
-            if int(pid) == os.getpid():
-                continue
             for fd in listing(f"{self._proc}/{pid}/fd"):
+                if int(pid) == os.getpid() and fd == str(self._claim):
+                    continue
                 path = self._open_device(f"{self._proc}/{pid}/fd/{fd}", devices)
                 if path:
                     yield path, f"{self._proc}/{pid}/fdinfo/{fd}", pid

@@ -478,3 +478,32 @@ def test_connect_fails_with_the_reason_and_leaves_no_descriptor() -> None:
     with Server(says(b"HTTP/1.1 400 Bad Request\r\n")) as server, pytest.raises(NegotiationFailed):
         connect(str(server.uri()), timeout=5)
     assert open_fds() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"uri": None}, InvalidURI),
+        ({"uri": b"nbd://h/x"}, InvalidURI),
+        ({"connections": 0}, InvalidArgs),
+        ({"connections": 17}, InvalidArgs),
+        ({"connections": True}, InvalidArgs),
+        ({"timeout": 0}, InvalidArgs),
+        ({"timeout": "5"}, InvalidArgs),
+        ({"timeout": float("nan")}, InvalidArgs),
+    ],
+)
+def test_connect_refuses_arguments_that_make_no_sense_before_it_connects(
+    arguments: dict[str, Any], error: type[NbddError]
+) -> None:
+    with pytest.raises(error):
+        connect(**{"uri": "nbd://127.0.0.1:1/x", **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"backend": ""}, {"backend": "a\0b"}, {"socket": []}, {"flags": -1}, {"flags": 1 << 16}, {"timeout": True}],
+)
+def test_a_client_refuses_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgs):
+        Client(**arguments)

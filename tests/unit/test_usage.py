@@ -101,10 +101,29 @@ def test_a_loop_device_is_found(machine: Machine) -> None:
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0 is behind /dev/loop3"]
 
 
-def test_a_process_is_told_by_number_and_name_but_not_ourselves_nor_udev(machine: Machine) -> None:
-    for pid, comm in (("77", "qemu"), ("78", "(udev-worker)"), (str(os.getpid()), "python3")):
+def test_a_process_is_told_by_number_and_name_but_not_udev(machine: Machine) -> None:
+    for pid, comm in (("77", "qemu"), ("78", "(udev-worker)")):
         (machine.process(pid, comm=comm) / "fd" / "5").symlink_to(machine.dev / "nbd0p1")
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is open in process 77 (qemu)"]
+
+
+def test_what_this_program_has_open_itself_counts_but_for_the_claim(machine: Machine) -> None:
+    fds = machine.process(str(os.getpid()), comm="python3") / "fd"
+    with machine.usage.claim(machine.node) as fd:
+        (fds / str(fd)).symlink_to(machine.dev / "nbd0")
+        assert machine.usage.users(machine.node) == []
+    (fds / "5000").symlink_to(machine.dev / "nbd0")
+    with pytest.raises(Busy, match=rf"open in process {os.getpid()} \(python3\)"), machine.usage.claim(machine.node):
+        pytest.fail("claimed")
+
+
+@pytest.mark.parametrize(("flags", "written"), [("0100000", False), ("0100002", True), ("0100001", True)])
+def test_who_has_it_open_for_writing_is_known(machine: Machine, flags: str, written: bool) -> None:
+    process = machine.process("77", comm="mkfs")
+    (process / "fd" / "5").symlink_to(machine.dev / "nbd0")
+    (process / "fdinfo").mkdir()
+    (process / "fdinfo" / "5").write_text(f"pos:\t0\nflags:\t{flags}\nmnt_id:\t29\n")
+    assert machine.usage.written(machine.node) is written
 
 
 def test_udev_at_work_is_seen_apart_from_users(machine: Machine) -> None:
