@@ -127,9 +127,20 @@ class Device:
         self._record = record
         self._post.inherit(sockets)
         self._active = record.definition
+        told = self._told_by(record.definition)
         if record.binding is not None:
             log.info("%s: it was left as /dev/nbd%d, and is taken up again", self.name, record.binding["index"])
-        self._set(state=State.CONNECTING, **self._told_by(record.definition))
+            # It is there, and perhaps in use, while nobody looks after it yet.
+            told |= {
+                "node": f"/dev/nbd{record.binding['index']}",
+                "size": record.binding.get("size", 0),
+                "block_size": record.binding.get("block-size", 0),
+                "uri": record.binding["uri"],
+                "connections": record.binding["connections"],
+                "live_connections": record.binding["live"],
+                "attached_since": record.attached_since,
+            }
+        self._set(state=State.CONNECTING, **told)
         self._run(self._adopt)
 
     async def attach(self, definition: Definition | None = None) -> None:

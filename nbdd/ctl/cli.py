@@ -17,15 +17,15 @@ import click
 
 from nbdd.ctl import complete, show
 from nbdd.ctl.record import Device, changes
-from nbdd.errors import AlreadyAttached, NoSuchDevice, NotAttached
+from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
 
 if TYPE_CHECKING:
     from nbdd.bus.client import Client, Event
 
 T = TypeVar("T")
 
-LARGEST = 2**32 - 1
-"""What an "u" of D-Bus holds."""
+LARGEST = 2_000_000
+"""No option and no argument takes more: 23 days, in seconds."""
 
 
 def text(value: str) -> str:
@@ -146,6 +146,8 @@ def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
     options = {key.replace("_", "-"): value for key, value in given.items() if value is not None and value is not False}
     if "name" in options and not is_uri(target):
         raise click.UsageError("--name goes with a URI only; a definition has its name.")
+    if "/" in target and not is_uri(target):
+        raise InvalidURI(f"{target} is neither a name nor a URI; perhaps nbd://{target.lstrip('/')} is meant.")
     attempt = Attempt(target, options, terminal())
 
     async def action(client: Client) -> Device:
@@ -281,7 +283,10 @@ def exports(uri: str, as_json: bool) -> None:
 @as_json
 def reload(as_json: bool) -> None:
     """Make nbdd read its configuration again. A bad file changes nothing."""
-    done = call(lambda client: client.reload())
+    try:
+        done = call(lambda client: client.reload())
+    except InvalidConfig as error:
+        raise InvalidConfig(*error.problems, "Nothing is changed.") from None
     if as_json:
         document(done._asdict())
         return

@@ -283,7 +283,7 @@ def test_reload_tells_what_it_did(fake: FakeManager, run: Run) -> None:
 
 def test_reload_of_bad_files_gives_each_fault_its_line(fake: FakeManager, run: Run) -> None:
     fake.errors["Reload"] = ("org.nbdd1.Error.InvalidConfig", "a.yaml:1:2: one\nb.yaml:3:4: two")
-    assert run("reload") == (1, "", "nbdctl: a.yaml:1:2: one\nnbdctl: b.yaml:3:4: two\n")
+    assert run("reload") == (1, "", "nbdctl: a.yaml:1:2: one\nnbdctl: b.yaml:3:4: two\nnbdctl: Nothing is changed.\n")
 
 
 # list, status, exports

@@ -975,6 +975,8 @@ def test_a_device_of_a_predecessor_is_adopted_with_its_links(bench: MakeBench) -
             it.device.adopt(record, [os.dup(0), os.dup(0)])
             assert it.now() is State.CONNECTING
             assert it.device.active
+            told = it.device.status
+            assert (told.node, told.attached_since) == ("/dev/nbd0", 5), "it is there, whoever looks after it"
             await it.reach(State.ATTACHED)
             assert len(it.spawner.given["adopt"]) == 2
             assert it.device.status.attached_since == 5
