@@ -132,8 +132,13 @@ class Channel:
 
 def close_all_but(*kept: int) -> None:
     """Close every descriptor of this process but 0 to 2 and these: what a fresh fork has no use for."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) not in kept:
+    try:
+        found = [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        # There is none left to look with.
+        found = list(range(os.sysconf("SC_OPEN_MAX")))
+    for fd in found:
+        if fd > 2 and fd not in kept:
             # The one that listed the directory is closed already.
             with suppress(OSError):
-                os.close(int(name))
+                os.close(fd)

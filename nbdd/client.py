@@ -43,6 +43,9 @@ MAX_SIZE = 2**63 - 1
 MAX_TIMEOUT = 2_000_000
 """Seconds, 23 days. The kernel keeps time limits as 32 bits of its clock ticks: one far above would come out short."""
 
+MAX_BACKEND = 255
+"""Bytes of an identifier."""
+
 END_SECONDS = 10.0
 """How long the end of a device may take: whoever has it open must close it first."""
 
@@ -105,8 +108,8 @@ class Client:
         io_timeout: int | None = None,
     ) -> None:
         self.node: Node | None = None
-        if backend is not None and (not backend or "\0" in backend):
-            raise InvalidArgs(f"{backend!r} is no identifier: it must not be empty. Leave it out, and one is made up.")
+        if backend is not None:
+            _check_backend(backend)
         # No udev rule makes a link of a name that begins like this, and the daemon takes it for nobody's.
         self.backend = f"@nbdd-{os.urandom(8).hex()}" if backend is None else backend
         self._named = backend is not None
@@ -197,7 +200,7 @@ class Client:
         if not isinstance(new, EllipsisType):
             if bound is not None:
                 raise AlreadyAttached(f"The client is bound to {bound.path}; it can't take another device meanwhile.")
-            self._index = None if new is None else _index_of(os.fspath(new))
+            self._index = None if new is None else _index_of(os.fspath(new) if hasattr(new, "__fspath__") else new)
         if bound is None and self._index is not None:
             bound = Node(self._index)
         return "" if bound is None else bound.path
@@ -212,6 +215,7 @@ class Client:
 
         Raises NotAttached (nothing is bound, or something else by now), Busy, TimedOut, KernelError.
         """
+        _seconds("How long to wait", seconds)
         node = self.node or self.adopt()
         left = release(
             self._kernel(),
@@ -329,8 +333,10 @@ class Client:
             raise
         self.node, self._bound_as = node, self.backend
         self._service = service
-        # Also when the program ends; a copy of this client in a forked child ends nothing.
+        # A copy of this client in a forked child ends nothing.
         self._finalizer = weakref.finalize(self, service.drop)
+        # Not at the program's end: what it has open is closed, and so written, after that. Then the child sees it end.
+        self._finalizer.atexit = False
         return service.pid
 
     def kill_async(self) -> None:
@@ -390,6 +396,9 @@ class Client:
         no identifier takes whatever is bound there. `diskseq` and `pid` are what `Node` said of it when it was bound,
         to tell it from a later one. `sockets` are duplicates of its links, if somebody kept them.
         """
+        if self._service is not None or self._current() is not None:
+            shown = self.node.path if self.node is not None else "a device"
+            raise AlreadyAttached(f"The client is bound to {shown} already.")
         node = self._named_device() if index is None else Node(index)
         bound_as = self.backend if self._named else node.backend
         identify(node, bound_as, diskseq, pid)
@@ -397,12 +406,13 @@ class Client:
         self._diskseq, self._pid = node.diskseq, node.pid
         self._size, self._block_size = node.size, node.block_size
         self._sockets = list(sockets)
-        self._pace(node)
         return node
 
     def replace_links(self, sockets: Sequence[Socket]) -> None:
         """Give the kernel new sockets for its dead ones; raises NotAttached, KernelError, TimedOut."""
         node = self._still_ours()
+        for sock in sockets:
+            check_socket(sock)
         self._kernel().reconfigure(
             node.index,
             backend=self._bound_as,
@@ -460,7 +470,9 @@ class Client:
     def _pace(self, node: Node) -> None:
         """Have the kernel look as often as was asked for. Requests that it has got already keep their 30 s."""
         if self._io_timeout is not None and not self._timeout and node.io_timeout != self._io_timeout:
-            node.set_io_timeout(self._io_timeout)
+            # A server that keeps it waiting is not for this to find out.
+            with suppress(TimedOut):
+                node.set_io_timeout(self._io_timeout)
 
     def _make_usable(self, node: Node, seconds: float) -> None:
         """Wait until it has its size, its partitions and udev's links; ConnectFailed where all links are gone."""
@@ -530,7 +542,8 @@ class Client:
             raise Busy(f"{node.path} is in use with the socket that it has; disconnect it first.")
         if len(new) > max(len(dead), 1):
             raise InvalidArgs(f"{len(new)} sockets can't take the place of {max(len(dead), 1)}.")
-        for sock in dead:
+        # The others stay dead, for sockets that come later.
+        for sock in dead[: len(new)]:
             self.drop_link(sock)
         if new:
             self.replace_links(new)
@@ -604,11 +617,12 @@ class Client:
 
     def _end_service(self) -> list[str]:
         """Kill and reap it, free its device; returns who still has that open."""
-        service, self._service = self._service, None
+        # Interrupted, it can be done again.
+        left = self._service.end() if self._service is not None else []
+        self._service = self.node = None
         if self._finalizer is not None:
             self._finalizer.detach()
-        self.node = None
-        return service.end() if service is not None else []
+        return left
 
     def _unbind(self, node: Node) -> None:
         """Take a device away again that could not be made usable, or whose service is over."""
@@ -640,6 +654,25 @@ def largest_block_size() -> int:
     return max(os.sysconf("SC_PAGE_SIZE"), 65536 if (major, minor) >= (6, 15) else 0)
 
 
+def _check_backend(backend: object) -> None:
+    # The kernel shows it in a page of sysfs: Linux 6.1 writes a longer one beyond the page's end, and what reads like
+    # something else there is not found again.
+    if not isinstance(backend, str) or not backend.isprintable() or not 0 < len(backend.encode()) <= MAX_BACKEND:
+        shown = repr(backend)[:80]
+        raise InvalidArgs(
+            f"{shown} is no identifier: it is a text of 1 to {MAX_BACKEND} bytes without control characters. "
+            "Leave it out, and one is made up."
+        )
+
+
+def _seconds(what: str, seconds: float) -> float:
+    """The number, or InvalidArgs where it is no time to wait."""
+    given: object = seconds
+    if not isinstance(given, (int, float)) or not 0 <= given <= MAX_TIMEOUT:
+        raise InvalidArgs(f"{what} is a number of seconds from 0 to {MAX_TIMEOUT}, not {seconds!r}.")
+    return seconds
+
+
 def _whole(what: str, number: int, least: int, most: int, unit: str) -> int:
     """The number, or InvalidArgs where it is not in the range, or is none."""
     given: object = number
@@ -652,7 +685,9 @@ def _whole(what: str, number: int, least: int, most: int, unit: str) -> int:
 
 def _index_of(path: str) -> int:
     """X of /dev/nbdX."""
-    found = re.fullmatch(r"/dev/nbd(\d{1,7})", os.path.realpath(path))
+    given: object = path
+    real = os.path.realpath(path) if isinstance(given, str) and "\0" not in given else ""
+    found = re.fullmatch(r"/dev/nbd(0|[1-9][0-9]{0,6})", real)
     if found is None:
         raise InvalidArgs(f"{path!r} is not an NBD device; name one such as /dev/nbd0, or none to get a free one.")
     return int(found[1])

@@ -32,7 +32,7 @@ The class tells programs; it crosses the worker's socket by its name and the bus
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 _OWN = "org.nbdd1.Error."
 _FREEDESKTOP = "org.freedesktop.DBus.Error."
@@ -43,14 +43,17 @@ class NbddError(Exception):
 
     dbus_name: ClassVar[str] = _FREEDESKTOP + "Failed"
 
-    def to_wire(self) -> dict[str, str]:
+    def to_wire(self) -> dict[str, Any]:
         """The error as the JSON object that crosses between worker and manager."""
         return {"error": type(self).__name__, "message": str(self)}
 
     @staticmethod
-    def from_wire(wire: dict[str, str]) -> NbddError:
+    def from_wire(wire: dict[str, Any]) -> NbddError:
         """Rebuild an error from `to_wire`; an unknown class becomes a plain NbddError."""
-        return _BY_NAME.get(wire.get("error", ""), NbddError)(wire.get("message", "unknown error"))
+        found = _BY_NAME.get(wire.get("error", ""), NbddError)(wire.get("message", "unknown error"))
+        if isinstance(found, KernelError):
+            found.errno = wire.get("errno")
+        return found
 
 
 class DefinitionError(NbddError):
@@ -147,6 +150,10 @@ class KernelError(NbddError):
     def __init__(self, message: str, errno: int | None = None) -> None:
         super().__init__(message)
         self.errno = errno
+
+    def to_wire(self) -> dict[str, Any]:
+        """With the number."""
+        return {**super().to_wire(), "errno": self.errno}
 
 
 class NoFreeDevice(KernelError):

@@ -21,7 +21,7 @@ from enum import StrEnum
 from typing import Any, NoReturn, Self
 
 from nbdd.channel import Channel, Message, close_all_but
-from nbdd.errors import ConnectFailed, NbddError, NotAttached, TimedOut, WorkerFailed
+from nbdd.errors import ConnectFailed, KernelError, NbddError, NotAttached, TimedOut, WorkerFailed
 from nbdd.kernel import LinkDeadMonitor, NetlinkNBD, Node, Usage, find, let_udev_finish, release
 from nbdd.kernel.sockets import hung_up
 from nbdd.kernel.sysfs import read
@@ -78,8 +78,10 @@ class Stop:
     Only in the main thread, and only signals that have their default effect: others are the program's own affair.
     """
 
-    def __init__(self, parent: Channel | None = None) -> None:
+    def __init__(self, parent: Channel | None = None, parents_life: int | None = None) -> None:
         self.parent = parent
+        # A descriptor for the parent's process: forks of it may hold the other end of the channel.
+        self.parents_life = parents_life
         self._caught = 0
         self._before: dict[signal.Signals, Any] = {}
         self._reader, self._writer = socket.socketpair()
@@ -128,6 +130,8 @@ def watch(
     poll.register(stop, select.POLLIN)
     if stop.parent is not None:
         poll.register(stop.parent, select.POLLRDHUP)
+    if stop.parents_life is not None:
+        poll.register(stop.parents_life, select.POLLIN)
     died = 0
     while living:
         for fd, _ in poll.poll():
@@ -165,13 +169,26 @@ class Service:
 
     @classmethod
     def start(cls, backend: str, sockets: Sequence[socket.socket], serve: Serve) -> Self:
-        """Fork a child that serves."""
-        ours, theirs = Channel.pair()
-        with ours, theirs:
-            pid = os.fork()
-            if pid == 0:
-                _child(Channel(theirs), sockets, serve)
-            return cls(pid, Channel(ours.dup()), backend, sockets)
+        """Fork a child that serves; raises KernelError where there are no descriptors or processes left."""
+        try:
+            ours, theirs = Channel.pair()
+            with ours, theirs:
+                channel = Channel(ours.dup())
+                life = os.pidfd_open(os.getpid())
+                try:
+                    pid = os.fork()
+                    if pid == 0:
+                        _child(Channel(theirs), life, sockets, serve)
+                    try:
+                        return cls(pid, channel, backend, sockets)
+                    except BaseException:
+                        os.kill(pid, signal.SIGKILL)
+                        os.waitpid(pid, 0)
+                        raise
+                finally:
+                    os.close(life)
+        except OSError as error:
+            raise KernelError(f"No service process could be started: {error.strerror}.", error.errno) from error
 
     def bound(self) -> tuple[Node, int | None, int | None]:
         """Wait until the device is bound; what it is: the node, its disk sequence number, and the thread that bound it.
@@ -209,7 +226,7 @@ class Service:
         return bool(poll.poll(seconds * 1000))
 
     def end(self, patience: float = 0.0) -> list[str]:
-        """Have the child end, free its device; returns who has that open still. To be called once.
+        """Have the child end, free its device; returns who has that open still. To be called again if interrupted.
 
         A child that does not end the device by itself within `patience` seconds is killed. Raises TimedOut where the
         kernel does not let it go, KernelError. Does nothing in a fork of the process that started the child.
@@ -218,22 +235,21 @@ class Service:
             return []
         if patience:
             self._channel.close()
-        try:
-            if not self.ended(patience):
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-                if not self.ended(STUCK_SECONDS):
-                    # It waits in the kernel for a server that doesn't answer. What it waits for fails with the device.
-                    self._free()
-                if not self.ended(END_SECONDS):
-                    raise TimedOut(f"The service process {self.pid} was killed, and the kernel holds it still.")
-            with suppress(ChildProcessError):  # the program has waited for it already
-                os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        finally:
-            self._channel.close()
-            os.close(self._pidfd)
+        if not self.ended(patience):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            if not self.ended(STUCK_SECONDS):
+                # It waits in the kernel for a server that doesn't answer. What it waits for fails with the device.
+                self._free()
+            if not self.ended(END_SECONDS):
+                raise TimedOut(f"The service process {self.pid} was killed, and the kernel holds it still.")
+        with suppress(ChildProcessError):  # the program has waited for it already, or we were interrupted after it
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         # Only now can there be nothing more to come.
-        return self._free()
+        left = self._free()
+        self._channel.close()
+        os.close(self._pidfd)
+        return left
 
     def drop(self) -> None:
         """End what nobody holds any more, the sockets too."""
@@ -277,7 +293,7 @@ def _is_dead(pid: int) -> bool:
     return state in "ZX"
 
 
-def _child(channel: Channel, sockets: Sequence[socket.socket], serve: Serve) -> NoReturn:
+def _child(channel: Channel, parents_life: int, sockets: Sequence[socket.socket], serve: Serve) -> NoReturn:
     """The whole life of the child. Nothing of the parent's program may run in it: no handler, no finalizer, no exit."""
     status = 2
     try:
@@ -285,23 +301,27 @@ def _child(channel: Channel, sockets: Sequence[socket.socket], serve: Serve) -> 
         gc.disable()
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
-            if callable(signal.getsignal(number)):
-                signal.signal(number, signal.SIG_DFL)
+            handler = signal.getsignal(number)
+            if callable(handler):
+                # One that the program handles is its own affair, here as in `run`: Ctrl-C goes to both.
+                own = number in _STOPPING and handler is not signal.default_int_handler
+                signal.signal(number, signal.SIG_IGN if own else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        close_all_but(channel.fileno(), *(sock.fileno() for sock in sockets))
+        close_all_but(channel.fileno(), parents_life, *(sock.fileno() for sock in sockets))
 
         def bound(node: Node) -> None:
             _tell(channel, {"index": node.index, "diskseq": node.diskseq, "pid": node.pid})
 
         try:
-            with Stop(channel) as stop:
+            with Stop(channel, parents_life) as stop:
                 end = serve(stop, bound)
             status = end.status
             # Not read where the device was usable for a while.
             _tell(channel, ConnectFailed(f"The device ended before it could be used: {end}.").to_wire())
         except NbddError as error:
             _tell(channel, error.to_wire())
-    except BaseException:  # noqa: BLE001 - the last word of a process
+    except BaseException as error:  # noqa: BLE001 - the last word of a process
+        _tell(channel, WorkerFailed(f"The service process failed: {error!r}.").to_wire())
         # Whatever the parent has made of sys.stderr is not ours to use.
         os.write(2, traceback.format_exc().encode())
     finally:

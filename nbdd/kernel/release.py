@@ -52,9 +52,6 @@ def release(
         identify(node, backend, diskseq, pid)
         if not force:
             let_udev_finish(node, look)
-        # A device bound later without a time limit would have ours. Now: as soon as it is free it may be another's.
-        with suppress(KernelError):
-            node.set_io_timeout(KERNEL_IO_TIMEOUT)
         netlink.disconnect(node.index, nudge=nudge)
     # Our own descriptor was an opener: the kernel takes the rest down now that it is closed.
     while node.bound and node.backend in {backend, None}:
@@ -65,6 +62,10 @@ def release(
     if node.bound:
         # Somebody was quick and has it now. Nothing of ours is left on it.
         return []
+    if node.io_timeout not in (0, KERNEL_IO_TIMEOUT):
+        # Whoever binds it next without a time limit would have ours.
+        with suppress(KernelError):
+            node.set_io_timeout(KERNEL_IO_TIMEOUT)
     left = max(end - time.monotonic(), _MIN_SETTLE)
     # The kernel drops the partitions of the dead device on the next open, which needs no server.
     with suppress(KernelError, TimedOut):

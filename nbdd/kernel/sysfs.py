@@ -7,15 +7,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING
 
 from nbdd.errors import KernelError
+from nbdd.kernel.bounded import bounded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SYSFS = "/sys"
+WRITE_SECONDS = 2.0
+
 KERNEL_IO_TIMEOUT = 30_000
 """Milliseconds; the `queue/io_timeout` of a device to which nobody gave another."""
 
@@ -40,7 +44,10 @@ def read(path: str) -> str | None:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().rstrip("\n")
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            # It says nothing about the device.
+            raise KernelError(f"{path} can't be read: {error.strerror}.", error.errno) from error
         return None
 
 
@@ -116,12 +123,21 @@ class Node:
         return self._number("queue/io_timeout") or 0
 
     def set_io_timeout(self, milliseconds: int) -> None:
-        """Write `queue/io_timeout`; raise KernelError where the kernel refuses. See `io_timeout`."""
+        """Write `queue/io_timeout`; raise KernelError where the kernel refuses. See `io_timeout`.
+
+        From Linux 6.12 on the kernel first waits for all requests under way (queue_attr_store freezes the queue), which
+        with a server that doesn't answer may be for ever, and takes no new ones meanwhile: TimedOut then, after
+        WRITE_SECONDS. It is written all the same as soon as they have ended.
+        """
         path = f"{self.directory}/queue/io_timeout"
-        try:
+
+        def write() -> None:
             # Not O_CREAT: a device that went must not become a file.
             with open(path, "r+b", buffering=0) as file:
                 file.write(b"%d" % milliseconds)
+
+        try:
+            bounded(write, WRITE_SECONDS, f"The request timer of {self.path} waits for requests under way.")
         except OSError as error:
             raise KernelError(
                 f"The request timer of {self.path} can't be set to {milliseconds} ms: {error.strerror}.", error.errno

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from nbdd.channel import close_all_but
-from nbdd.errors import Busy, ConnectFailed, WorkerFailed
+from nbdd.errors import Busy, ConnectFailed, KernelError, WorkerFailed
 from nbdd.kernel import Node
 from nbdd.service import End, Reason, Service, Stop, watch
 from tests.unit.fake_worker import open_fds
@@ -297,10 +298,10 @@ def test_a_child_has_no_descriptor_but_those_it_needs() -> None:
         service = start(waits, [link])
         service.bound()
         held = {os.readlink(path) for path in Path(f"/proc/{service.pid}/fd").iterdir() if int(path.name) > 2}
-        # The link, the parent's channel, and two by which a signal wakes it.
-        assert len(held) == 4
+        # The link, the parent's channel, the parent itself, and two by which a signal wakes it.
+        assert len(held) == 5
         assert os.readlink(f"/proc/self/fd/{link.fileno()}") in held
-        assert all(what.startswith("socket:") for what in held)
+        assert all(what.startswith("socket:") or "pidfd" in what for what in held)
         service.end()
 
 
@@ -388,3 +389,39 @@ def test_descriptors_are_closed_but_for_those_named() -> None:
     assert len(held - {0, 1, 2, writer, kept}) <= 1
     for fd in (reader, kept, lost):
         os.close(fd)
+
+
+def test_a_signal_that_the_program_handles_does_not_end_its_service() -> None:
+    # Ctrl-C on a terminal goes to the program and to the child.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        service = start(waits)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    service.bound()
+    os.kill(service.pid, signal.SIGINT)
+    assert not service.ended(0.3)
+    assert service.end() == []
+
+
+def test_an_end_that_was_interrupted_can_be_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = start(waits)
+    service.bound()
+    with monkeypatch.context() as patch:
+        patch.setattr(service, "_free", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            service.end()
+    assert service.end() == []
+    with pytest.raises(ChildProcessError):
+        os.waitpid(service.pid, os.WNOHANG)
+
+
+def test_the_number_of_a_kernels_error_comes_from_the_child() -> None:
+    def fails(_stop: Stop, _bound: Callable[[Node], None]) -> End:
+        raise KernelError("No.", errno.EINVAL)
+
+    service = start(fails)
+    with pytest.raises(KernelError) as caught:
+        service.bound()
+    assert caught.value.errno == errno.EINVAL
+    service.end()
