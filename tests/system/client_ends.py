@@ -191,9 +191,10 @@ def run_async_returns_a_usable_device_and_a_child_without_more_than_it_needs() -
         assert server.data(0, 7) == b"at once"
         assert children() == [server.pid, pid]
         held = fds(pid)
-        # One more: the parent's channel.
-        assert len(held) == SERVICE_FDS + 1, held
-        assert all(what.startswith("socket:") for fd, what in held.items() if int(fd) > 2), held
+        # Two more: the parent's channel, and the parent itself.
+        assert len(held) == SERVICE_FDS + 2, held
+        kinds = ("socket:", "anon_inode:[pidfd]")
+        assert all(what.startswith(kinds) for fd, what in held.items() if int(fd) > 2), held
         refused(AlreadyAttached, client.run_async, client.device())
         refused(AlreadyAttached, client.run, client.device())
 
