@@ -30,6 +30,10 @@ MEND_DEADLINE = 30.0
 WARN_SECONDS = 60.0
 """How long before the dead timeout is over it is warned of; half of it where it is short."""
 
+END_EARLY = 0.5
+"""How much before the dead timeout is over the waiting is ended: what was under way when the link died hears of it when
+the kernel looks after it, up to two seconds later."""
+
 REFUSE_WAIT = 1.0
 """Seconds before another attempt to end the waiting, where one failed."""
 
@@ -139,8 +143,8 @@ class Bound:
             self._mend_due = time.monotonic()
         if not self.notes["live"]:
             self.notes["lost"] = self.notes.get("lost") or time.monotonic()
-            self._count_down()
         self._report(ConnectFailed(f"A connection to {self.notes['uri']} ended: {why}.").to_wire())
+        self._count_down()
 
     def _reported(self, _events: int) -> None:
         """The kernel says that links died, of this device or of others."""
@@ -228,7 +232,7 @@ class Bound:
     @property
     def _ends_at(self) -> float | None:
         """When I/O has waited as long as it may, monotonic; None while there is a link."""
-        return self.notes["lost"] + self.definition["dead-timeout"] if self.notes.get("lost") else None
+        return self.notes["lost"] + self.definition["dead-timeout"] - END_EARLY if self.notes.get("lost") else None
 
     def _count_down(self) -> None:
         """Warn of the end of the dead timeout, and see to it: only the kernel's newer requests end by themselves."""

@@ -59,7 +59,9 @@ def main() -> None:
     late = Read(device, 1 << 16)
     back = None
     started = None
-    while time.monotonic() < killed + LIMIT and (early.ended is None or late.ended is None):
+    while time.monotonic() < killed + LIMIT and (
+        early.ended is None or late.ended is None or (record and started and back is None)
+    ):
         if started is None and time.monotonic() >= killed + float(seconds):
             subprocess.run(start, shell=True, check=True)
             started = time.monotonic()
