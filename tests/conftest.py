@@ -60,6 +60,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    # A pytest-xdist that does not know the groups would boot every guest in every process, and say nothing.
+    if hasattr(session.config, "workerinput") and session.config.getoption("loadgroup", False):
+        strays = [
+            item.nodeid for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid
+        ]
+        if strays:
+            raise pytest.UsageError(f"pytest-xdist does not group {strays[0]} and {len(strays) - 1} others")
+
+
 @pytest.fixture
 def show(record_property: Callable[[str, object], None]) -> Show:
     """Call it with figures that are to be seen, also where the test passes: they are printed at the end of the run."""

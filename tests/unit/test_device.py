@@ -1114,3 +1114,75 @@ def test_a_hundred_rounds_leave_nothing_behind(bench: MakeBench) -> None:
             assert len(asyncio.all_tasks()) <= tasks + 1
 
     play(script)
+
+
+@pytest.mark.parametrize(("live", "interval"), [(0, "MEND_INTERVAL"), (1, "WAIT_INTERVAL")])
+def test_a_detach_that_waits_for_users_leaves_time_to_mend_between_its_looks(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, live: int, interval: str
+) -> None:
+    # Each look interrupts the mending: with a dead link only the longer of the two pauses may count.
+    for name in ("WAIT_INTERVAL", "MEND_INTERVAL"):
+        monkeypatch.setattr(nbdd.device, name, 0.01 if name == interval else 3600)
+
+    async def script() -> None:
+        async with bench() as it:
+            await it.device.attach()
+            if not live:
+                it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
+            it.spawner.outcomes["detach"] = [Busy("in use")] * 3
+            async with asyncio.timeout(30):
+                await it.device.detach(wait=60)
+            assert it.spawner.names().count("detach") == 4
+
+    play(script)
+
+
+@pytest.mark.parametrize("ask", [lambda device: device.set_timeout(5), lambda device: device.statistics()])
+def test_what_is_asked_of_a_device_that_is_being_taken_up_waits_until_it_is(
+    bench: MakeBench, ask: Callable[[Any], Coroutine[Any, Any, Any]]
+) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            it.spawner.before["adopt"] = asyncio.Event()
+            it.device.adopt(_record(it), [])
+            await it.spawner.arrived["adopt"].wait()
+            asked = asyncio.ensure_future(ask(it.device))
+            await asyncio.sleep(0)
+            assert not asked.done()
+            it.spawner.before["adopt"].set()
+            await asked
+            assert it.now() is State.ATTACHED
+
+    play(script)
+
+
+def test_the_journal_tells_the_story_of_a_device(bench: MakeBench, caplog: pytest.LogCaptureFixture) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            it.device.adopt(_record(it), [])
+            await it.reach(State.ATTACHED)
+            await it.device.set_timeout(5)
+            await it.device.set_timeout(0)
+            links = {"reconnects": 0, "uri": "nbd://x/y", "lost": 1, "failing": False}
+            it.spawner.worker.say("links", [], live=0, **links, **ConnectFailed("It ended.").to_wire())
+            it.spawner.worker.say("links", [], live=0, **links, **ConnectFailed("It is away.").to_wire())
+            it.spawner.worker.say("links", [], live=0, **links, **ConnectFailed("It is away.").to_wire())
+            it.spawner.worker.say("warning", message="reads and writes that wait fail in 60 s")
+            it.spawner.worker.say("links", [], live=1, reconnects=1, uri="nbd://x/y", lost=0, failing=False)
+            it.spawner.outcomes["detach"] = [Busy("in use")]
+            with pytest.raises(Busy):
+                await it.device.detach()
+
+    caplog.set_level(logging.INFO, logger="nbdd.device")
+    play(script)
+    told = [record.getMessage() for record in caplog.records if "->" not in record.getMessage()]
+    assert told == [
+        "disk: it was left as /dev/nbd0, and is taken up again",
+        "disk: a request may take 5 s",
+        "disk: a request may take as long as it needs",
+        "disk: It ended.",
+        "disk: It is away.",
+        "disk: reads and writes that wait fail in 60 s",
+        "disk: connected to nbd://x/y again, 1 of 1 links",
+        "disk: not detached: in use",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import configparser
 import fnmatch
+import itertools
 import re
 import shutil
 import subprocess
@@ -189,3 +190,16 @@ def test_udev_links_every_name_that_a_device_may_have(name: str) -> None:
 def test_udev_makes_no_link_for_a_name_that_nbdd_would_refuse(name: str) -> None:
     assert link_patterns()
     assert not all(fnmatch.fnmatchcase(name, pattern) is wanted for wanted, pattern in link_patterns())
+
+
+def test_the_lines_of_python_in_the_readme_are_those_of_the_reference_which_are_run_by_a_test() -> None:
+    def code(text: str, start: str) -> list[str]:
+        lines = text[text.index(start) :].splitlines()
+        found = list(itertools.takewhile(lambda line: not line.strip() or line[0] not in "`#", lines))
+        # Without comments, and without the process id that only one of them keeps.
+        return [re.sub(r"^pid = ", "", line.split("#")[0].strip()) for line in found if line.split("#")[0].strip()]
+
+    readme = code((TREE / "README.md").read_text(), "    from nbdd import Client, connect")
+    reference = code((TREE / "docs" / "client.md").read_text(), "from nbdd import Client, connect")
+    assert len(readme) == 6
+    assert readme == reference
