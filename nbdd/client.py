@@ -114,6 +114,7 @@ class Client:
         self.backend = f"@nbdd-{os.urandom(8).hex()}" if backend is None else backend
         self._named = backend is not None
         self._netlink: NetlinkNBD | None = None
+        self._netlink_pid = 0
         self._service: Service | None = None
         self._finalizer: weakref.finalize[[], Client] | None = None
         self._index: int | None = None
@@ -320,7 +321,6 @@ class Client:
         from nbdd.service import Service  # noqa: PLC0415
 
         self._prepare()
-        # Two processes can't share one: each would take the other's answers.
         self._drop_netlink()
         service = Service.start(self.backend, self._sockets, self._serve)
         try:
@@ -487,8 +487,12 @@ class Client:
             raise ConnectFailed(f"The server hung up while {node.path} was being made usable.")
 
     def _kernel(self) -> NetlinkNBD:
+        if self._netlink is not None and self._netlink_pid != os.getpid():
+            # A fork of the program: two processes can't share one, each would take the other's answers.
+            self._drop_netlink()
         if self._netlink is None:
             self._netlink = NetlinkNBD()
+            self._netlink_pid = os.getpid()
         return self._netlink
 
     def _drop_netlink(self) -> None:

@@ -157,12 +157,16 @@ Serve = Callable[[Stop, Callable[[Node], None]], End]
 class Service:
     """A child process that serves a device, as its parent holds it. It ends when the parent does."""
 
-    def __init__(self, pid: int, channel: Channel, backend: str, sockets: Sequence[socket.socket]) -> None:
+    def __init__(
+        self, pid: int, channel: Channel, backend: str, sockets: Sequence[socket.socket], others: Sequence[Node]
+    ) -> None:
+        """`others` were bound under that identifier before; they are not the child's."""
         self.pid = pid
         self._channel = channel
         self._backend = backend
         self._sockets = tuple(sockets)
         self._owner = os.getpid()
+        self._others = others
         # A number may be given away once the child was waited for, by whomever; this can't.
         self._pidfd = os.pidfd_open(pid)
         self._device: tuple[Node, int | None, int | None] | None = None
@@ -170,6 +174,7 @@ class Service:
     @classmethod
     def start(cls, backend: str, sockets: Sequence[socket.socket], serve: Serve) -> Self:
         """Fork a child that serves; raises KernelError where there are no descriptors or processes left."""
+        others = find(backend)
         try:
             ours, theirs = Channel.pair()
             with ours, theirs:
@@ -180,7 +185,7 @@ class Service:
                     if pid == 0:
                         _child(Channel(theirs), life, sockets, serve)
                     try:
-                        return cls(pid, channel, backend, sockets)
+                        return cls(pid, channel, backend, sockets, others)
                     except BaseException:
                         os.kill(pid, signal.SIGKILL)
                         os.waitpid(pid, 0)
@@ -260,7 +265,8 @@ class Service:
 
     def _free(self) -> list[str]:
         """Free what the child had bound; a child that was killed early may not have come to tell."""
-        devices = [self._device] if self._device else [(node, node.diskseq, node.pid) for node in find(self._backend)]
+        found = [node for node in find(self._backend) if node not in self._others]
+        devices = [self._device] if self._device else [(node, node.diskseq, node.pid) for node in found]
         left: list[str] = []
         for node, diskseq, pid in devices:
             if not node.bound:

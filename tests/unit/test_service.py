@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -425,3 +427,23 @@ def test_the_number_of_a_kernels_error_comes_from_the_child() -> None:
         service.bound()
     assert caught.value.errno == errno.EINVAL
     service.end()
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_what_was_bound_under_the_identifier_before_is_not_the_childs(
+    monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    node = SimpleNamespace(bound=True, diskseq=1, pid=2)
+    answers = iter([[node] if before else []])
+    monkeypatch.setattr("nbdd.service.find", lambda _backend: next(answers, [node]))
+    monkeypatch.setattr("nbdd.service.NetlinkNBD", contextlib.nullcontext)
+    freed: list[object] = []
+
+    def release(_netlink: object, freeing: object, *_: object, **_more: object) -> list[str]:
+        freed.append(freeing)
+        return []
+
+    monkeypatch.setattr("nbdd.service.release", release)
+    service = start(lambda stop, _bound: waits(stop, lambda _node: None))
+    assert service.end() == []
+    assert freed == ([] if before else [node])
