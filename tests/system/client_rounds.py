@@ -124,7 +124,7 @@ def kills(number: int) -> dict[str, Any]:
         before = held()
         for turn in range(number):
             client.socket(server.connect())
-            # The last ones well beyond it: on a busy machine a start may take twice as long as those that were measured.
+            # The last ones well beyond it: on a busy machine a start takes longer than those that were measured.
             share = 1.2 * turn / number if turn < number * 0.9 else 6
             with Elsewhere(partial(_kill_after, os.getpid(), {server.pid}, usual * share)):
                 try:
