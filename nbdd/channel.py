@@ -11,7 +11,7 @@ import json
 import os
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -132,11 +132,12 @@ class Channel:
 
 def close_all_but(*kept: int) -> None:
     """Close every descriptor of this process but 0 to 2 and these: what a fresh fork has no use for."""
+    found: Iterable[int]
     try:
         found = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
         # There is none left to look with.
-        found = list(range(os.sysconf("SC_OPEN_MAX")))
+        found = range(os.sysconf("SC_OPEN_MAX"))
     for fd in found:
         if fd > 2 and fd not in kept:
             # The one that listed the directory is closed already.

@@ -201,7 +201,7 @@ class Client:
         if not isinstance(new, EllipsisType):
             if bound is not None:
                 raise AlreadyAttached(f"The client is bound to {bound.path}; it can't take another device meanwhile.")
-            self._index = None if new is None else _index_of(os.fspath(new) if hasattr(new, "__fspath__") else new)
+            self._index = None if new is None else _index_of(new)
         if bound is None and self._index is not None:
             bound = Node(self._index)
         return "" if bound is None else bound.path
@@ -687,11 +687,11 @@ def _whole(what: str, number: int, least: int, most: int, unit: str) -> int:
     return number
 
 
-def _index_of(path: str) -> int:
+def _index_of(path: str | os.PathLike[str]) -> int:
     """X of /dev/nbdX."""
-    given: object = path
-    real = os.path.realpath(path) if isinstance(given, str) and "\0" not in given else ""
+    given: object = os.fspath(path) if isinstance(path, os.PathLike) else path
+    real = os.path.realpath(given) if isinstance(given, str) and "\0" not in given else ""
     found = re.fullmatch(r"/dev/nbd(0|[1-9][0-9]{0,6})", real)
     if found is None:
-        raise InvalidArgs(f"{path!r} is not an NBD device; name one such as /dev/nbd0, or none to get a free one.")
+        raise InvalidArgs(f"{given!r} is not an NBD device; name one such as /dev/nbd0, or none to get a free one.")
     return int(found[1])

@@ -546,6 +546,10 @@ class Device:
         """When I/O that waits begins to fail, microseconds since 1970; 0 while it does not wait."""
         if not told.get("lost"):
             return 0
+        known = self._record.binding if self._record is not None else None
+        if self._status.fails_at and known is not None and known.get("lost") == told["lost"]:
+            # Nothing new; worked out again it would be another microsecond, and a signal to everybody.
+            return self._status.fails_at
         left = told["lost"] + self._active.dead_timeout - time.monotonic()
         return int((time.time() + left) * 1e6)
 

@@ -24,11 +24,11 @@ from nbdd.errors import (
     ConnectFailed,
     InvalidArgs,
     NbddError,
+    NegotiationFailed,
     NoFreeDevice,
     NotAttached,
     OtherExport,
     ServerError,
-    TimedOut,
 )
 from nbdd.identity import Identity
 from nbdd.kernel import Node, Usage, find
@@ -151,7 +151,7 @@ def mend(task: Task, tell: Tell) -> Answer:
         definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
     try:
         links = _open_same(task, definition, lambda links: _look_same(Node(task.notes["index"]), links))
-    except _TooSlow as error:
+    except _Unseen as error:
         tell({"event": "warning", "message": str(error)}, ())
         links = _open_same(task, definition, lambda _links: None)
     try:
@@ -220,8 +220,8 @@ ORDERS: Mapping[str, Callable[[Task, Tell], Answer]] = {
 # What a job opens is closed by the end of its process; only servers want to be told.
 
 
-class _TooSlow(Exception):
-    """A server did not let us look at its export in time. No ServerError: it is no reason to try the next one."""
+class _Unseen(Exception):
+    """What is on an export can't be looked at. No ServerError: no reason to refuse it, nor to try another one."""
 
 
 def _open_same(task: Task, definition: Definition, look: Check) -> Links:
@@ -242,8 +242,12 @@ def _look_same(node: Node, links: Links) -> None:
         return
     try:
         found = identity.of_export(links.sockets[0], links.export.size, links.block_size, Deadline(LOOK_SECONDS))
-    except TimedOut as error:
-        raise _TooSlow(f"{error} What is on the export is not compared with what is on the device.") from None
+    except (ConnectFailed, NegotiationFailed):
+        # It went away, or speaks no NBD: nothing for the kernel.
+        raise
+    except ServerError as error:
+        # Too slow, or it can't read there. I/O that can go on does not wait for that.
+        raise _Unseen(f"{error} What is on the export is not compared with what is on the device.") from None
     if difference := known.differs(found):
         raise _other(links, difference)
 

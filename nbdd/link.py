@@ -15,15 +15,12 @@ from typing import Self, TypeAlias
 from nbdd.definition import Definition
 from nbdd.errors import ConnectFailed, NegotiationFailed, OtherExport, ServerError
 from nbdd.protocol import Export, Flags
-from nbdd.protocol.constants import NBD_CMD_DISC, REQUEST_MAGIC
+from nbdd.protocol.transmission import FAREWELL
 from nbdd.transport import Deadline, open_export
 from nbdd.uri import URI
 
 MIN_BLOCK_SIZE = 512
 """Bytes; what the kernel can address at least."""
-
-_DISC = struct.pack(">IHHQQI", REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
-"""The farewell (proto.md, Request message): magic, flags, type, cookie, offset, length."""
 
 # include/net/tcp_states.h; `struct tcp_info` of linux/tcp.h begins with the state.
 _FIN_WAIT1, _FIN_WAIT2, _CLOSED, _CLOSING = 4, 5, 7, 11
@@ -127,7 +124,7 @@ def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> 
 def hang_up(sock: socket.socket) -> None:
     """Close a link that never carried a request, in good order: without the farewell servers log an error."""
     with suppress(OSError):
-        sock.send(_DISC, socket.MSG_DONTWAIT)
+        sock.send(FAREWELL, socket.MSG_DONTWAIT)
     sock.close()
 
 

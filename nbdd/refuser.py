@@ -12,19 +12,17 @@ import errno
 import os
 import select
 import socket
-import struct
 from collections.abc import Callable
 from contextlib import suppress
 
 from nbdd.loop import Loop
 from nbdd.protocol.constants import NBD_CMD_DISC, NBD_CMD_WRITE, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
+from nbdd.protocol.transmission import REQUEST, SIMPLE_REPLY
 
 WITHDRAW_SECONDS = 2.0
 """For the kernel to see that a refuser has gone; it only has to run."""
 
 _CHUNK = 65536
-_REQUEST = struct.Struct(">IHHQQI")
-_REPLY = struct.Struct(">IIQ")
 
 
 class Refuser:
@@ -63,13 +61,13 @@ class Refuser:
         skipped = min(self._skip, len(data))
         self._skip -= skipped
         self._buffer += memoryview(data)[skipped:]
-        while len(self._buffer) >= _REQUEST.size:
+        while len(self._buffer) >= REQUEST.size:
             self._refuse()
 
     def _refuse(self) -> None:
         """Answer the request at the head of the buffer."""
-        magic, _, kind, cookie, _, length = _REQUEST.unpack_from(self._buffer)
-        del self._buffer[: _REQUEST.size]
+        magic, _, kind, cookie, _, length = REQUEST.unpack_from(self._buffer)
+        del self._buffer[: REQUEST.size]
         if kind == NBD_CMD_WRITE:
             skipped = min(length, len(self._buffer))
             del self._buffer[:skipped]
@@ -78,7 +76,7 @@ class Refuser:
         # way at most, of 16 bytes of answer each, and reads them all the time.
         if magic == REQUEST_MAGIC and kind != NBD_CMD_DISC:
             with suppress(OSError):
-                self._sock.send(_REPLY.pack(SIMPLE_REPLY_MAGIC, errno.EIO, cookie))
+                self._sock.send(SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, errno.EIO, cookie))
 
 
 def withdraw(fd: int) -> None:

@@ -64,7 +64,7 @@ def release(
         return []
     if node.io_timeout not in (0, KERNEL_IO_TIMEOUT):
         # Whoever binds it next without a time limit would have ours.
-        with suppress(KernelError):
+        with suppress(KernelError, TimedOut):
             node.set_io_timeout(KERNEL_IO_TIMEOUT)
     left = max(end - time.monotonic(), _MIN_SETTLE)
     # The kernel drops the partitions of the dead device on the next open, which needs no server.

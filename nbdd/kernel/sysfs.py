@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 SYSFS = "/sys"
 WRITE_SECONDS = 2.0
+"""For a write of `queue/io_timeout`, which may wait for a server."""
 
 KERNEL_IO_TIMEOUT = 30_000
 """Milliseconds; the `queue/io_timeout` of a device to which nobody gave another."""
@@ -45,10 +46,14 @@ def read(path: str) -> str | None:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().rstrip("\n")
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
-            # It says nothing about the device.
-            raise KernelError(f"{path} can't be read: {error.strerror}.", error.errno) from error
+        _check(path, error)
         return None
+
+
+def _check(path: str, error: OSError) -> None:
+    """Raise KernelError where the failure is ours, and says nothing about what was to be read."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise KernelError(f"{path} can't be read: {error.strerror}.", error.errno) from error
 
 
 class Node:
@@ -191,7 +196,8 @@ def listing(path: str) -> list[str]:
     """The entries of a directory in order, [] where there is none."""
     try:
         return sorted(os.listdir(path))
-    except OSError:
+    except OSError as error:
+        _check(path, error)
         return []
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A little of the transmission phase: reads, for a look at an export before the kernel gets the connection.
+"""A little of the transmission phase: the form of its messages, and reads before the kernel gets the connection.
 
 Simple replies only, as nothing else was negotiated. Like the negotiation it is a generator without any I/O.
 """
@@ -11,11 +11,17 @@ import struct
 from collections.abc import Sequence
 
 from nbdd.errors import NegotiationFailed, ServerError
-from nbdd.protocol.constants import NBD_CMD_READ, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
+from nbdd.protocol.constants import NBD_CMD_DISC, NBD_CMD_READ, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC
 from nbdd.protocol.negotiation import Receive, Send, Steps
 
-_REQUEST = struct.Struct(">IHHQQI")
-_REPLY = struct.Struct(">IIQ")
+REQUEST = struct.Struct(">IHHQQI")
+"""Magic, command flags, type, cookie, offset, length."""
+
+SIMPLE_REPLY = struct.Struct(">IIQ")
+"""Magic, error, cookie."""
+
+FAREWELL = REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
+"""What a client says that needs a connection no longer."""
 
 
 def read(places: Sequence[tuple[int, int]]) -> Steps[list[bytes]]:
@@ -25,13 +31,13 @@ def read(places: Sequence[tuple[int, int]]) -> Steps[list[bytes]]:
     of no more use then.
     """
     requests = b"".join(
-        _REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_READ, cookie, offset, length)
+        REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_READ, cookie, offset, length)
         for cookie, (offset, length) in enumerate(places)
     )
     yield Send(requests, "a request to read")
     found: dict[int, bytes] = {}
     while len(found) < len(places):
-        magic, error, cookie = _REPLY.unpack((yield Receive(_REPLY.size, "its reply to a request to read")))
+        magic, error, cookie = SIMPLE_REPLY.unpack((yield Receive(SIMPLE_REPLY.size, "its reply to a request to read")))
         if magic != SIMPLE_REPLY_MAGIC or cookie >= len(places) or cookie in found:
             raise NegotiationFailed("answers a request to read with something else than a reply to it.")
         if error:

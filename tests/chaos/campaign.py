@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HOME = Path("/root/chaos")
@@ -306,8 +307,10 @@ def stage() -> Iterator[dict[str, str]]:
 
 def play(seconds: float, seed: int) -> Counter[str]:
     """Fault after fault, sometimes two at once; all are undone at the end. Tells how often each was played."""
-    rng = random.Random(seed)
     played: Counter[str] = Counter()
+    # Each fault has chances of its own: which come, and what each does, does not depend on how long anything takes.
+    coming = enumerate(iter(partial(random.Random(seed).choice, FAULTS), None))
+    number, fault = next(coming)
     under_way: list[tuple[float, str, Iterator[float]]] = []
     end = time.monotonic() + seconds
     while time.monotonic() < end or under_way:
@@ -316,13 +319,15 @@ def play(seconds: float, seed: int) -> Counter[str]:
                 next(steps, None)
                 under_way.remove((due, name, steps))
         names = {name for _, name, _ in under_way}
-        if time.monotonic() < end and len(under_way) < 2:
-            fault = rng.choice(FAULTS)
-            if fault.__name__ not in names:
-                steps = fault(rng)
-                under_way.append((next(steps) + time.monotonic(), fault.__name__, steps))
-                played[fault.__name__] += 1
-        time.sleep(rng.uniform(0.1, 1.5))
+        if time.monotonic() < end and len(under_way) < 2 and fault.__name__ not in names:
+            chance = random.Random(f"{seed} {number}")
+            steps = fault(chance)
+            under_way.append((next(steps) + time.monotonic(), fault.__name__, steps))
+            played[fault.__name__] += 1
+            number, fault = next(coming)
+            time.sleep(chance.uniform(0.1, 1.5))
+        else:
+            time.sleep(0.1)
     return played
 
 

@@ -789,11 +789,13 @@ def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: MakeBe
             links = {"live": 0, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": time.monotonic() - 40}
             it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
             assert it.now() is State.RECONNECTING
-            assert abs(it.device.status.fails_at / 1e6 - (time.time() + 60)) < 5
+            fails_at = it.device.status.fails_at
+            assert abs(fails_at / 1e6 - (time.time() + 60)) < 5
             other = OtherExport("It is another.").to_wire()
             it.spawner.worker.say("links", [], **links, failing=False, **other)
             assert it.now() is State.FAILED
             assert it.device.status.last_error == (NegotiationFailed.dbus_name, "It is another.")
+            assert it.device.status.fails_at == fails_at, "the same moment, and no signal to everybody"
             it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It is away.").to_wire())
             assert it.now() is State.RECONNECTING
             it.spawner.worker.say("links", [], **links, failing=True, **TimedOut("Too long.").to_wire())

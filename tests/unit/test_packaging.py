@@ -203,3 +203,14 @@ def test_the_lines_of_python_in_the_readme_are_those_of_the_reference_which_are_
     reference = code((TREE / "docs" / "client.md").read_text(), "from nbdd import Client, connect")
     assert len(readme) == 6
     assert readme == reference
+
+
+def test_every_test_that_the_promises_name_is_there() -> None:
+    told = (TREE / "docs" / "reliability.md").read_text()
+    tests = {path.name: path.read_text() for path in (TREE / "tests" / "system").glob("test_*.py")}
+    files = set(re.findall(r"`(test_\w+\.py)`", told))
+    names = re.findall(r"`(\w+)…`", told)
+    assert files <= set(tests)
+    assert len(names) >= 4
+    for name in names:
+        assert any(f"def test_{name}" in text for text in tests.values()), name
