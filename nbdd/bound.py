@@ -7,15 +7,15 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from nbdd.channel import Message
 from nbdd.client import Client
 from nbdd.errand import Errand, Job
-from nbdd.errors import ConnectFailed, NotAttached, TimedOut, WorkerFailed
-from nbdd.jobs import Task, mend, refuse
+from nbdd.errors import Busy, ConnectFailed, NotAttached, TimedOut, WorkerFailed
+from nbdd.jobs import RENEWALS, Task, mend, refuse
 from nbdd.kernel import LinkDeadMonitor
 from nbdd.link import why_ended
 from nbdd.loop import Loop
@@ -29,6 +29,9 @@ MEND_DEADLINE = 30.0
 
 WARN_SECONDS = 60.0
 """How long before the dead timeout is over it is warned of; half of it where it is short."""
+
+RENEW_DEADLINE = 28.0
+"""Seconds after which an errand that exchanges links counts as hung: before the manager takes us for that."""
 
 END_EARLY = 0.5
 """How much before the dead timeout is over the waiting is ended: what was under way when the link died hears of it when
@@ -65,12 +68,17 @@ class Bound:
         self._end_due: float | None = None
         self._refuser: Refuser | None = None
         self._resting = True
-        # Set while the links are the kernel's alone: after a start that found none kept. Then the kernel's reports are
-        # all there is to watch, and for what died unseen it is offered a new link.
+        self._renewing = False
+        # Where links died unseen, or were kept by nobody, our predecessor may have given the kernel others, and be dead
+        # before it could tell. Then the kernel's own reports count, and it is offered as many new links as there can
+        # be: those that it needs not it drops, without a word.
         self._reports: LinkDeadMonitor | None = None
-        if not links and notes["live"]:
+        self._unseen: set[int] = set()
+        if len(links) < notes["connections"] or any(map(_dead, links)):
             with Client(name) as client:
                 self._reports = client.link_dead()
+            self._unseen.update(filter(_dead, links))
+        self._unsure = self._reports is not None
         self.resume()
 
     @property
@@ -85,10 +93,8 @@ class Bound:
             self._loop.forget(fd)
         if self._reports is not None:
             self._loop.forget(self._reports.fileno())
-        attempt, self._attempt = self._attempt, None
         self._mend_due = self._end_due = None
-        if attempt is not None:
-            attempt.abandon()
+        self._abandon()
 
     def resume(self) -> None:
         """Look after the links, again; one that died meanwhile is seen by the next poll."""
@@ -97,7 +103,7 @@ class Bound:
             self._watch(fd)
         if self._reports is not None:
             self._loop.watch(self._reports.fileno(), select.POLLIN, self._reported)
-        if self._missing or self._reports is not None:
+        if self._missing or self._unsure:
             self._mend_due = time.monotonic()
         self._count_down()
 
@@ -134,7 +140,10 @@ class Bound:
         self._loop.forget(fd)
         self.links.remove(fd)
         with socket.socket(fileno=fd) as sock:
-            self._lost(1, why_ended(sock))
+            # What the kernel reports counts once.
+            if self._reports is None or fd in self._unseen:
+                self._lost(1, why_ended(sock))
+        self._unseen.discard(fd)
 
     def _lost(self, count: int, why: str) -> None:
         self.notes["live"] = max(0, self.notes["live"] - count)
@@ -150,24 +159,32 @@ class Bound:
         """The kernel says that links died, of this device or of others."""
         died = self._reports.read().count(self.notes["index"]) if self._reports is not None else 0
         if died:
+            # Before or after the kernel got what it is being offered? Offer again.
+            self._unsure = self._unsure or (self._attempt is not None and self._attempt.unsure)
             self._lost(died, "the kernel lost it, and nobody here held it to see why")
 
     # Mending
 
     def _mend(self) -> None:
         """Send for new links in place of the dead ones."""
-        missing = self._missing
-        # Blind, with none known to be dead: the kernel takes what we offer in place of a dead one, or drops it unseen.
-        offer = self._reports is not None and missing == 0
-        # A duplicate, as an errand closes what the loop watches.
-        refusing = [os.dup(self._refuser.fileno())] if self._refuser is not None else []
+        unsure, self._unsure = self._unsure, False
+        wanted = self.notes["connections"] if unsure else self._missing
         try:
-            task = Task({"missing": missing or 1}, self._name, self.definition, self.notes, refusing)
-            self._send(partial(mend, task), partial(self._tried, offer))
+            with self._task({"missing": wanted}) as task:
+                self._send(partial(mend, task), self._tried).unsure = unsure
         except WorkerFailed as error:
+            self._unsure = unsure
             self._not_mended(error.to_wire())
         else:
             self._mend_due = time.monotonic() + MEND_DEADLINE
+
+    @contextmanager
+    def _task(self, order: Message) -> Iterator[Task]:
+        """A task for an errand that gives the kernel links, and so may have to withdraw the refuser first."""
+        # A duplicate, as an errand closes what the loop watches.
+        refusing = [os.dup(self._refuser.fileno())] if self._refuser is not None else []
+        try:
+            yield Task(order, self._name, self.definition, self.notes, refusing)
         finally:
             for fd in refusing:
                 os.close(fd)
@@ -185,19 +202,30 @@ class Bound:
         self._attempt = attempt
         return attempt
 
-    def _tried(self, offer: bool, attempt: _Attempt, answer: Message | None) -> None:
-        # More may have died meanwhile.
-        self._mend_due = time.monotonic() if self._missing else None
+    def _abandon(self) -> None:
+        """Give up the attempt under way, if there is one."""
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            self._unsure = self._unsure or attempt.unsure
+            attempt.abandon()
+
+    def _tried(self, attempt: _Attempt, answer: Message | None) -> None:
         if answer is None:
             answer = WorkerFailed(f"The process that mends the links of {self._name!r} was lost.").to_wire()
         if "error" in answer:
             attempt.abandon()
+            self._unsure = self._unsure or attempt.unsure
             self._not_mended(answer)
-        elif offer:
-            # Ours alone, or the kernel's alone: it did not say.
+        elif attempt.unsure:
+            # The server's alone, or the kernel's alone: it did not say. But now it has as many as there can be.
             attempt.let_go()
+            if not self._unsure:
+                self._mended([], self._missing, answer["uri"])
         else:
-            self._mended(attempt.offered, answer["uri"])
+            self._mended(attempt.offered, len(attempt.offered), answer["uri"])
+        # More may have died meanwhile.
+        if "error" not in answer:
+            self._mend_due = time.monotonic() if self._missing or self._unsure else None
 
     def _not_mended(self, error: Message) -> None:
         self._check_attached(error)
@@ -210,12 +238,13 @@ class Bound:
             # Somebody else ended the device: go, and the next worker finds out.
             raise SystemExit(0)
 
-    def _mended(self, links: list[int], uri: str) -> None:
+    def _mended(self, links: list[int], number: int, uri: str) -> None:
+        """The kernel has so many links more; those of them that are ours to watch are given."""
         for fd in links:
             self._watch(fd)
         self.links += links
-        self.notes["live"] += len(links)
-        self.notes["reconnects"] += len(links)
+        self.notes["live"] += number
+        self.notes["reconnects"] += number
         self.notes["uri"] = uri
         self.notes["lost"] = 0
         self._end_due = None
@@ -224,8 +253,54 @@ class Bound:
             self._reports.close()
             self._reports = None
         self._mends = 0
-        self._mend_due = time.monotonic() if self._missing else None
         self._report({})
+
+    # Renewal, as somebody asked for
+
+    def renew(self, order: Message, done: Callable[[Message | None], None]) -> None:
+        """Have all links exchanged for new ones, by the job of the order; `done` gets its answer.
+
+        The old ones are shut down when the new ones are there, checked, and about to be the kernel's. Raises Busy where
+        not all of the old ones are ours to shut down, WorkerFailed.
+        """
+        if self._reports is not None:
+            raise Busy(
+                f"Some links of {self._name!r} are the kernel's alone, since nbdd was stopped or lost a process, and "
+                "can't be exchanged: detach the device and attach it again when nobody uses it."
+            )
+        self._mend_due = time.monotonic()
+        self._abandon()
+        with self._task(order) as task:
+            self._send(partial(RENEWALS[order["order"]], task), partial(self._renewed, done)).taken = self._exchange
+        self._renewing = True
+        self._mend_due = time.monotonic() + RENEW_DEADLINE
+
+    def _exchange(self, export: Message) -> None:
+        """New links are there: end the old ones. Whoever comes after us knows by the report that they are gone."""
+        self.notes["export"] = export
+        self.notes["live"] = 0
+        self.notes["lost"] = self.notes.get("lost") or time.monotonic()
+        old = self.links.copy()
+        self.links.clear()
+        self._report({})
+        for fd in old:
+            self._loop.forget(fd)
+            with socket.socket(fileno=fd) as sock, suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _renewed(self, done: Callable[[Message | None], None], attempt: _Attempt, answer: Message | None) -> None:
+        self._renewing = False
+        told = answer or WorkerFailed(f"The process that exchanged the links of {self._name!r} was lost.").to_wire()
+        self.notes["size"] = told.get("size", self.notes["size"])
+        if "error" in told and not told.get("linked"):
+            attempt.abandon()
+            if self._missing:
+                self._report(told)
+        elif attempt.offered:
+            self._mended(attempt.offered, len(attempt.offered), told["uri"])
+        self._mend_due = time.monotonic() if self._missing else None
+        self._count_down()
+        done(told)
 
     # Waiting
 
@@ -237,7 +312,7 @@ class Bound:
     def _count_down(self) -> None:
         """Warn of the end of the dead timeout, and see to it: only the kernel's newer requests end by themselves."""
         end, self._end_due = self._ends_at, None
-        if end is None or self._resting or self._refuser is not None:
+        if end is None or self._resting or self._renewing or self._refuser is not None:
             return
         now = time.monotonic()
         warn = end - min(WARN_SECONDS, self.definition["dead-timeout"] / 2)
@@ -248,9 +323,7 @@ class Bound:
             message = f"no server answers; reads and writes that wait fail in {round(end - now)} s"
             self._report_to({"event": "warning", "message": message}, ())
         else:
-            attempt, self._attempt = self._attempt, None
-            if attempt is not None:
-                attempt.abandon()
+            self._abandon()
             self._refuse()
 
     def _refuse(self) -> None:
@@ -291,9 +364,15 @@ class Bound:
             self._end_due = time.monotonic() + REFUSE_WAIT
 
     def _report(self, error: Message) -> None:
-        fields = {key: self.notes[key] for key in ("live", "reconnects", "uri")}
+        fields = {key: self.notes[key] for key in ("live", "reconnects", "uri", "size", "export")}
         waiting = {"lost": self.notes.get("lost", 0), "failing": self._refuser is not None}
         self._report_to({"event": "links", **fields, **waiting, **error}, self.links)
+
+
+def _dead(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _jittered(seconds: float) -> float:
@@ -308,6 +387,10 @@ class _Attempt:
 
     def __init__(self, report: Report) -> None:
         self.offered: list[int] = []
+        self.unsure = False
+        """Whether the kernel is offered more than it may need, and does not say what it took."""
+        self.taken: Callable[[Message], None] | None = None
+        """What to do as soon as links are offered; takes what the server said of the export."""
         self._report_to = report
         self._abandoned = False
 
@@ -318,6 +401,8 @@ class _Attempt:
         self.offered += fds
         if self._abandoned:
             self._shut_down()
+        elif self.taken is not None and message["event"] == "offered":
+            self.taken(message["export"])
 
     def abandon(self) -> None:
         """Make sure that no link comes of it: nobody knows whether the kernel has taken one."""

@@ -204,6 +204,17 @@ class Device:
         log.info("%s: a request may take %s", self.name, f"{seconds} s" if seconds else "as long as it needs")
         self._set(timeout=seconds)
 
+    async def reconnect(self) -> None:
+        """Exchange the links of the attached device for new ones, to the first server that has the same data."""
+        await self._ask("reconnect")
+        log.info("%s: reconnected, as asked for, to %s", self.name, self._status.uri)
+
+    async def resize(self) -> int:
+        """Take the size that the server says now, if it has grown; returns it, in bytes."""
+        size = int((await self._ask("resize"))["size"])
+        log.info("%s: %d bytes, as asked for", self.name, size)
+        return size
+
     async def statistics(self) -> dict[str, int]:
         """What the kernel counted since the device was attached; the keys are those of GetStatistics."""
         reply = await self._ask("statistics")
@@ -402,8 +413,10 @@ class Device:
 
     def _links(self, message: Message) -> None:
         live, reconnects, uri = int(message["live"]), int(message["reconnects"]), str(message["uri"])
-        noted = {"live": live, "reconnects": reconnects, "uri": uri, "lost": message["lost"]}
-        changes: dict[str, Any] = {"live_connections": live, "reconnects": reconnects, "uri": uri}
+        noted = {key: message[key] for key in ("live", "reconnects", "uri", "lost", "size", "export")}
+        changes: dict[str, Any] = {
+            "live_connections": live, "reconnects": reconnects, "uri": uri, "size": int(message["size"])
+        }  # fmt: skip
         changes["fails_at"] = self._fails_at(message)
         if self._record is not None and self._record.binding is not None:
             self._note(binding={**self._record.binding, **noted})

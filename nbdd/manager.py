@@ -174,6 +174,14 @@ class Manager:
         options_with(device.definition, {"timeout": seconds})  # for its range
         await device.set_timeout(seconds)
 
+    async def reconnect(self, name: str) -> None:
+        """Exchange the links of an attached device for new ones."""
+        await self.device(name).reconnect()
+
+    async def resize(self, name: str) -> int:
+        """Take the size that the server says now; returns it, in bytes."""
+        return await self.device(name).resize()
+
     async def list_exports(self, uri: str) -> list[dict[str, Any]]:
         """Ask a server, in a process of its own, what it exports: one JSON object for each, as `Export.to_wire`."""
         parsed = URI.parse(uri)

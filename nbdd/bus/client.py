@@ -183,6 +183,15 @@ class Client:
         """Set how long a request may take; 0 is no limit."""
         await self._manager("SetTimeout", "su", name, seconds)
 
+    async def reconnect(self, name: str) -> None:
+        """Exchange the device's links for new ones."""
+        await self._manager("Reconnect", "sa{sv}", name, {})
+
+    async def resize(self, name: str) -> int:
+        """Take the size that the server says now; returns it, in bytes."""
+        (size,) = await self._manager("Resize", "sa{sv}", name, {}, reply="t")
+        return int(size)
+
     async def reload(self) -> Reloaded:
         """Make nbdd read its configuration again."""
         return Reloaded(*await self._manager("Reload", reply="asasas"))

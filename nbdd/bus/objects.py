@@ -78,6 +78,8 @@ class ManagerInterface(ExportedInterface):
                 "AttachURI": self._attach_uri,
                 "Detach": self._detach,
                 "SetTimeout": self._set_timeout,
+                "Reconnect": self._reconnect,
+                "Resize": self._resize,
                 "Reload": self._reload,
                 "ListExports": self._list_exports,
             },
@@ -123,6 +125,21 @@ class ManagerInterface(ExportedInterface):
         await self._authority.check(caller, "org.nbdd1.set-timeout", {"device": name})
         await self._manager.set_timeout(name, seconds)
         return []
+
+    async def _reconnect(self, caller: Caller, arguments: list[Any]) -> list[Any]:
+        name, options = arguments
+        read_options(options, {})
+        self._manager.device(name)
+        await self._authority.check(caller, "org.nbdd1.reconnect", {"device": name})
+        await self._manager.reconnect(name)
+        return []
+
+    async def _resize(self, caller: Caller, arguments: list[Any]) -> list[Any]:
+        name, options = arguments
+        read_options(options, {})
+        self._manager.device(name)
+        await self._authority.check(caller, "org.nbdd1.resize", {"device": name})
+        return [await self._manager.resize(name)]
 
     async def _reload(self, caller: Caller, _arguments: list[Any]) -> list[Any]:
         await self._authority.check(caller, "org.nbdd1.reload", {})

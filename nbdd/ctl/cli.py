@@ -266,6 +266,37 @@ def set_timeout(name: str, seconds: int, as_json: bool) -> None:
 
 
 @cli.command()
+@device_argument(lambda device: bool(device.node))
+@as_json
+def reconnect(name: str, as_json: bool) -> None:
+    """Exchange the links of the attached device NAME for new ones, under I/O.
+
+    For a server that is about to be restarted or moved, and for going back to the first server of a list: the servers
+    are asked in the order of the definition, and one that does not have the same data is refused.
+    """
+    call(lambda client: client.reconnect(name))
+    if as_json:
+        document({"name": name, "reconnected": True})
+    else:
+        print(show.clean(f"{name} is connected anew"))
+
+
+@cli.command()
+@device_argument(lambda device: bool(device.node))
+@as_json
+def resize(name: str, as_json: bool) -> None:
+    """Let the attached device NAME take the size that its server says now, if it has grown, under I/O.
+
+    What is on the device is grown afterwards, with resize2fs, xfs_growfs and the like.
+    """
+    size = call(lambda client: client.resize(name))
+    if as_json:
+        document({"name": name, "size": size})
+    else:
+        print(show.clean(f"{name} has {show.size(size)} ({size} bytes)"))
+
+
+@cli.command()
 @click.argument("uri", metavar="URI", type=text)
 @as_json
 def exports(uri: str, as_json: bool) -> None:

@@ -192,3 +192,48 @@ def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_
     assert lab.device("still")["Reconnects"] == 0
     for name in ("cut", "still"):
         lab.detach(name)
+
+
+def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, show: Callable[[str], None]) -> None:
+    lab.guest.run("cd /root; rm -f disk.img other.img; truncate -s 32M disk.img other.img")
+    server = file_server(lab)
+    # What is heavy always has something under way; what is light leaves a moment for the exchange.
+    lab.define(
+        f"devices:\n  heavy:\n    uri: {server.uri}\n  light:\n    uri: {file_server(lab, '/root/other.img').uri}\n"
+        "    connections: 3\n"
+    )
+    for name, load in (("heavy", "--iodepth=8"), ("light", "--thinktime=20ms")):
+        lab.attach(name)
+        lab.guest.run(
+            f"systemd-run -q --unit=fio-{name} fio --name={name} --filename=/dev/disk/by-nbd/{name} --rw=randwrite"
+            f" --bs=4k --size=2M --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 {load}"
+            f" --time_based --runtime=25 --output-format=json --output=/run/{name}.json"
+        )
+    lab.until("systemctl -q is-active fio-heavy fio-light")
+    for _ in range(3):
+        for name in ("heavy", "light"):
+            lab.guest.run(f"nbdctl reconnect {name}")
+    assert [lab.device(name)["Reconnects"] for name in ("heavy", "light")] == [3, 9]
+    assert [lab.device(name)["State"] for name in ("heavy", "light")] == ["attached", "attached"]
+    lab.guest.run("truncate -s 48M /root/disk.img")
+    assert lab.guest.run("nbdctl resize heavy").stdout == "heavy has 48 MiB (50331648 bytes)\n"
+    lab.until("! systemctl -q is-active fio-heavy && ! systemctl -q is-active fio-light", 120)
+    assert lab.guest.run("systemctl is-failed fio-heavy fio-light || :").stdout == "inactive\ninactive\n"
+    for name in ("heavy", "light"):
+        # Before its JSON, fio says what it thinks of the options.
+        told = json.loads("{" + lab.guest.read(f"/run/{name}.json").partition("{")[2])
+        longest = max(told["jobs"][0][way]["clat_ns"]["max"] for way in ("read", "write")) / 1e9
+        show(f"links exchanged three times and more, {name} I/O: the longest request took {longest:.2f} s")
+    assert lab.device("heavy")["Size"] == 48 * MIB
+    lab.guest.run("dd if=/dev/disk/by-nbd/heavy of=/dev/null bs=1M skip=47 iflag=direct status=none")
+    # The size is what mending goes by, and shrinking is refused, with every byte in its place.
+    lab.guest.run(f"{kill(server)} KILL; {again(server)}")
+    lab.wait_for("heavy", "State", 's "attached"')
+    lab.guest.run("truncate -s 32M /root/disk.img")
+    done = lab.guest.run("nbdctl resize heavy", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "33554432 bytes now, less than the 50331648 of the device" in done.stderr
+    lab.guest.run("truncate -s 48M /root/disk.img")
+    assert [line for line in lab.kernel_log() if "I/O error" in line] == []
+    for name in ("heavy", "light"):
+        lab.detach(name)

@@ -209,7 +209,7 @@ class FakeManager:
             return Message.new_error(call, "org.freedesktop.DBus.Error.InvalidArgs", f"{call.member} takes {takes}")
         return True if call.member in self.held else self._answer(call)
 
-    def _answer(self, call: Message) -> Message:
+    def _answer(self, call: Message) -> Message:  # noqa: PLR0911 - a table
         member = str(call.member)
         if member in self.errors:
             return Message.new_error(call, *self.errors[member])
@@ -227,7 +227,9 @@ class FakeManager:
                 return Message.new_method_return(call, "a{oa{sa{sv}}}", [{"/org/nbdd1": {}} | found])
             case "GetAll" if call.path in paths:
                 return Message.new_method_return(call, "a{sv}", [typed(self.devices[paths[call.path]])])
-            case "Detach" | "SetTimeout":
+            case "Resize":
+                return Message.new_method_return(call, "t", [2 << 30])
+            case "Detach" | "SetTimeout" | "Reconnect":
                 return Message.new_method_return(call)
             case _:
                 return Message.new_error(call, "org.freedesktop.DBus.Error.UnknownObject", f"no {call.path}")

@@ -107,7 +107,8 @@ class FakeWorker:
                 work.cancel()
 
     def say(self, event: str, fds: Sequence[int] = (), **fields: Any) -> None:
-        self.on_event({"event": event, **fields}, list(fds))
+        told = {"size": 1 << 20, "export": EXPORT} if event == "links" else {}
+        self.on_event({"event": event, **told, **fields}, list(fds))
 
 
 def _unheard(work: asyncio.Task[tuple[Message, list[int]]]) -> None:
@@ -233,6 +234,15 @@ class FakeSpawner:
         if not worker.client:
             raise NotAttached(f"{worker.name!r} is not attached.")
         return {}
+
+    def _reconnect(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
+        return self._set_timeout(worker, {})
+
+    def _resize(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
+        grown = {"size": 3 << 20, "export": {**EXPORT, "size": 3 << 20}, "uri": "nbd://storage.example/disk"}
+        fds = [os.open("/dev/null", os.O_RDONLY)]
+        worker.say("links", fds, live=1, reconnects=1, lost=0, failing=False, **grown)
+        return {"size": 3 << 20}
 
     def _statistics(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
         if not worker.client:

@@ -267,6 +267,15 @@ def test_detach_if_needed_is_content_with_a_device_that_is_gone(fake: FakeManage
     assert run("detach", "--if-needed", "backup")[0] == 0
 
 
+def test_reconnect_and_resize_say_what_was_done(fake: FakeManager, run: Run) -> None:
+    assert run("reconnect", "backup") == (0, "backup is connected anew\n", "")
+    assert fake.wait_for("Reconnect").body == ["backup", {}]
+    assert json.loads(run("reconnect", "backup", "--json")[1]) == {"name": "backup", "reconnected": True}
+    assert run("resize", "backup") == (0, "backup has 2 GiB (2147483648 bytes)\n", "")
+    assert fake.wait_for("Resize").body == ["backup", {}]
+    assert json.loads(run("resize", "backup", "--json")[1]) == {"name": "backup", "size": 2 << 30}
+
+
 def test_set_timeout_sends_seconds(fake: FakeManager, run: Run) -> None:
     assert run("set-timeout", "backup", "30") == (0, "backup: a request may take 30 s\n", "")
     assert fake.wait_for("SetTimeout").body == ["backup", 30]
@@ -754,7 +763,8 @@ def test_version_is_one_line(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "attach", "detach", "list", "status", "set-timeout", "exports", "reload", "monitor"]
+    "command",
+    ["", "attach", "detach", "list", "status", "set-timeout", "reconnect", "resize", "exports", "reload", "monitor"],
 )
 def test_every_command_has_help_and_json(run: Run, command: str) -> None:
     status, out, _ = run(*command.split(), "--help")

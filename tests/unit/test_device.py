@@ -702,6 +702,23 @@ def test_set_timeout_is_live_noted_and_forgotten_with_the_attachment(bench: Make
     play(script)
 
 
+def test_a_device_is_reconnected_and_resized_by_its_worker_and_the_new_size_is_told_and_noted(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            for work in (it.device.reconnect(), it.device.resize()):
+                assert isinstance(await refused(work), NotAttached)
+            await it.device.attach()
+            await it.device.reconnect()
+            assert await it.device.resize() == 3 << 20
+            assert it.device.status.size == 3 << 20
+            binding = it.records.load()[0].binding
+            assert binding is not None
+            assert binding["size"] == binding["export"]["size"] == 3 << 20
+            assert it.spawner.names() == ["attach", "reconnect", "resize"]
+
+    play(script)
+
+
 @pytest.mark.parametrize("moment", ["die", "die late"])
 def test_set_timeout_goes_to_the_successor_of_a_worker_that_dies_under_it(bench: MakeBench, moment: str) -> None:
     async def script() -> None:

@@ -22,7 +22,17 @@ DBUS = TREE / "dbus"
 HOST_UNITS = Path("/usr/lib/systemd/system")
 
 HIGHEST_EXPOSURE = 3.0
-ACTIONS = {"attach", "attach-uri", "detach", "force-detach", "set-timeout", "reload", "list-exports"}
+ACTIONS = {
+    "attach",
+    "attach-uri",
+    "detach",
+    "force-detach",
+    "set-timeout",
+    "reconnect",
+    "resize",
+    "reload",
+    "list-exports",
+}
 
 needs_systemd_analyze = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None or not HOST_UNITS.is_dir(), reason="needs systemd-analyze and its units"
