@@ -48,9 +48,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return check(arguments.directory, sys.stdout)
     # Here, not above, so that --check and --version need neither a bus nor its library.
     from nbdd.daemon import run  # noqa: PLC0415
-    from nbdd.systemd import log_to_stderr  # noqa: PLC0415
+    from nbdd.journal import log_to_journal  # noqa: PLC0415
 
-    log_to_stderr(logging.DEBUG if arguments.debug else logging.INFO)
+    log_to_journal(logging.DEBUG if arguments.debug else logging.INFO)
     try:
         return asyncio.run(run(arguments.directory))
     except InvalidConfig as error:

@@ -63,7 +63,7 @@ END_SECONDS = 10.0
 SETTLE_SECONDS = 15.0
 """For udev to have done with a device that came or changed; what hangs for so long is not usable."""
 
-UNREAD_SECONDS = 0.2
+UNREAD_SECONDS = 0.5
 """After which an answer that is still there counts as one that the kernel does not read; else it does so at once."""
 
 Socket: TypeAlias = socket.socket

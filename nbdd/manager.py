@@ -17,6 +17,7 @@ from nbdd.config import Configuration, definition_from_options, options_with
 from nbdd.definition import Attach, Definition, check_name
 from nbdd.device import Device
 from nbdd.errors import AlreadyAttached, Busy, InvalidArgs, NbddError, NoSuchDevice, NotAttached
+from nbdd.journal import DeviceLog
 from nbdd.post import KeepSockets
 from nbdd.records import Records
 from nbdd.status import State, Status
@@ -114,7 +115,7 @@ class Manager:
             name = record.definition.name
             self._add(record.definition, configured=record.configured).adopt(record, kept.pop(name, []))
         for name, fds in kept.items():
-            log.warning("%s: its links were kept, but its record is gone: a device on them is not known any more", name)
+            DeviceLog(log, name).warning("its links were kept, but its record is gone: a device on them is not known")
             for fd in fds:
                 os.close(fd)
             self._keep_sockets(name, [])
@@ -276,7 +277,7 @@ class Manager:
             return  # A reload has brought it back while others were detached.
         told = await self._detach_quietly(device)
         if told:
-            log.warning("%s", told)
+            log.warning("%s", told, extra={"device": device.name})
         self._drop(device)
 
     async def _detach_quietly(self, device: Device) -> str:
@@ -328,6 +329,6 @@ class Manager:
             if other.name == new.name or other.uri != new.uri or not other.bound:
                 continue
             if not (other.read_only and new.read_only):
-                log.warning(
-                    "%s: %s is attached as %s too; mount it through one of them only", new.name, new.uri, other.name
+                DeviceLog(log, new.name).warning(
+                    "%s is attached as %s too; mount it through one of them only", new.uri, other.name
                 )

@@ -18,6 +18,7 @@ from typing import Any
 
 from nbdd.definition import Definition, check_name
 from nbdd.errors import NbddError
+from nbdd.journal import DeviceLog
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class Records:
         try:
             self._path(name).unlink(missing_ok=True)
         except OSError as error:
-            log.warning("%s: the record can't be removed: %s", name, error)
+            DeviceLog(log, name).warning("the record can't be removed: %s", error)
 
     def load(self) -> list[Record]:
         """Every record that can be read, in name order; one that can't is told and left where it is."""

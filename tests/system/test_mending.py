@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -204,12 +205,19 @@ def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, 
     )
     for name, load in (("heavy", "--iodepth=8"), ("light", "--thinktime=20ms")):
         lab.attach(name)
-        lab.guest.run(
-            f"systemd-run -q --unit=fio-{name} fio --name={name} --filename=/dev/disk/by-nbd/{name} --rw=randwrite"
-            f" --bs=4k --size=2M --ioengine=libaio --direct=1 --verify=crc32c --verify_fatal=1 {load}"
-            f" --time_based --runtime=25 --output-format=json --output=/run/{name}.json"
+        lab.guest.write(
+            f"/run/{name}.sh",
+            "#!/bin/sh\nwhile [ ! -e /run/renewed ]; do n=$((n + 1));"
+            f" fio --name={name} --filename=/dev/disk/by-nbd/{name} --rw=randwrite --bs=4k --size=2M --ioengine=libaio"
+            f" --direct=1 --verify=crc32c --verify_fatal=1 {load} --output-format=json --output=/run/{name}.$n.json"
+            " || exit 1; done\n",
+            0o755,
         )
-    lab.until("systemctl -q is-active fio-heavy fio-light")
+    lab.guest.run(
+        "rm -f /run/renewed /run/*.json; for n in heavy light; do systemd-run -q --unit=fio-$n /run/$n.sh; done"
+    )
+    # An attach for which the kernel is short of threads, at first, leaves errors of its own.
+    lab.mark()
     for _ in range(3):
         for name in ("heavy", "light"):
             lab.guest.run(f"nbdctl reconnect {name}")
@@ -217,13 +225,13 @@ def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, 
     assert [lab.device(name)["State"] for name in ("heavy", "light")] == ["attached", "attached"]
     lab.guest.run("truncate -s 48M /root/disk.img")
     assert lab.guest.run("nbdctl resize heavy").stdout == "heavy has 48 MiB (50331648 bytes)\n"
+    lab.guest.run("touch /run/renewed")
     lab.until("! systemctl -q is-active fio-heavy && ! systemctl -q is-active fio-light", 120)
     assert lab.guest.run("systemctl is-failed fio-heavy fio-light || :").stdout == "inactive\ninactive\n"
     for name in ("heavy", "light"):
-        # Before its JSON, fio says what it thinks of the options.
-        told = json.loads("{" + lab.guest.read(f"/run/{name}.json").partition("{")[2])
-        longest = max(told["jobs"][0][way]["clat_ns"]["max"] for way in ("read", "write")) / 1e9
-        show(f"links exchanged three times and more, {name} I/O: the longest request took {longest:.2f} s")
+        told = lab.guest.run(f"cat /run/{name}.*.json").stdout
+        longest = max(map(int, re.findall(r'"clat_ns" : \{\s*"min" : \d+,\s*"max" : (\d+)', told))) / 1e9
+        show(f"links exchanged three times under I/O, {name}: the longest request took {longest:.2f} s")
     assert lab.device("heavy")["Size"] == 48 * MIB
     lab.guest.run("dd if=/dev/disk/by-nbd/heavy of=/dev/null bs=1M skip=47 iflag=direct status=none")
     # The size is what mending goes by, and shrinking is refused, with every byte in its place.

@@ -234,36 +234,6 @@ def test_what_was_kept_for_another_or_does_not_add_up_is_not_taken(environment: 
     assert kept(1, **environment) == [{}, [], {}, []]
 
 
-# The journal
-
-
-def test_every_line_for_the_journal_begins_with_its_priority() -> None:
-    code = (
-        "import logging; from nbdd.systemd import log_to_stderr; log_to_stderr(logging.DEBUG)\n"
-        "log = logging.getLogger('x')\n"
-        "log.critical('a'); log.error('b\\nc'); log.warning('d'); log.info('e'); log.debug('f')\n"
-        "try: 1 / 0\n"
-        "except ZeroDivisionError: log.exception('g')\n"
-    )
-
-    def stderr(**more: str) -> list[str]:
-        process = subprocess.run(
-            [sys.executable, "-c", code],
-            check=True,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=DEADLINE,
-            env={**{key: value for key, value in os.environ.items() if key != "JOURNAL_STREAM"}, **more},
-        )
-        return process.stderr.splitlines()
-
-    lines = stderr(JOURNAL_STREAM="1:2")
-    assert lines[:7] == ["<3>a", "<3>b", "<3>c", "<4>d", "<6>e", "<7>f", "<3>g"]
-    assert all(line.startswith("<3>") for line in lines[7:])
-    assert "ZeroDivisionError" in lines[-1]
-    assert stderr()[0].endswith(" CRITICAL a")
-
-
 # Why are we being stopped?
 
 
