@@ -244,8 +244,15 @@ class Manager:
         leftovers = [device for device in have if device.name not in wanted]
         return Changes(tuple(added), tuple(changed), tuple(device.name for device in leftovers)), leftovers
 
-    async def stop(self, *, detach: bool) -> list[str]:
-        """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached."""
+    async def hasten(self, seconds: int) -> None:
+        """Have I/O that waits for a server fail within so many seconds, now and from now on."""
+        await asyncio.gather(*(device.hasten(seconds) for device in self._devices.values() if device.active))
+
+    async def stop(self, *, detach: bool, wait: float = 0) -> list[str]:
+        """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached.
+
+        `wait` is how long to wait, in seconds, for those who use a device without a server to leave it.
+        """
         left: list[str] = []
         for task in self._tasks:
             task.cancel()
@@ -253,7 +260,14 @@ class Manager:
             await asyncio.wait(self._tasks)
         if detach:
             left = [
-                told for told in await asyncio.gather(*map(self._detach_quietly, list(self._devices.values()))) if told
+                told
+                for told in await asyncio.gather(
+                    *(
+                        self._detach_quietly(device, 0 if device.status.live_connections else wait)
+                        for device in list(self._devices.values())
+                    )
+                )
+                if told
             ]
         await asyncio.gather(*(device.close() for device in self._devices.values()))
         await self._supervisor.close()
@@ -280,9 +294,9 @@ class Manager:
             log.warning("%s", told, extra={"device": device.name})
         self._drop(device)
 
-    async def _detach_quietly(self, device: Device) -> str:
+    async def _detach_quietly(self, device: Device, wait: float = 0) -> str:
         try:
-            await device.detach()
+            await device.detach(wait=wait)
         except NotAttached:
             pass
         except NbddError as error:

@@ -95,6 +95,8 @@ class Worker:
                     reply: Message = {}
                 case "statistics":
                     reply = {"statistics": self._statistics()}
+                case "hasten":
+                    reply = {"dead-timeout": self._hasten(order["seconds"])}
                 case unknown:
                     raise NbddError(f"The worker of {self._name!r} knows no order {unknown!r}.")
         except NbddError as error:
@@ -194,6 +196,11 @@ class Worker:
                 notes = error.to_wire()
         _close(links)
         return notes
+
+    def _hasten(self, seconds: int) -> int:
+        if self._device is None:
+            raise NotAttached(f"{self._name!r} is not attached.")
+        return self._device.hasten(seconds)
 
     def _statistics(self) -> dict[str, int]:
         """What the kernel counted since the device was attached; the keys are those of GetStatistics."""

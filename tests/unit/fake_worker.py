@@ -139,6 +139,8 @@ class FakeSpawner:
         self.connections = 1
         self.exports: dict[str, str] = {}
         """Device name to the export on the server, where they differ."""
+        self.waited = 0
+        """Seconds that I/O has waited, as a worker sees it."""
         self.before: dict[str, asyncio.Event] = {}
         self.after: dict[str, asyncio.Event] = {}
         self.outcomes: dict[str, list[NbddError | str]] = defaultdict(list)
@@ -243,6 +245,11 @@ class FakeSpawner:
         fds = [os.open("/dev/null", os.O_RDONLY)]
         worker.say("links", fds, live=1, reconnects=1, lost=0, failing=False, **grown)
         return {"size": 3 << 20}
+
+    def _hasten(self, worker: FakeWorker, arguments: dict[str, Any]) -> Message:
+        if not worker.client:
+            raise NotAttached(f"{worker.name!r} is not attached.")
+        return {"dead-timeout": self.waited + arguments["seconds"]}
 
     def _statistics(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
         if not worker.client:

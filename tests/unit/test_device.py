@@ -833,6 +833,45 @@ def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: MakeBe
     play(script)
 
 
+def test_a_device_in_a_hurry_waits_no_longer_than_it_is_told_to_and_says_so(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench(dead_timeout=300) as it:
+            await it.device.hasten(30)
+            assert it.spawner.names() == [], "nothing is attached"
+            await it.device.attach()
+            await it.device.hasten(30)
+            assert (it.device.status.dead_timeout, it.device.status.fails_at) == (30, 0)
+            assert it.records.load()[0].definition.dead_timeout == 30, "the next worker is in the same hurry"
+            await it.device.hasten(40)
+            assert it.spawner.names() == ["attach", "hasten"], "it never waits longer for that"
+            await it.device.detach()
+            assert it.device.status.dead_timeout == 300
+
+            await it.device.attach()
+            links = {"live": 0, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": time.monotonic() - 100}
+            it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
+            it.spawner.waited = 100
+            await it.device.hasten(30)
+            assert it.device.status.dead_timeout == 130
+            assert abs(it.device.status.fails_at / 1e6 - (time.time() + 30)) < 5
+
+    play(script)
+
+
+def test_a_device_that_can_not_be_hurried_is_told_in_the_journal(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            await it.device.attach()
+            it.spawner.outcomes["hasten"] = ["die"] * 3
+            await it.device.hasten(30)
+            assert it.device.status.dead_timeout == 300
+        assert "disk: its dead timeout can't be shortened: " in caplog.text
+
+    play(script)
+
+
 def test_links_that_change_while_a_detach_is_refused_are_in_the_state_afterwards(bench: MakeBench) -> None:
     async def script() -> None:
         async with bench() as it:

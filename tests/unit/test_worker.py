@@ -1034,6 +1034,21 @@ def test_a_successor_ends_the_waiting_when_it_would_have_ended(boss: Boss, hire:
         assert successor.event_with(failing=True)["error"] == "TimedOut"
 
 
+def test_a_worker_in_a_hurry_ends_the_waiting_sooner_now_or_after_the_next_death_of_a_link(boss: Boss) -> None:
+    good = offers({b"": MIB})
+    with pytest.raises(NotAttached):
+        boss.order("hasten", seconds=1)
+    with Server(in_turn(good, socket.socket.close)) as server:
+        boss.order("attach", definition=wire(server, dead_timeout=3600), resume=False)
+        assert boss.order("hasten", seconds=60) == {"dead-timeout": 60}
+        assert boss.order("hasten", seconds=90) == {"dead-timeout": 60}, "never later"
+        cut(server)
+        assert boss.event_with(error="ConnectFailed")["lost"] > 0
+        assert boss.order("hasten", seconds=1) == {"dead-timeout": 1}
+        assert boss.event_with(failing=True)["error"] == "TimedOut"
+        assert boss.order("hasten", seconds=1) == {"dead-timeout": 1}
+
+
 def test_a_detach_ends_the_mending(boss: Boss, kernel: FakeKernel) -> None:
     with Server(in_turn(offers({b"": MIB}), SILENT)) as server:
         boss.order("attach", definition=wire(server), resume=False)
