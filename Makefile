@@ -14,6 +14,7 @@ START := $(shell date +%s)
 DEB := dist/nbdd_$(VERSION)_all.deb
 
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
+CHECK_TESTS := tests/unit tests/interop
 # What the package is made from; the build sees nothing else of the tree.
 DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd man debian
 
@@ -59,7 +60,7 @@ check: deps host-tools ## lint, format, types, units, fast tests: seconds, no ro
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m nbdd --check config
-	$(PY) -m pytest -q -n 2 tests/unit tests/interop
+	$(PY) -m pytest -q -n 2 $(CHECK_TESTS)
 
 # Without them, and without root to install them, the tests that need them are skipped and say so.
 .PHONY: host-tools
@@ -68,10 +69,15 @@ host-tools:
 	@command -v mandoc >/dev/null || (($$(id -u) != 0)) || { $(call apt,mandoc,it checks the manual pages); }
 	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
 
+# CHECKED=yes leaves out what `make check` has just run.
 .PHONY: test
 test: deps host-tools deb ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
-	@$(PY) -m pytest tests -n 2 --dist loadgroup
+	@$(PY) -m pytest tests -n 2 --dist loadgroup $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
+
+.PHONY: prove
+prove: deps deb ## the promises of docs/reliability.md with their full numbers, in guests of both Debians: an hour
+	@NBDD_TESTS=full $(PY) -m pytest tests -m guest -n 2 --dist loadgroup
 
 .PHONY: demo
 demo: deps deb ## attach, use and detach a device on a real kernel, shown step by step
