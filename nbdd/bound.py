@@ -13,12 +13,13 @@ from functools import partial
 
 from nbdd.channel import Message
 from nbdd.client import Client
-from nbdd.errand import Errand, Job
+from nbdd.errand import Job
 from nbdd.errors import Busy, ConnectFailed, NotAttached, TimedOut, WorkerFailed
 from nbdd.jobs import RENEWALS, Task, mend, refuse
 from nbdd.kernel import LinkDeadMonitor
 from nbdd.link import why_ended
 from nbdd.loop import Loop
+from nbdd.offer import Offer
 from nbdd.refuser import Refuser
 
 MEND_WAITS = (0.0, 0.2, 0.5, 1.0, 2.0)
@@ -61,7 +62,7 @@ class Bound:
         self._name = name
         self._report_to = report
         self._mends = 0
-        self._attempt: _Attempt | None = None
+        self._offer: Offer | None = None
         # When to mend, or to give the attempt under way up; and when to warn of the end of the dead timeout, or to see
         # to it. Monotonic.
         self._mend_due: float | None = None
@@ -134,8 +135,8 @@ class Bound:
             self._count_down()
         if self._mend_due is not None and self._mend_due <= now:
             self._mend_due = None
-            if self._attempt is not None:
-                self._attempt.errand.kill()
+            if self._offer is not None:
+                self._offer.kill()
             else:
                 self._mend()
 
@@ -159,7 +160,7 @@ class Bound:
     def _lost(self, count: int, why: str) -> None:
         self.notes["live"] = max(0, self.notes["live"] - count)
         self._mends = 0
-        if self._attempt is None:
+        if self._offer is None:
             self._mend_due = time.monotonic()
         if not self.notes["live"]:
             self.notes["lost"] = self.notes.get("lost") or time.monotonic()
@@ -171,7 +172,7 @@ class Bound:
         died = self._reports.read().count(self.notes["index"]) if self._reports is not None else 0
         if died:
             # Before or after the kernel got what it is being offered? Offer again.
-            self._unsure = self._unsure or (self._attempt is not None and self._attempt.unsure)
+            self._unsure = self._unsure or (self._offer is not None and self._offer.unsure)
             self._lost(died, "the kernel lost it, and nobody here held it to see why")
 
     # Mending
@@ -200,40 +201,38 @@ class Bound:
             for fd in refusing:
                 os.close(fd)
 
-    def _send(self, job: Job, done: Callable[[_Attempt, Message | None], None]) -> _Attempt:
+    def _send(self, job: Job, done: Callable[[Offer, Message | None], None]) -> Offer:
         """Send an errand that has to do with the links, one at a time: `done` is called unless it is abandoned."""
-        attempt = _Attempt(self._report_to)
 
-        def ended(answer: Message | None, _fds: list[int]) -> None:
-            if attempt is self._attempt:
-                self._attempt = None
-                done(attempt, answer)
+        def ended(offer: Offer, answer: Message | None) -> None:
+            if offer is self._offer:
+                self._offer = None
+                done(offer, answer)
 
-        attempt.errand = Errand(self._loop, self._name, job, heard=attempt.heard, done=ended)
-        self._attempt = attempt
-        return attempt
+        self._offer = Offer(self._loop, self._name, job, heard=self._report_to, done=ended)
+        return self._offer
 
     def _abandon(self) -> None:
         """Give up the attempt under way, if there is one."""
-        attempt, self._attempt = self._attempt, None
-        if attempt is not None:
-            self._unsure = self._unsure or attempt.unsure
-            attempt.abandon()
+        offer, self._offer = self._offer, None
+        if offer is not None:
+            self._unsure = self._unsure or offer.unsure
+            offer.abandon()
 
-    def _tried(self, attempt: _Attempt, answer: Message | None) -> None:
+    def _tried(self, offer: Offer, answer: Message | None) -> None:
         if answer is None:
             answer = WorkerFailed(f"The process that mends the links of {self._name!r} was lost.").to_wire()
         if "error" in answer:
-            attempt.abandon()
-            self._unsure = self._unsure or attempt.unsure
+            offer.abandon()
+            self._unsure = self._unsure or offer.unsure
             self._not_mended(answer)
-        elif attempt.unsure:
+        elif offer.unsure:
             # The server's alone, or the kernel's alone: it did not say. But now it has as many as there can be.
-            attempt.let_go()
+            offer.let_go()
             if not self._unsure:
                 self._mended([], self._missing, answer["uri"])
         else:
-            self._mended(attempt.offered, len(attempt.offered), answer["uri"])
+            self._mended(offer.links, len(offer.links), answer["uri"])
         # More may have died meanwhile.
         if "error" not in answer:
             self._mend_due = time.monotonic() if self._missing or self._unsure else None
@@ -282,7 +281,7 @@ class Bound:
         self._mend_due = time.monotonic()
         self._abandon()
         with self._task(order) as task:
-            self._send(partial(RENEWALS[order["order"]], task), partial(self._renewed, done)).taken = self._exchange
+            self._send(partial(RENEWALS[order["order"]], task), partial(self._renewed, done)).offered = self._exchange
         self._renewing = True
         self._mend_due = time.monotonic() + RENEW_DEADLINE
 
@@ -299,16 +298,16 @@ class Bound:
             with socket.socket(fileno=fd) as sock, suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
-    def _renewed(self, done: Callable[[Message | None], None], attempt: _Attempt, answer: Message | None) -> None:
+    def _renewed(self, done: Callable[[Message | None], None], offer: Offer, answer: Message | None) -> None:
         self._renewing = False
         told = answer or WorkerFailed(f"The process that exchanged the links of {self._name!r} was lost.").to_wire()
         self.notes["size"] = told.get("size", self.notes["size"])
         if "error" in told and not told.get("linked"):
-            attempt.abandon()
+            offer.abandon()
             if self._missing:
                 self._report(told)
-        elif attempt.offered:
-            self._mended(attempt.offered, len(attempt.offered), told["uri"])
+        elif offer.links:
+            self._mended(offer.links, len(offer.links), told["uri"])
         self._mend_due = time.monotonic() if self._missing else None
         self._count_down()
         done(told)
@@ -342,8 +341,8 @@ class Bound:
         ours, theirs = socket.socketpair()
         try:
             task = Task({}, self._name, self.definition, self.notes, [theirs.fileno()])
-            attempt = self._send(partial(refuse, task), self._refused)
-            attempt.offered.append(ours.detach())
+            offer = self._send(partial(refuse, task), self._refused)
+            offer.links.append(ours.detach())
             self._mend_due = time.monotonic() + MEND_DEADLINE
         except WorkerFailed as error:
             self._not_refused(error.to_wire())
@@ -351,14 +350,14 @@ class Bound:
             ours.close()
             theirs.close()
 
-    def _refused(self, attempt: _Attempt, answer: Message | None) -> None:
+    def _refused(self, offer: Offer, answer: Message | None) -> None:
         self._mend_due = time.monotonic()
         if answer is None or "error" in answer:
-            attempt.abandon()
+            offer.abandon()
             lost = WorkerFailed(f"The process that ends the waiting for {self._name!r} was lost.")
             self._not_refused(answer or lost.to_wire())
             return
-        ours = socket.socket(fileno=attempt.offered.pop())
+        ours = socket.socket(fileno=offer.links.pop())
         self._refuser = Refuser(self._loop, ours, self._refuser_gone)
         why = f"No server came back within {self.definition['dead-timeout']} s: reads and writes fail until one does."
         self._report(TimedOut(why).to_wire())
@@ -389,44 +388,3 @@ def _dead(fd: int) -> bool:
 def _jittered(seconds: float) -> float:
     """Up to a third more, by chance: a hundred devices of one server shall not all come back in the same moment."""
     return seconds * (1 + os.urandom(1)[0] / 768)
-
-
-class _Attempt:
-    """One errand that mends, and the links that it has offered to the kernel."""
-
-    errand: Errand
-
-    def __init__(self, report: Report) -> None:
-        self.offered: list[int] = []
-        self.unsure = False
-        """Whether the kernel is offered more than it may need, and does not say what it took."""
-        self.taken: Callable[[Message], None] | None = None
-        """What to do as soon as links are offered; takes what the server said of the export."""
-        self._report_to = report
-        self._abandoned = False
-
-    def heard(self, message: Message, fds: Sequence[int]) -> None:
-        """It offers links, or says something for the manager."""
-        if message["event"] != "offered":
-            self._report_to(message, fds)
-        self.offered += fds
-        if self._abandoned:
-            self._shut_down()
-        elif self.taken is not None and message["event"] == "offered":
-            self.taken(message["export"])
-
-    def abandon(self) -> None:
-        """Make sure that no link comes of it: nobody knows whether the kernel has taken one."""
-        self._abandoned = True
-        self.errand.kill()
-        self._shut_down()
-
-    def let_go(self) -> None:
-        """Close our copies."""
-        while self.offered:
-            os.close(self.offered.pop())
-
-    def _shut_down(self) -> None:
-        while self.offered:
-            with socket.socket(fileno=self.offered.pop()) as sock, suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
