@@ -22,6 +22,7 @@ from dbus_next.constants import BusType, MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
+from nbdd.bus.service import PatientSocket
 from nbdd.errors import AccessDenied, InvalidConfig, NbddError, NoSuchDevice
 
 NAME = "org.nbdd1"
@@ -89,6 +90,11 @@ class _Unknown(NbddError):
 class _Bus(MessageBus):
     """A connection that ends when the bus ends, and leaves nothing open."""
 
+    def __init__(self) -> None:
+        super().__init__(bus_type=BusType.SYSTEM)
+        # dbus-next: takes a full socket for a broken one, and a few hundred calls at once fill it.
+        self._writer.sock = PatientSocket(self._sock)
+
     def _setup_socket(self) -> None:
         # dbus-next: forgets the socket when it can't connect it.
         base: Any = super()
@@ -134,11 +140,14 @@ class Client:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
                 # dbus-next: takes the running loop, so the bus is made here and not in the constructor.
-                self._bus = _Bus(bus_type=BusType.SYSTEM)
+                self._bus = _Bus()
                 await self._bus.connect()
         except TimeoutError:
             self._close()
             raise _no_bus("it does not answer") from None
+        except asyncio.CancelledError:
+            self._close()
+            raise
         except Exception as problem:  # dbus-next raises whatever it met: OSError, EOFError, its own
             self._close()
             raise _no_bus(_reason(problem)) from problem
@@ -200,6 +209,11 @@ class Client:
         """Ask the server behind `uri` what it exports; the keys are those of ListExports."""
         (exports,) = await self._manager("ListExports", "sa{sv}", uri, {}, reply="aa{sv}")
         return [_plain(export) for export in exports]
+
+    async def version(self) -> str:
+        """The version of the running nbdd."""
+        (version,) = await self._call(PATH, _PROPERTIES, "Get", "ss", MANAGER, "Version", reply="v")
+        return str(version.value)
 
     async def devices(self) -> list[Properties]:
         """The properties of every device."""
@@ -309,6 +323,8 @@ class Client:
             raise _lost() from problem
         if answer is None:
             raise _lost()
+        if answer.error_name in _NOT_THERE and self._flags is MessageFlag.NO_AUTOSTART:
+            raise NbddError(f"nbdd is not running. {_LOOK}")
         if answer.message_type is MessageType.ERROR:
             raise _error(answer)
         if answer.signature != reply:
