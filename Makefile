@@ -16,7 +16,7 @@ DEB := dist/nbdd_$(VERSION)_all.deb
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
 CHECK_TESTS := tests/unit tests/interop
 # What the package is made from; the build sees nothing else of the tree.
-DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd man debian
+DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd man debian docs/metrics.md
 
 # $(call apt,PACKAGES,WHAT FOR): a no-op where they are there already. Another apt may hold the lock for a while, and a fresh
 # machine has no package lists.
@@ -68,6 +68,14 @@ host-tools:
 	@command -v systemd-analyze >/dev/null || (($$(id -u) != 0)) || { $(call apt,systemd,systemd-analyze checks the units); }
 	@command -v mandoc >/dev/null || (($$(id -u) != 0)) || { $(call apt,mandoc,it checks the manual pages); }
 	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
+
+# promtool checks the alerts. Not by apt: its package, prometheus, is 96 MB and starts a server; the one program is taken out.
+	@command -v promtool $(VENV)/bin/promtool >/dev/null || ! command -v apt-get dpkg-deb >/dev/null || { \
+	  echo "== promtool, from Debian's package prometheus, into $(VENV)"; mkdir -p $(VENV)/bin; \
+	  work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; chmod 755 "$$work"; \
+	  (cd "$$work" && apt-get -qq download prometheus >/dev/null 2>&1 && \
+	    dpkg-deb --fsys-tarfile prometheus_*.deb | tar --extract ./usr/bin/promtool) && \
+	  mv "$$work/usr/bin/promtool" $(VENV)/bin/ || echo "== apt can't get it; the tests of the alerts are skipped"; }
 
 # CHECKED=yes leaves out what `make check` has just run.
 .PHONY: test

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -73,7 +74,9 @@ def _run(chosen: argparse.Namespace) -> None:
         listeners = _listeners()
 
         async def serve() -> None:
-            await Server(gather).run(listeners)
+            server = Server(gather)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
+            await server.run(listeners)
 
         asyncio.run(serve())
         return

@@ -68,8 +68,12 @@ class Server:
         self._looking: asyncio.Future[Snapshot] | None = None
         self._problem = ""
 
+    def stop(self) -> None:
+        """End `run` when those who are being served have their answers."""
+        self._end.set()
+
     async def run(self, listeners: Iterable[socket.socket]) -> None:
-        """Serve until nobody has come for a while; the listeners are closed then."""
+        """Serve until nobody has come for a while, or `stop`; the listeners are closed then."""
         doors = [await asyncio.start_server(self._welcome, sock=one, limit=HEAD_BYTES) for one in listeners]
         self._wait_for_idleness()
         await self._end.wait()
@@ -82,7 +86,7 @@ class Server:
             await self._end.wait()
 
     def _wait_for_idleness(self) -> None:
-        self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self._end.set)
+        self._idle = asyncio.get_running_loop().call_later(self._idle_seconds, self.stop)
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._clients == MAX_CLIENTS:

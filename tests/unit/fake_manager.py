@@ -107,9 +107,9 @@ class FakeManager:
         self.address = address
         self.devices: dict[str, dict[str, Any]] = {}
         self.errors: dict[str, tuple[str, str]] = {}
-        self.replies: dict[str, tuple[str, list[Any]]] = {}
+        self.replies: dict[str, tuple[str, list[Any]]] = {"Get": ("v", [Variant("s", "0.1.0")])}
         self.held: set[str] = set()
-        """Members that are not answered."""
+        """Members that are not answered, and paths of objects that answer nothing."""
         self.calls: list[Message] = []
         self.called = threading.Condition()
         self._loop = asyncio.new_event_loop()
@@ -207,7 +207,7 @@ class FakeManager:
         takes = TAKES.get(str(call.member), call.signature)
         if call.signature != takes:
             return Message.new_error(call, "org.freedesktop.DBus.Error.InvalidArgs", f"{call.member} takes {takes}")
-        return True if call.member in self.held else self._answer(call)
+        return True if {call.member, call.path} & self.held else self._answer(call)
 
     def _answer(self, call: Message) -> Message:  # noqa: PLR0911 - a table
         member = str(call.member)

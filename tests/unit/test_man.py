@@ -17,9 +17,10 @@ import pytest
 from nbdd import __main__ as nbdd
 from nbdd.ctl import __main__ as nbdctl
 from nbdd.ctl.cli import cli
+from nbdd.metrics import __main__ as nbdd_metrics
 
 TREE = Path(__file__).resolve().parents[2]
-PAGES = ("nbdd.8", "nbdctl.1", "nbdd.yaml.5")
+PAGES = ("nbdd.8", "nbdctl.1", "nbdd.yaml.5", "nbdd-metrics.8")
 LINTERS = (("mandoc", "-Tlint", "-Wwarning"), ("groff", "-ww", "-z", "-mdoc", "-Tutf8"))
 
 
@@ -92,20 +93,36 @@ def test_nbdctl_has_the_commands_and_options_of_its_page_and_no_others() -> None
     assert section("nbdctl.1", "OPTIONS").keys() == options(cli) | common
 
 
-def test_nbdd_has_the_options_of_its_page_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def parsers(monkeypatch: pytest.MonkeyPatch) -> list[argparse.ArgumentParser]:
+    """The parsers that are asked to parse; they end the program instead."""
     parsers: list[argparse.ArgumentParser] = []
 
-    def parse_args(self: argparse.ArgumentParser) -> None:
+    def parse_args(self: argparse.ArgumentParser, _arguments: object = None) -> None:
         parsers.append(self)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    return parsers
+
+
+def test_nbdd_has_the_options_of_its_page_and_no_others(parsers: list[argparse.ArgumentParser]) -> None:
     with pytest.raises(KeyboardInterrupt):
         nbdd.main()
     in_program = {", ".join(action.option_strings) or str(action.metavar) for action in parsers[0]._actions}
     in_page = section("nbdd.8", "OPTIONS")
     assert in_page.keys() == in_program
     assert f".Pa {nbdd.DEFAULT_DIRECTORY} ." in in_page["DIR"]
+
+
+def test_nbdd_metrics_has_the_options_of_its_page_and_no_others(parsers: list[argparse.ArgumentParser]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        nbdd_metrics.main()
+    in_program = {
+        " ".join([", ".join(action.option_strings), *([str(action.metavar)] if action.metavar else [])])
+        for action in parsers[0]._actions
+    }
+    assert section("nbdd-metrics.8", "OPTIONS").keys() == in_program
 
 
 def test_the_exit_codes_are_those_of_the_pages() -> None:
