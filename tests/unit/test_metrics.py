@@ -249,7 +249,7 @@ class Served:
 
     def __init__(self, look: Callable[[], Awaitable[Snapshot]], **limits: float) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._port = self._listener.getsockname()[1]
+        self.port = self._listener.getsockname()[1]
         self.server = Server(look, **limits)
         self.end = asyncio.ensure_future(self.server.run([self._listener]))
 
@@ -261,7 +261,7 @@ class Served:
         await self.end
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection("127.0.0.1", self._port)
+        return await asyncio.open_connection("127.0.0.1", self.port)
 
     async def talk(self, said: bytes, *, hang_up: bool = False) -> bytes:
         """Say something, and hear all that is answered."""
@@ -336,6 +336,20 @@ def test_any_other_request_gets_its_status_and_a_sentence(said: bytes, status: i
     assert int(first.split()[1]) == status
     assert body.endswith(b".\n")
     assert body.count(b"\n") == 1
+
+
+def test_a_client_that_listens_only_when_all_is_said_gets_its_answer_and_no_reset() -> None:
+    async def ask() -> bytes:
+        async with Served(nothing) as served:
+
+            def talk() -> bytes:
+                with socket.create_connection(("127.0.0.1", served.port), timeout=DEADLINE) as client:
+                    client.sendall(b"POST /metrics HTTP/1.1\r\n\r\n" + bytes(8 << 20))
+                    return client.recv(1 << 16)
+
+            return await asyncio.to_thread(talk)
+
+    assert run(ask()).startswith(b"HTTP/1.1 405 ")
 
 
 def test_the_method_that_is_not_allowed_is_told_which_are() -> None:
@@ -470,6 +484,7 @@ def test_it_ends_when_nobody_comes_and_not_while_somebody_is_served() -> None:
             client = asyncio.ensure_future(served.talk(SCRAPE))
             done, _ = await asyncio.wait({served.end}, timeout=0.5)
             assert not done
+            assert (await served.talk(b"\r\n\r\n")).startswith(b"HTTP/1.1 400 ")  # and others are let in
             go_on.set()
             assert (await client).startswith(b"HTTP/1.1 200 ")
             await served.end

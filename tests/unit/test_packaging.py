@@ -189,7 +189,10 @@ def test_an_upgrade_restarts_the_daemon_alone() -> None:
 
 def test_metrics_are_off_until_somebody_wants_them_and_then_for_this_machine_only() -> None:
     rules = (TREE / "debian/rules").read_text()
-    assert "dh_installsystemd --no-enable --no-start --restart-after-upgrade nbdd-metrics.socket nbdd-metrics.service\n" in rules
+    assert (
+        "dh_installsystemd --no-enable --no-start --restart-after-upgrade nbdd-metrics.socket nbdd-metrics.service\n"
+        in rules
+    )
     assert unit("nbdd-metrics.socket")["Socket"]["ListenStream"].startswith("127.0.0.1:")
 
 
