@@ -196,6 +196,12 @@ def test_metrics_are_off_until_somebody_wants_them_and_then_for_this_machine_onl
     assert unit("nbdd-metrics.socket")["Socket"]["ListenStream"].startswith("127.0.0.1:")
 
 
+def test_the_user_of_the_metrics_is_made_when_the_package_is_installed() -> None:
+    user = unit("nbdd-metrics.service")["Service"]["User"]
+    assert f"\nu {user} - " in (SYSTEMD / "sysusers.conf").read_text()
+    assert "\n\tdh_installsysusers\n" in (TREE / "debian/rules").read_text()
+
+
 def test_a_scrape_does_not_start_the_daemon() -> None:
     section = unit("nbdd-metrics.service")["Unit"]
     assert "nbdd.service" not in " ".join(section.values()).split()
