@@ -68,7 +68,6 @@ host-tools:
 	@command -v systemd-analyze >/dev/null || (($$(id -u) != 0)) || { $(call apt,systemd,systemd-analyze checks the units); }
 	@command -v mandoc >/dev/null || (($$(id -u) != 0)) || { $(call apt,mandoc,it checks the manual pages); }
 	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
-
 # promtool checks the alerts. Not by apt: its package, prometheus, is 96 MB and starts a server; the one program is taken out.
 	@command -v promtool $(VENV)/bin/promtool >/dev/null || ! command -v apt-get dpkg-deb >/dev/null || { \
 	  echo "== promtool, from Debian's package prometheus, into $(VENV)"; mkdir -p $(VENV)/bin; \

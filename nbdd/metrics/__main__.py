@@ -67,10 +67,10 @@ def _run(chosen: argparse.Namespace) -> None:
     from nbdd.metrics.gather import gather  # noqa: PLC0415
 
     if chosen.serve:
+        from nbdd.journal import stderr_handler  # noqa: PLC0415
         from nbdd.metrics.server import Server  # noqa: PLC0415
-        from nbdd.systemd import log_to_stderr  # noqa: PLC0415
 
-        log_to_stderr(logging.INFO)
+        logging.basicConfig(level=logging.INFO, handlers=[stderr_handler()])
         listeners = _listeners()
 
         async def serve() -> None:
