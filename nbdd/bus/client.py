@@ -22,6 +22,7 @@ from dbus_next.constants import BusType, MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
+from nbdd.bus.bridge import Bridge, Unnamed
 from nbdd.bus.service import PatientSocket
 from nbdd.errors import AccessDenied, InvalidConfig, NbddError, NoSuchDevice
 
@@ -41,6 +42,9 @@ _ERROR = "org.freedesktop.DBus.Error."
 
 _CONNECT_SECONDS = 25
 """How long the bus may take to let us in; a healthy one needs a millisecond."""
+
+_REMOTE_SECONDS = 90
+"""The same over ssh, which may ask a person for a password; sd-bus has the same limit (BUS_AUTH_TIMEOUT)."""
 
 _LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _DIGITS = frozenset(b"0123456789")
@@ -88,14 +92,24 @@ class _Unknown(NbddError):
 
 
 class _Bus(MessageBus):
-    """A connection that ends when the bus ends, and leaves nothing open."""
+    """A connection that ends when the bus ends, and leaves nothing open; through the `bridge` if there is one."""
 
-    def __init__(self) -> None:
-        super().__init__(bus_type=BusType.SYSTEM)
+    def __init__(self, bridge: Bridge | None) -> None:
+        self._bridge = bridge
+        if bridge is None:
+            super().__init__(bus_type=BusType.SYSTEM)
+        else:
+            # dbus-next: wants an address, but never looks at it where _setup_socket below needs none.
+            super().__init__(bus_address="unixexec:path=ssh", auth=Unnamed())
         # dbus-next: takes a full socket for a broken one, and a few hundred calls at once fill it.
         self._writer.sock = PatientSocket(self._sock)
 
     def _setup_socket(self) -> None:
+        if self._bridge is not None:
+            self._sock = self._bridge.socket
+            self._stream = self._sock.makefile("rwb")
+            self._fd = self._sock.fileno()
+            return
         # dbus-next: forgets the socket when it can't connect it.
         base: Any = super()
         try:
@@ -126,10 +140,14 @@ class Client:
     """A connection to nbdd over the system bus, for use in ``async with``.
 
     No call has a time limit of its own: an attach takes as long as the service lets it. With ``activate=False``
-    no call starts a service that is not running.
+    no call starts a service that is not running, and nobody is asked for a password. With `host`, it is the system
+    bus of that machine, reached with ssh.
     """
 
-    def __init__(self, *, activate: bool = True) -> None:
+    def __init__(self, *, activate: bool = True, host: str | None = None) -> None:
+        self._ask = activate
+        self._host = host
+        self._bridge: Bridge | None = None
         self._flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if activate else MessageFlag.NO_AUTOSTART
         self._bus: Any = None  # dbus-next is half typed
         self._end: asyncio.Task[None] | None = None
@@ -137,20 +155,20 @@ class Client:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
+        if self._host is not None:
+            self._bridge = await Bridge.open(self._host, ask=self._ask)
         try:
-            async with asyncio.timeout(_CONNECT_SECONDS):
+            async with asyncio.timeout(_CONNECT_SECONDS if self._bridge is None else _REMOTE_SECONDS):
                 # dbus-next: takes the running loop, so the bus is made here and not in the constructor.
-                self._bus = _Bus()
+                self._bus = _Bus(self._bridge)
                 await self._bus.connect()
-        except TimeoutError:
-            self._close()
-            raise _no_bus("it does not answer") from None
-        except asyncio.CancelledError:
-            self._close()
-            raise
         except Exception as problem:  # dbus-next raises whatever it met: OSError, EOFError, its own
-            self._close()
-            raise _no_bus(_reason(problem)) from problem
+            found = await self._unreached(problem)
+            await self._close()
+            raise found from problem
+        except BaseException:  # Ctrl-C, perhaps while ssh asks for a password
+            await self._close()
+            raise
         self._end = asyncio.ensure_future(self._bus.wait_for_disconnect())
         self._end.add_done_callback(self._ended)
         return self
@@ -161,11 +179,22 @@ class Client:
         if self._bus is not None and self._end is not None:
             self._bus.disconnect()
             await asyncio.wait({self._end}, timeout=1)
-        self._close()
+        await self._close()
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         if self._bus is not None:
             self._bus.close()
+        if self._bridge is not None:
+            await self._bridge.close()
+
+    async def _unreached(self, problem: Exception) -> NbddError:
+        """Why there is no way onto the bus, in a sentence."""
+        reason = "it does not answer" if isinstance(problem, TimeoutError) else _reason(problem)
+        if self._bridge is None:
+            return _no_bus(reason)
+        if isinstance(problem, EOFError | ConnectionError):
+            reason = await self._bridge.reason() or "it hung up"
+        return NbddError(f"The system bus of {self._host} can't be reached with ssh: {reason}.")
 
     def _ended(self, end: asyncio.Task[None]) -> None:
         if not end.cancelled():
@@ -245,7 +274,7 @@ class Client:
     async def subscribe(self) -> bool:
         """Start to collect events; True if nbdd is running. This does not start it."""
         if self._bus is None:
-            raise _lost()
+            raise self._lost()
         self._bus.add_message_handler(self._on_message)
         rules = (
             f"type='signal',sender='{NAME}',path_namespace='{PATH}'",
@@ -264,7 +293,7 @@ class Client:
         """The next event; needs `subscribe` first. Raises NbddError when the bus is gone."""
         event = await self._events.get()
         if event is None:
-            raise _lost()
+            raise self._lost()
         return event
 
     def _on_message(self, message: Message) -> None:
@@ -301,6 +330,10 @@ class Client:
 
     # The call itself
 
+    def _lost(self) -> NbddError:
+        whose = "" if self._host is None else f" of {self._host}"
+        return NbddError(f"The connection to the system bus{whose} was lost. {_LOOK}")
+
     async def _manager(self, member: str, signature: str = "", *body: Any, reply: str = "") -> list[Any]:
         try:
             return await self._call(PATH, MANAGER, member, signature, *body, reply=reply)
@@ -315,14 +348,14 @@ class Client:
     ) -> list[Any]:
         # dbus-next: a call on a bus that has ended waits for ever. Only `connected` knows at once.
         if self._bus is None or not self._bus.connected:
-            raise _lost()
+            raise self._lost()
         message = Message(to, path, interface, member, flags=self._flags, signature=signature, body=list(body))
         try:
             answer = await self._bus.call(message)
         except (EOFError, OSError) as problem:
-            raise _lost() from problem
+            raise self._lost() from problem
         if answer is None:
-            raise _lost()
+            raise self._lost()
         if answer.error_name in _NOT_THERE and self._flags is MessageFlag.NO_AUTOSTART:
             raise NbddError(f"nbdd is not running. {_LOOK}")
         if answer.message_type is MessageType.ERROR:
@@ -404,10 +437,6 @@ def _no_bus(reason: str) -> NbddError:
 
 def _no_device(name: str) -> NoSuchDevice:
     return NoSuchDevice(f"No device is named {name!r}; `nbdctl list` shows those there are.")
-
-
-def _lost() -> NbddError:
-    return NbddError(f"The connection to the system bus was lost. {_LOOK}")
 
 
 def _reason(problem: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nbdd.ctl import complete, show
+from nbdd.ctl import complete, remote, show
 from nbdd.ctl.record import Device, changes
 from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
 
@@ -50,7 +50,9 @@ def count(value: str | int) -> int:
     return number(value, 1)
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every command takes: --json, and --host."""
+    return remote.option(click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command))
 
 
 def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
@@ -63,8 +65,10 @@ def call(action: Callable[[Client], Awaitable[T]]) -> T:
     # Imported here: it takes longer than all else together, and --help needs none of it.
     from nbdd.bus.client import Client  # noqa: PLC0415
 
+    host = remote.host(click.get_current_context())
+
     async def run() -> T:
-        async with Client() as client:
+        async with Client(host=host) as client:
             return await action(client)
 
     return asyncio.run(run())
@@ -108,6 +112,7 @@ def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -
 
 @click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=version, help="Show the version.")
+@remote.option
 def cli() -> None:
     """Attach network block devices and look after them, with the service nbdd.
 

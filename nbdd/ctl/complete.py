@@ -13,10 +13,12 @@ from collections.abc import Callable
 import click
 from click.shell_completion import CompletionItem
 
+from nbdd.ctl import remote
 from nbdd.ctl.record import Device
 
 _SECONDS = 1
-"""A person who pressed Tab does not wait longer."""
+_REMOTE_SECONDS = 4
+"""A person who pressed Tab does not wait longer; one who named another machine expects to wait for ssh."""
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -24,10 +26,10 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 def names(wanted: Callable[[Device], bool] = lambda _: True) -> Completer:
     """A completer for the names of the devices that are `wanted`."""
 
-    def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    def complete(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
         found: list[Device] = []
         with contextlib.suppress(Exception):
-            found = asyncio.run(_devices())
+            found = asyncio.run(_devices(remote.host(context)))
         return [
             CompletionItem(device.name, help=device.state)
             for device in sorted(found, key=lambda device: device.name)
@@ -37,9 +39,10 @@ def names(wanted: Callable[[Device], bool] = lambda _: True) -> Completer:
     return complete
 
 
-async def _devices() -> list[Device]:
+async def _devices(host: str | None) -> list[Device]:
     # Imported here: it takes longer than all else together, and --help needs none of it.
     from nbdd.bus.client import Client  # noqa: PLC0415
 
-    async with asyncio.timeout(_SECONDS), Client(activate=False) as client:
+    seconds = _SECONDS if host is None else _REMOTE_SECONDS
+    async with asyncio.timeout(seconds), Client(activate=False, host=host) as client:
         return [Device.of(properties) for properties in await client.devices()]

@@ -83,7 +83,7 @@ def test_nbdctl_has_the_commands_and_options_of_its_page_and_no_others() -> None
             current = in_page.setdefault(item.tag, set())
         elif item.section == "COMMANDS":
             current.add(item.tag)
-    common = {"--json", "-h, --help"}
+    common = {"-H, --host [USER@]HOST", "--json", "-h, --help"}
     in_program = {}
     for name, command in cli.commands.items():
         arguments = [str(one.metavar) for one in command.params if isinstance(one, click.Argument)]
