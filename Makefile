@@ -153,6 +153,17 @@ reproducible: deb wheel ## build both again under other circumstances, and compa
 	  sha256sum "$$built"; \
 	done
 
+# See docs/releasing.md. A tree with changes of its own is nobody else's to build again.
+.PHONY: release
+release: ## what is to be published, in dist/, from a commit whose changelogs name a day
+	@[ -z "$$(git status --porcelain)" ] || { echo "There are changes that are not committed: git status" >&2; exit 1; }
+	@! grep -q '^## $(VERSION), not released' CHANGELOG.md || \
+	  { echo "CHANGELOG.md says that $(VERSION) is not released yet: give it its day." >&2; exit 1; }
+	@rm -rf dist
+	@$(MAKE) lint-deb reproducible
+	@cd dist && sha256sum $(notdir $(DEB) $(WHEEL)) >SHA256SUMS
+	@echo "== dist/ holds nbdd $(VERSION), commit $$(git rev-parse HEAD)"
+
 .PHONY: clean
 clean: ## remove what was built here; the cached guests stay
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/failures

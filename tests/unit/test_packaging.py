@@ -11,10 +11,13 @@ import shutil
 import subprocess
 import tomllib
 import xml.etree.ElementTree as ET
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nbdd import __version__
 
 TREE = Path(__file__).resolve().parents[2]
 SYSTEMD = TREE / "systemd"
@@ -131,11 +134,26 @@ def test_what_the_program_reads_at_run_time_is_inside_the_package() -> None:
     assert inside == {source: f"nbdd/_data/{Path(source).name}" for source in wanted}
 
 
-def test_the_version_is_the_same_everywhere() -> None:
-    version = pyproject()["project"]["version"]
-    first = (TREE / "debian/changelog").read_text().splitlines()[0]
-    assert first.startswith(f"nbdd ({version}) ")
-    assert f"## {version}" in (TREE / "CHANGELOG.md").read_text()
+def test_the_version_and_whether_it_is_released_are_the_same_everywhere() -> None:
+    debian = (TREE / "debian/changelog").read_text()
+    version, distribution = re.findall(r"^nbdd \((.+)\) (.+); urgency=", debian, re.MULTILINE)[0]
+    assert version == __version__
+    assert pyproject()["tool"]["hatch"]["version"]["path"] == "nbdd/__init__.py"
+    title, when = re.findall(r"^## (\S+), (.+)$", (TREE / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert title == version
+    if distribution == "UNRELEASED":
+        assert when == "not released yet"
+    else:
+        signed = re.findall(r"^ -- .*>  (.+)$", debian, re.MULTILINE)[0]
+        assert when == parsedate_to_datetime(signed).date().isoformat()
+
+
+def test_the_recipe_of_a_release_names_what_there_is() -> None:
+    recipe = (TREE / "docs/releasing.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (TREE / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", recipe)) <= targets
+    for place in ("nbdd/__init__.py", "CHANGELOG.md", "debian/changelog"):
+        assert f"`{place}`" in recipe
 
 
 def test_the_bus_starts_the_daemon_through_systemd() -> None:
