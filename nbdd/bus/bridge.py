@@ -28,10 +28,9 @@ _END_SECONDS = 2
 
 
 class Bridge:
-    """A running ssh; `socket` is the end of ours."""
+    """A running ssh; `socket` is our end of it."""
 
-    def __init__(self, host: str, process: asyncio.subprocess.Process, ours: socket.socket, errors: IO[bytes]) -> None:
-        self.host = host
+    def __init__(self, process: asyncio.subprocess.Process, ours: socket.socket, errors: IO[bytes]) -> None:
         self.socket = ours
         self._process = process
         self._errors = errors
@@ -59,7 +58,7 @@ class Bridge:
                 raise NbddError(f"There is no ssh to reach {host} with: install it (package openssh-client).") from None
             raise NbddError(f"ssh to {host} can't be started: {problem.strerror or problem}.") from None
         ours.setblocking(False)
-        return cls(host, process, ours, errors)
+        return cls(process, ours, errors)
 
     async def reason(self) -> str:
         """Why the connection ended, as a part of a sentence; "" where ssh does not say."""
