@@ -23,7 +23,7 @@ from dbus_next.message import Message
 from dbus_next.signature import Variant
 
 from nbdd.bus.bridge import Bridge, Unnamed
-from nbdd.bus.service import PatientSocket
+from nbdd.bus.patient import PatientSocket
 from nbdd.errors import AccessDenied, InvalidConfig, NbddError, NoSuchDevice
 
 NAME = "org.nbdd1"

@@ -17,7 +17,7 @@ from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from nbdd.bus.service import PatientSocket
+from nbdd.bus.patient import PatientSocket
 
 T = TypeVar("T")
 
