@@ -628,6 +628,9 @@ class Device:
             "timeout": definition.timeout,
             "dead_timeout": definition.dead_timeout,
             "connections": definition.connections,
+            "desktop": definition.desktop is not None,
+            "display_name": definition.desktop.name if definition.desktop is not None else "",
+            "icon_name": definition.desktop.icon if definition.desktop is not None else "",
         }
 
     def _idle_status(self, configured: bool) -> Status:

@@ -35,6 +35,10 @@ DEVICES = PATH + "/device/"
 Properties: TypeAlias = dict[str, Any]
 """D-Bus names to plain Python values, variants taken off."""
 
+Option: TypeAlias = "bool | int | str | Mapping[str, bool | int | str]"
+Options: TypeAlias = Mapping[str, Option]
+"""What a call takes beside its arguments, as plain values."""
+
 _BUS = "org.freedesktop.DBus"
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 _OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
@@ -203,17 +207,17 @@ class Client:
 
     # What nbdd can do; each method of org.nbdd1.Manager with its own errors (dbus/org.nbdd1.Manager.xml).
 
-    async def attach(self, name: str, options: Mapping[str, bool | int | str]) -> str:
+    async def attach(self, name: str, options: Options) -> str:
         """Attach the device `name` that has a definition; return its object path when it is usable."""
         (path,) = await self._manager("Attach", "sa{sv}", name, _variants(options), reply="o")
         return str(path)
 
-    async def attach_uri(self, uri: str, options: Mapping[str, bool | int | str]) -> str:
+    async def attach_uri(self, uri: str, options: Options) -> str:
         """Attach an export that has no definition; return the object path of its device when it is usable."""
         (path,) = await self._manager("AttachURI", "sa{sv}", uri, _variants(options), reply="o")
         return str(path)
 
-    async def detach(self, name: str, options: Mapping[str, bool | int | str]) -> None:
+    async def detach(self, name: str, options: Options) -> None:
         """Detach a device; returns when the kernel's device is free again."""
         await self._manager("Detach", "sa{sv}", name, _variants(options))
 
@@ -393,12 +397,15 @@ def device_name(path: str) -> str | None:
         return None
 
 
-def _variants(options: Mapping[str, bool | int | str]) -> dict[str, Variant]:
-    """Options as a{sv}: a truth is b, a number u, a text s. No option of the contract has another type."""
-    return {
-        key: Variant("b" if isinstance(value, bool) else "u" if isinstance(value, int) else "s", value)
-        for key, value in options.items()
-    }
+def _variants(options: Options) -> dict[str, Variant]:
+    """Options as a{sv}: a truth is b, a number u, a text s, a mapping a{sv}. No option has another type."""
+    return {key: _variant(value) for key, value in options.items()}
+
+
+def _variant(value: Option) -> Variant:
+    if isinstance(value, Mapping):
+        return Variant("a{sv}", _variants(value))
+    return Variant("b" if isinstance(value, bool) else "u" if isinstance(value, int) else "s", value)
 
 
 def _plain(properties: Mapping[str, Variant]) -> Properties:

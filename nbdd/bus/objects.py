@@ -31,7 +31,7 @@ ATTACH_OPTIONS = {
 }
 """The keys that Attach takes, with their types."""
 
-ATTACH_URI_OPTIONS = {"name": "s"} | ATTACH_OPTIONS
+ATTACH_URI_OPTIONS = {"name": "s", "desktop": "a{sv}"} | ATTACH_OPTIONS
 MAX_WAIT = 3600
 """Seconds that a Detach may wait for others to leave; meanwhile nothing else can be done to the device."""
 
@@ -41,7 +41,7 @@ _MAX_LIST = 30 << 20
 """Bytes of a list of exports, at 100 for each beside its texts. The system bus takes messages of up to 32 MiB, and ends
 the connection of who sends it more."""
 
-_TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)"}
+_TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)", "a{sv}": "a mapping (a{sv})"}
 
 
 def object_path(name: str) -> str:
@@ -63,7 +63,9 @@ def read_options(options: Mapping[str, Variant], known: Mapping[str, str]) -> di
             raise InvalidArgs(
                 f"The option {key!r} must be {_TYPES[known[key]]}, not of the type {variant.signature!r}."
             )
-        found[key] = variant.value
+        # Of what stands in a mapping, the schema of the configuration knows keys and types.
+        mapping = known[key] == "a{sv}"
+        found[key] = {name: item.value for name, item in variant.value.items()} if mapping else variant.value
     return found
 
 
@@ -210,6 +212,9 @@ _PROPERTIES: dict[str, Callable[[Status], Any]] = {
     "FailsAt": lambda status: status.fails_at,
     "Configured": lambda status: status.configured,
     "LastError": lambda status: list(status.last_error),
+    "Desktop": lambda status: status.desktop,
+    "DisplayName": lambda status: status.display_name or status.name,
+    "IconName": lambda status: status.icon_name,
 }
 
 

@@ -28,6 +28,7 @@ ABSENT: dict[str, Any] = {
     "Name": "", "URI": "nbd://storage.example/backup", "State": "detached", "Node": "", "Size": 0, "BlockSize": 0,
     "ReadOnly": False, "Timeout": 0, "DeadTimeout": 300, "Connections": 1, "LiveConnections": 0, "Encryption": "none",
     "WorkerPID": 0, "Reconnects": 0, "AttachedSince": 0, "FailsAt": 0, "Configured": True, "LastError": ["", ""],
+    "Desktop": False, "DisplayName": "", "IconName": "",
 }  # fmt: skip
 
 PRESENT = ABSENT | {
@@ -87,6 +88,8 @@ def private_bus(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def typed(values: dict[str, Any]) -> dict[str, Variant]:
+    if "DisplayName" in values:
+        values = values | {"DisplayName": values["DisplayName"] or values["Name"]}
     return {key: Variant(TYPES[key], value) for key, value in values.items()}
 
 

@@ -95,6 +95,9 @@ ATTACHED = replace(
     reconnects=3,
     attached_since=1_700_000_000_000_000,
     last_error=("org.nbdd1.Error.ConnectFailed", "It refused."),
+    desktop=True,
+    display_name="Photos",
+    icon_name="folder-pictures",
 )
 
 
@@ -296,6 +299,9 @@ def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, stat
                 "FailsAt": 0,
                 "Configured": True,
                 "LastError": list(status.last_error),
+                "Desktop": status.desktop,
+                "DisplayName": status.display_name or "backup",
+                "IconName": status.icon_name,
             }
             objects = await here.client.ask(to, ROOT, OBJECT_MANAGER, "GetManagedObjects")
             assert objects == {BACKUP: {DEVICE: told}}
@@ -457,8 +463,9 @@ def test_a_list_too_long_for_the_bus_is_an_error_and_not_the_end_of_our_connecti
 # Options
 
 
-VALUES: dict[str, list[Any]] = {"s": ["text"], "b": [True, False], "u": [0, 4294967295]}
-WRONG = {"s": Variant("u", 1), "b": Variant("u", 1), "u": Variant("i", 1)}
+MAPPING = {"name": Variant("s", "Photos"), "user-mountable": Variant("b", False)}
+VALUES: dict[str, list[Any]] = {"s": ["text"], "b": [True, False], "u": [0, 4294967295], "a{sv}": [{}, MAPPING]}
+WRONG = {"s": Variant("u", 1), "b": Variant("u", 1), "u": Variant("i", 1), "a{sv}": Variant("a{ss}", {})}
 TAKES = {"Attach": ATTACH_OPTIONS, "AttachURI": ATTACH_URI_OPTIONS, "Detach": DETACH_OPTIONS, "ListExports": {}}
 FIRST = {"Attach": "backup", "AttachURI": "nbd://x/y", "Detach": "backup", "ListExports": "nbd://x"}
 
@@ -474,7 +481,8 @@ def test_every_option_of_its_type_gets_through(address: str, member: str) -> Non
                     if member == "Detach":
                         assert call[2:] == {"force": (value, 0), "wait": (False, value)}[key]
                     else:
-                        assert call[2] == {key: value}
+                        plain = {"name": "Photos", "user-mountable": False} if value is MAPPING else value
+                        assert call[2] == {key: plain}
             everything = {key: Variant(kind, VALUES[kind][0]) for key, kind in TAKES[member].items()}
             await here.call(member, FIRST[member], everything, types="sa{sv}")
 
@@ -514,7 +522,8 @@ def test_what_an_option_must_be_is_said_and_what_options_there_are() -> None:
 
 def test_the_options_are_the_keys_of_the_yaml_files() -> None:
     """What attaches by hand can be written down, under the same name."""
-    assert set(ATTACH_OPTIONS) == set(Schema().device_keys) - {"uri", "attach", "tls"}
+    assert set(ATTACH_URI_OPTIONS) - {"name"} == set(Schema().device_keys) - {"uri", "attach", "tls"}
+    assert set(ATTACH_OPTIONS) == set(ATTACH_URI_OPTIONS) - {"name", "desktop"}
 
 
 def test_the_xml_documents_every_option_with_its_type() -> None:

@@ -351,6 +351,7 @@ DOCUMENT = {
     "read-only": False, "uri": "nbd://storage.example/backup", "timeout": 0, "dead-timeout": 300, "connections": 1,
     "live-connections": 1, "encryption": "none", "worker-pid": 4711, "reconnects": 0,
     "attached-since": 1_700_000_000_000_000, "fails-at": 0, "configured": True, "last-error": None,
+    "desktop": False, "display-name": "backup", "icon-name": "",
 }  # fmt: skip
 
 
@@ -688,7 +689,7 @@ def test_monitor_as_json_prints_an_object_for_each_event(fake: FakeManager) -> N
     assert abs(changed.pop("time") / 1e6 - time.time()) < 60
     failure = {"name": "org.x.Y", "message": "a"}
     assert changed == {"event": "changed", "name": "backup", "changes": {"state": "degraded", "last-error": failure}}
-    assert added["device"] == DOCUMENT | {"name": "1st"}
+    assert added["device"] == DOCUMENT | {"name": "1st", "display-name": "1st"}
     assert (removed["event"], removed["name"]) == ("removed", "1st")
 
 
