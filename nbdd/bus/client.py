@@ -10,20 +10,18 @@ dbus-next 0.2.3 needs some care here, marked "dbus-next:" below.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import BusType, MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from nbdd.bus.bridge import Bridge, Unnamed
-from nbdd.bus.patient import PatientSocket
+from nbdd.bus.bridge import Bridge
+from nbdd.bus.callerbus import CallerBus
 from nbdd.errors import AccessDenied, InvalidConfig, NbddError, NoSuchDevice
 
 NAME = "org.nbdd1"
@@ -95,51 +93,6 @@ class _Unknown(NbddError):
     """There is no such object; the methods below say which device was meant."""
 
 
-class _Bus(MessageBus):
-    """A connection that ends when the bus ends, and leaves nothing open; through the `bridge` if there is one."""
-
-    def __init__(self, bridge: Bridge | None) -> None:
-        self._bridge = bridge
-        if bridge is None:
-            super().__init__(bus_type=BusType.SYSTEM)
-        else:
-            # dbus-next: wants an address, but never looks at it where _setup_socket below needs none.
-            super().__init__(bus_address="unixexec:path=ssh", auth=Unnamed())
-        # dbus-next: takes a full socket for a broken one, and a few hundred calls at once fill it.
-        self._writer.sock = PatientSocket(self._sock)
-
-    def _setup_socket(self) -> None:
-        if self._bridge is not None:
-            self._sock = self._bridge.socket
-            self._stream = self._sock.makefile("rwb")
-            self._fd = self._sock.fileno()
-            return
-        # dbus-next: forgets the socket when it can't connect it.
-        base: Any = super()
-        try:
-            base._setup_socket()  # noqa: SLF001
-        except Exception:
-            if hasattr(self, "_sock"):
-                self.close()
-            raise
-
-    async def _auth_readline(self) -> str:
-        # dbus-next: its own loop never ends, and never yields, when the bus hangs up during authentication.
-        line = b""
-        while not line.endswith(b"\r\n"):
-            piece = await self._loop.sock_recv(self._sock, 2)
-            if not piece:
-                raise EOFError
-            line += piece
-        return line[:-2].decode()
-
-    def close(self) -> None:
-        """Give the descriptors back; dbus-next only ever shuts the socket down."""
-        with contextlib.suppress(OSError):
-            self._stream.close()
-        self._sock.close()
-
-
 class Client:
     """A connection to nbdd over the system bus, for use in ``async with``.
 
@@ -164,7 +117,7 @@ class Client:
         try:
             async with asyncio.timeout(_CONNECT_SECONDS if self._bridge is None else _REMOTE_SECONDS):
                 # dbus-next: takes the running loop, so the bus is made here and not in the constructor.
-                self._bus = _Bus(self._bridge)
+                self._bus = CallerBus(self._bridge or BusType.SYSTEM)
                 await self._bus.connect()
         except Exception as problem:  # dbus-next raises whatever it met: OSError, EOFError, its own
             found = await self._unreached(problem)

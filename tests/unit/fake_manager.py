@@ -106,6 +106,8 @@ async def _end_of(bus: Any) -> None:
 class FakeManager:
     """Answers on org.nbdd1, in a thread of its own, for use in ``with``."""
 
+    NAME = "org.nbdd1"
+
     def __init__(self, address: str) -> None:
         self.address = address
         self.devices: dict[str, dict[str, Any]] = {}
@@ -138,7 +140,7 @@ class FakeManager:
         await self.bus.connect()
         self.end: asyncio.Future[None] = asyncio.ensure_future(_end_of(self.bus))
         self.bus.add_message_handler(self._serve)
-        await self.bus.request_name("org.nbdd1")
+        await self.bus.request_name(self.NAME)
 
     async def _stop(self) -> None:
         if not self.end.done():
