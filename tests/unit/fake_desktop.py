@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What stands around nbdd in a session: whoever shows notifications. It does what a test tells it."""
+"""What stands around nbdd in a session: who shows notifications, UDisks, a file manager; each does as it is told."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dbus_next.message import Message
+from dbus_next.signature import Variant
 
 from tests.unit.fake_manager import DEADLINE, FakeManager
 
@@ -113,3 +114,90 @@ class FakeShower(FakeManager):
             self.history.open[number] = shown
             self.called.notify_all()
         return number
+
+
+UDISKS = "org.freedesktop.UDisks2"
+
+
+@dataclass
+class FakeBlock:
+    """A disk or a partition as udev knows it."""
+
+    node: str
+    size: int = 10 << 30
+    usage: str = "filesystem"
+    table: str = ""
+    """The node of the disk that it is a partition of."""
+    ignored: bool = False
+    mount_points: list[str] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return f"/org/freedesktop/UDisks2/block_devices/{self.node.rpartition('/')[2]}"
+
+
+class FakeUDisks(FakeManager):
+    """Answers on org.freedesktop.UDisks2; a device is added by `know`, at once or later."""
+
+    NAME = UDISKS
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.blocks: list[FakeBlock] = []
+        self.refuses: dict[str, tuple[str, str]] = {}
+        """Node to the error that mounting or unmounting it meets."""
+
+    def know(self, *blocks: FakeBlock) -> None:
+        """The disks are known from now on, and their coming is told."""
+        with self.called:
+            self.blocks += blocks
+        for block in blocks:
+            body = [block.path, {f"{UDISKS}.Block": {}}]
+            signal = "org.freedesktop.DBus.ObjectManager.InterfacesAdded"
+            self.signal("/org/freedesktop/UDisks2", signal, "oa{sa{sv}}", body)
+
+    def _answer(self, call: Message) -> Message:
+        if call.member == "GetManagedObjects":
+            return Message.new_method_return(call, "a{oa{sa{sv}}}", [self._objects()])
+        block = next((block for block in self.blocks if block.path == call.path), None)
+        assert block is not None
+        assert (call.interface, call.signature) == (f"{UDISKS}.Filesystem", "a{sv}")
+        if block.node in self.refuses:
+            return Message.new_error(call, *self.refuses[block.node])
+        if call.member == "Mount":
+            if block.mount_points:
+                return Message.new_error(call, f"{UDISKS}.Error.AlreadyMounted", "Device is already mounted")
+            block.mount_points.append(f"/media/eve/{block.node.rpartition('/')[2]}")
+            return Message.new_method_return(call, "s", [block.mount_points[0]])
+        assert call.member == "Unmount"
+        block.mount_points.pop()
+        return Message.new_method_return(call)
+
+    def _objects(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"/org/freedesktop/UDisks2/Manager": {f"{UDISKS}.Manager": {}}}
+        for block in self.blocks:
+            about: dict[str, Any] = {
+                f"{UDISKS}.Block": {
+                    "Device": Variant("ay", block.node.encode() + b"\0"),
+                    "Size": Variant("t", block.size),
+                    "IdUsage": Variant("s", block.usage),
+                    "HintIgnore": Variant("b", block.ignored),
+                }
+            }
+            if block.usage == "filesystem":
+                places = [place.encode() + b"\0" for place in block.mount_points]
+                about[f"{UDISKS}.Filesystem"] = {"MountPoints": Variant("aay", places)}
+            if block.table:
+                about[f"{UDISKS}.Partition"] = {"Table": Variant("o", FakeBlock(block.table).path)}
+            found[block.path] = about
+        return found
+
+
+class FakeFileManager(FakeManager):
+    """Answers on org.freedesktop.FileManager1."""
+
+    NAME = "org.freedesktop.FileManager1"
+
+    def _answer(self, call: Message) -> Message:
+        assert (call.member, call.signature) == ("ShowFolders", "ass")
+        return Message.new_method_return(call)
