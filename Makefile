@@ -19,7 +19,7 @@ export SOURCE_DATE_EPOCH := $(shell date --date="$$(sed -n 's/^ -- .*>  //p;T;q'
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
 CHECK_TESTS := tests/unit tests/interop
 # What the package is made from; the build sees nothing else of the tree.
-DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd man debian docs/metrics.md
+DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus desktop systemd man debian docs/metrics.md
 SOURCES = tar --create --sort=name --owner=0 --group=0 --mtime=@0 --exclude=__pycache__ --exclude=.mypy_cache $(DEB_SOURCES)
 
 # $(call apt,PACKAGES,WHAT FOR): a no-op where they are there already. Another apt may hold the lock for a while, and a fresh
@@ -81,10 +81,22 @@ host-tools:
 	  (cd "$$work" && apt-get -qq download prometheus >/dev/null 2>&1 && \
 	    dpkg-deb --fsys-tarfile prometheus_*.deb | tar --extract ./usr/bin/promtool) && \
 	  mv "$$work/usr/bin/promtool" $(VENV)/bin/ || echo "== apt can't get it; the tests of the alerts are skipped"; }
+	@command -v node >/dev/null || command -v duk >/dev/null || (($$(id -u) != 0)) || { $(call apt,duktape,the example of a polkit rule is run); }
+	@command -v desktop-file-validate >/dev/null || (($$(id -u) != 0)) || { $(call apt,desktop-file-utils,desktop entries are checked); }
+	@command -v appstreamcli >/dev/null || (($$(id -u) != 0)) || { $(call apt,appstream,the description for software centres is checked); }
+
+# A screen without a monitor, and a program that shows notifications on it.
+.PHONY: desktop-tools
+desktop-tools:
+	@(($$(id -u) != 0)) || { $(call apt,xvfb dunst,nbdd-notify is tested on a screen); }
+
+.PHONY: screenshots
+screenshots: deps host-tools desktop-tools ## docs/screenshots, from what nbdd-notify and nbdd-open show
+	@$(PY) -m tests.desktop
 
 # CHECKED=yes leaves out what `make check` has just run.
 .PHONY: test
-test: deps host-tools deb lint-deb reproducible ## every test, the guests of both Debians included
+test: deps host-tools desktop-tools deb lint-deb reproducible ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
 	@$(PY) -m pytest tests -n 2 --dist loadgroup $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
 

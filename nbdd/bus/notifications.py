@@ -21,7 +21,7 @@ from nbdd.bus.calls import DBUS, CallError, Peer
 APPLICATION = "Network disks"
 """What we are called in a list of notifications."""
 
-DESKTOP_ENTRY = "org.nbdd1"
+DESKTOP_ENTRY = "org.nbdd1.open"
 """Our desktop entry without its suffix, by which settings of notifications find us."""
 
 _NAME = "org.freedesktop.Notifications"

@@ -17,6 +17,7 @@ from nbdd.device import Device
 from nbdd.errors import InvalidArgs, NegotiationFailed
 from nbdd.manager import Manager
 from nbdd.status import Status
+from nbdd.uri import URI
 
 ROOT = "/org/nbdd1"
 
@@ -98,15 +99,15 @@ class ManagerInterface(ExportedInterface):
     async def _attach(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, options = arguments
         values = read_options(options, ATTACH_OPTIONS)
-        self._manager.device(name)
-        await self._authority.check(caller, "org.nbdd1.attach", {"device": name})
+        about = self._about_device(name)
+        await self._authority.check(caller, "org.nbdd1.attach", about)
         device = await self._manager.attach(name, values)
         return [object_path(device.name)]
 
     async def _attach_uri(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         uri, options = arguments
         values = read_options(options, ATTACH_URI_OPTIONS)
-        await self._authority.check(caller, "org.nbdd1.attach-uri", {"uri": uri})
+        await self._authority.check(caller, "org.nbdd1.attach-uri", _about_server(uri))
         device = await self._manager.attach_uri(uri, values)
         return [object_path(device.name)]
 
@@ -115,16 +116,16 @@ class ManagerInterface(ExportedInterface):
         values = read_options(options, DETACH_OPTIONS)
         if values.get("wait", 0) > MAX_WAIT:
             raise InvalidArgs(f"The option 'wait' goes up to {MAX_WAIT} seconds.")
-        self._manager.device(name)
+        about = self._about_device(name)
         action = "org.nbdd1.force-detach" if values.get("force") else "org.nbdd1.detach"
-        await self._authority.check(caller, action, {"device": name})
+        await self._authority.check(caller, action, about)
         await self._manager.detach(name, **values)
         return []
 
     async def _set_timeout(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, seconds = arguments
-        self._manager.device(name)
-        await self._authority.check(caller, "org.nbdd1.set-timeout", {"device": name})
+        about = self._about_device(name)
+        await self._authority.check(caller, "org.nbdd1.set-timeout", about)
         await self._manager.set_timeout(name, seconds)
         return []
 
@@ -151,7 +152,7 @@ class ManagerInterface(ExportedInterface):
     async def _list_exports(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         uri, options = arguments
         read_options(options, {})
-        await self._authority.check(caller, "org.nbdd1.list-exports", {"uri": uri})
+        await self._authority.check(caller, "org.nbdd1.list-exports", _about_server(uri))
         exports = await self._manager.list_exports(uri)
         texts = (text for export in exports for text in (export["name"], export["description"], export["problem"]))
         if 100 * len(exports) + sum(len(clean(text).encode()) for text in texts) > _MAX_LIST:
@@ -159,6 +160,20 @@ class ManagerInterface(ExportedInterface):
                 f"The server lists {len(exports)} exports, with names too long for one D-Bus message."
             )
         return [[_export(export) for export in exports]]
+
+    def _about_device(self, name: str) -> dict[str, str]:
+        """What polkit's messages and rules are told of a device; raises NoSuchDevice, or InvalidArgs."""
+        configured = self._manager.device(name).status.configured
+        return {"device": name, "configured": "yes" if configured else "no"}
+
+
+def _about_server(text: str) -> dict[str, str]:
+    """What polkit's messages and rules are told of a URI; raises InvalidURI.
+
+    Never the text as it came: a message is made of it, before which a person types a password.
+    """
+    uri = URI.parse(text)
+    return {"uri": str(uri), "server": uri.address}
 
 
 def _export(export: dict[str, Any]) -> dict[str, Variant]:

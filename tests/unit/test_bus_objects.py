@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -535,18 +536,50 @@ def test_the_xml_documents_every_option_with_its_type() -> None:
 # Who may
 
 
+DEVICE_TOLD = {"device": "backup", "configured": "yes"}
 ASKS: list[tuple[str, tuple[Any, ...], str, str, Mapping[str, str]]] = [
-    ("Attach", ("backup", {}), "sa{sv}", "org.nbdd1.attach", {"device": "backup"}),
-    ("AttachURI", ("nbd://x/y", {}), "sa{sv}", "org.nbdd1.attach-uri", {"uri": "nbd://x/y"}),
-    ("Detach", ("backup", {}), "sa{sv}", "org.nbdd1.detach", {"device": "backup"}),
-    ("Detach", ("backup", {"force": Variant("b", False)}), "sa{sv}", "org.nbdd1.detach", {"device": "backup"}),
-    ("Detach", ("backup", {"force": Variant("b", True)}), "sa{sv}", "org.nbdd1.force-detach", {"device": "backup"}),
-    ("SetTimeout", ("backup", 1), "su", "org.nbdd1.set-timeout", {"device": "backup"}),
-    ("Reconnect", ("backup", {}), "sa{sv}", "org.nbdd1.reconnect", {"device": "backup"}),
-    ("Resize", ("backup", {}), "sa{sv}", "org.nbdd1.resize", {"device": "backup"}),
+    ("Attach", ("backup", {}), "sa{sv}", "org.nbdd1.attach", DEVICE_TOLD),
+    ("AttachURI", ("nbd://x/y", {}), "sa{sv}", "org.nbdd1.attach-uri", {"uri": "nbd://x/y", "server": "x:10809"}),
+    ("Detach", ("backup", {}), "sa{sv}", "org.nbdd1.detach", DEVICE_TOLD),
+    ("Detach", ("backup", {"force": Variant("b", False)}), "sa{sv}", "org.nbdd1.detach", DEVICE_TOLD),
+    ("Detach", ("backup", {"force": Variant("b", True)}), "sa{sv}", "org.nbdd1.force-detach", DEVICE_TOLD),
+    ("SetTimeout", ("backup", 1), "su", "org.nbdd1.set-timeout", DEVICE_TOLD),
+    ("Reconnect", ("backup", {}), "sa{sv}", "org.nbdd1.reconnect", DEVICE_TOLD),
+    ("Resize", ("backup", {}), "sa{sv}", "org.nbdd1.resize", DEVICE_TOLD),
     ("Reload", (), "", "org.nbdd1.reload", {}),
-    ("ListExports", ("nbd://x", {}), "sa{sv}", "org.nbdd1.list-exports", {"uri": "nbd://x"}),
+    ("ListExports", ("nbd://x", {}), "sa{sv}", "org.nbdd1.list-exports", {"uri": "nbd://x/", "server": "x:10809"}),
 ]
+
+
+@pytest.mark.parametrize("member", ["AttachURI", "ListExports"])
+def test_polkit_is_never_shown_a_text_that_is_no_uri(address: str, member: str) -> None:
+    """A person reads it and types a password."""
+
+    async def main() -> None:
+        async with world(address) as here:
+            for text in ("nbd://x/\nAll is well", "nbd://a:secret@x/", "x" * 70000, ""):
+                name, told = await here.fails(member, text, {}, types="sa{sv}")
+                assert name == ("org.freedesktop.DBus.Error.LimitsExceeded" if len(text) > 65536 else
+                                "org.nbdd1.Error.InvalidURI")  # fmt: skip
+                assert "secret" not in told
+            assert here.authority.asked == []
+            await here.call(member, "NBD://X.Example:7/ä?", {}, types="sa{sv}")
+            details = here.authority.asked[-1][-1]
+            assert details == {"uri": "nbd://x.example:7/%C3%A4", "server": "x.example:7"}
+
+    run(main())
+
+
+def test_the_messages_of_polkit_name_only_what_each_call_tells() -> None:
+    told: dict[str, set[str]] = {}
+    for _, _, _, action, details in ASKS:
+        told.setdefault(action, set()).update(details)
+    root = ET.parse(TREE / "dbus" / "org.nbdd1.policy").getroot()
+    for element in root.iterfind("action"):
+        named = set(re.findall(r"\$\((\w+)\)", element.findtext("message") or ""))
+        known = told[element.attrib["id"]]
+        assert named <= known
+        assert bool(named) == bool(known), "it says which"
 
 
 @pytest.mark.parametrize(("member", "body", "types", "action", "details"), ASKS)

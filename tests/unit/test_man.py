@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ import pytest
 from nbdd import __main__ as nbdd
 from nbdd.ctl import __main__ as nbdctl
 from nbdd.ctl.cli import cli
+from nbdd.desktop import notifier, opener
 from nbdd.metrics import __main__ as nbdd_metrics
 
 TREE = Path(__file__).resolve().parents[2]
-PAGES = ("nbdd.8", "nbdctl.1", "nbdd.yaml.5", "nbdd-metrics.8")
+PAGES = ("nbdd.8", "nbdctl.1", "nbdd.yaml.5", "nbdd-metrics.8", "nbdd-notify.1", "nbdd-open.1")
 LINTERS = (("mandoc", "-Tlint", "-Wwarning"), ("groff", "-ww", "-z", "-mdoc", "-Tutf8"))
 
 
@@ -93,9 +95,8 @@ def test_nbdctl_has_the_commands_and_options_of_its_page_and_no_others() -> None
     assert section("nbdctl.1", "OPTIONS").keys() == options(cli) | common
 
 
-@pytest.fixture
-def parsers(monkeypatch: pytest.MonkeyPatch) -> list[argparse.ArgumentParser]:
-    """The parsers that are asked to parse; they end the program instead."""
+def arguments_of(main: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The options of a program that argparse reads for, and what its other arguments are called."""
     parsers: list[argparse.ArgumentParser] = []
 
     def parse_args(self: argparse.ArgumentParser, _arguments: object = None) -> None:
@@ -103,26 +104,29 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> list[argparse.ArgumentParser]:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-    return parsers
-
-
-def test_nbdd_has_the_options_of_its_page_and_no_others(parsers: list[argparse.ArgumentParser]) -> None:
     with pytest.raises(KeyboardInterrupt):
-        nbdd.main()
-    in_program = {", ".join(action.option_strings) or str(action.metavar) for action in parsers[0]._actions}
+        main()
+    return {", ".join(action.option_strings) or str(action.metavar) for action in parsers[0]._actions}
+
+
+def test_nbdd_has_the_options_of_its_page_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     in_page = section("nbdd.8", "OPTIONS")
-    assert in_page.keys() == in_program
+    assert in_page.keys() == arguments_of(nbdd.main, monkeypatch)
     assert f".Pa {nbdd.DEFAULT_DIRECTORY} ." in in_page["DIR"]
 
 
-def test_nbdd_metrics_has_the_options_of_its_page_and_no_others(parsers: list[argparse.ArgumentParser]) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        nbdd_metrics.main()
-    in_program = {
-        " ".join([", ".join(action.option_strings), *([str(action.metavar)] if action.metavar else [])])
-        for action in parsers[0]._actions
+def test_nbdd_metrics_has_the_options_of_its_page_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_page = {
+        head.partition(" ")[0] if head.startswith("--") else head for head in section("nbdd-metrics.8", "OPTIONS")
     }
-    assert section("nbdd-metrics.8", "OPTIONS").keys() == in_program
+    assert in_page == arguments_of(nbdd_metrics.main, monkeypatch)
+
+
+def test_the_desktops_programs_have_the_options_of_their_pages_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert section("nbdd-notify.1", "OPTIONS").keys() == arguments_of(notifier.main, monkeypatch)
+    assert section("nbdd-open.1", "OPTIONS").keys() | {"URI"} == arguments_of(opener.main, monkeypatch)
+    for page in ("nbdd-notify.1", "nbdd-open.1"):
+        assert section(page, "EXIT STATUS").keys() == {"0", "1", "2"}
 
 
 def test_the_exit_codes_are_those_of_the_pages() -> None:
@@ -158,8 +162,9 @@ def test_defaults_and_limits_of_keys_are_those_of_the_schema() -> None:
 
 
 def test_every_page_that_a_unit_names_is_there() -> None:
-    named = re.findall(r"man:(\S+)\((\d)\)", "".join(path.read_text() for path in (TREE / "systemd").glob("*.service")))
-    assert {f"{name}.{number}" for name, number in named} == set(PAGES)
+    units = [path.read_text() for folder in ("systemd", "desktop") for path in (TREE / folder).glob("*.service")]
+    named = re.findall(r"man:(\S+)\((\d)\)", "".join(units))
+    assert {f"{name}.{number}" for name, number in named} == set(PAGES) - {"nbdd-open.1"}  # a click starts that
     assert {path.name for path in (TREE / "man").iterdir()} == set(PAGES)
 
 

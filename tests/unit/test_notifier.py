@@ -106,7 +106,7 @@ def test_a_lost_server_is_told_and_its_return_in_the_same_place(
 ) -> None:
     nbdd.change("photos", **lost())
     first = shower.wait_for_summary("Photos has lost its server")
-    assert first.hints == {"urgency": 1, "category": "network.disconnected", "desktop-entry": "org.nbdd1"}
+    assert first.hints == {"urgency": 1, "category": "network.disconnected", "desktop-entry": "org.nbdd1.open"}
     assert (first.icon, first.actions, first.timeout) == ("network-offline", ["detach", "Detach"], 0)
     nbdd.change("photos", **BACK)
     then = shower.wait_for_summary("Photos is back")
