@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dbus_next.message import Message
@@ -116,6 +119,29 @@ class FakeShower(FakeManager):
         return number
 
 
+def activatable(address: str, log: Path) -> None:
+    """From now on a shower is started by the bus when somebody calls it; it writes every summary into `log`."""
+    services = Path(address.removeprefix("unix:path=") + "-services")
+    services.mkdir(exist_ok=True)
+    command = f"{sys.executable} -m tests.unit.fake_desktop {log}"
+    script = services / "start"
+    script.write_text(f"#!/bin/sh\ncd {Path(__file__).parents[2]} && exec {command}\n")
+    script.chmod(0o755)
+    (services / "shower.service").write_text(f"[D-BUS Service]\nName={NOTIFICATIONS}\nExec={script}\n")
+
+
+def main() -> None:
+    """What the bus starts: it ends with the bus."""
+    with FakeShower(os.environ["DBUS_STARTER_ADDRESS"]) as shower:
+        seen = 0
+        while not shower.end.done():
+            with shower.called:
+                shower.called.wait_for(lambda seen=seen: len(shower.history.all) > seen, 0.1)
+                new, seen = shower.history.summaries[seen:], len(shower.history.all)
+            with Path(sys.argv[1]).open("a") as log:
+                log.writelines(f"{summary}\n" for summary in new)
+
+
 UDISKS = "org.freedesktop.UDisks2"
 
 
@@ -201,3 +227,7 @@ class FakeFileManager(FakeManager):
     def _answer(self, call: Message) -> Message:
         assert (call.member, call.signature) == ("ShowFolders", "ass")
         return Message.new_method_return(call)
+
+
+if __name__ == "__main__":
+    main()

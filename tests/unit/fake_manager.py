@@ -39,6 +39,7 @@ PRESENT = ABSENT | {
 CONFIG = """<busconfig>
   <listen>unix:path={path}</listen>
   <auth>EXTERNAL</auth>
+  <servicedir>{path}-services</servicedir>
   <policy context="default">
     <allow own="*"/><allow send_destination="*"/><allow receive_type="method_call"/>
     <allow receive_type="method_return"/><allow receive_type="error"/><allow receive_type="signal"/>

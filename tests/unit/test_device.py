@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import nbdd.device
-from nbdd.definition import Attach
+from nbdd.definition import Attach, Desktop
 from nbdd.errors import (
     AlreadyAttached,
     Busy,
@@ -95,6 +95,19 @@ def test_attach_goes_from_detached_over_connecting_to_attached_and_detach_back(b
             assert (idle.node, idle.size, idle.worker_pid, idle.attached_since) == ("", 0, 0, 0)
             assert not it.spawner.bound
             assert it.device.idle
+
+    play(script)
+
+
+def test_a_device_of_the_desktop_is_told_as_that_attached_or_not(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench(desktop=Desktop("Photos", "folder-pictures")) as it:
+            for step in (it.device.attach, it.device.detach):
+                await step()
+                told = it.device.status
+                assert (told.desktop, told.display_name, told.icon_name) == (True, "Photos", "folder-pictures")
+            it.device.redefine(definition(desktop=None))
+            assert (it.device.status.desktop, it.device.status.display_name) == (False, "")
 
     play(script)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.fake_desktop import FakeShower
+from tests.unit.fake_desktop import FakeShower, activatable
 from tests.unit.fake_manager import ABSENT, DEADLINE, PRESENT, FakeManager, private_bus
 
 NOTIFY = [sys.executable, "-c", "import sys; from nbdd.desktop.notifier import main; sys.exit(main())"]
@@ -252,6 +252,29 @@ def test_what_nobody_showed_is_shown_when_somebody_does(buses: tuple[str, str], 
         assert "not shown: Photos has lost its server" in program.process.stderr.readline()
         with FakeShower(buses[1]) as shower:
             shower.wait_for_summary("Photos has lost")
+
+
+def test_a_shower_that_the_bus_starts_for_a_notification_shows_it_once(
+    buses: tuple[str, str], nbdd: FakeManager, tmp_path: Path
+) -> None:
+    with private_bus(tmp_path) as (session, _):
+        log = tmp_path / "shown"
+        activatable(session, log)
+        nbdd.devices["photos"] |= lost()
+        with notifier((buses[0], session)) as program:
+            wait_for_line(log, "Photos has lost its server")
+            nbdd.change("photos", **FAILED)
+            wait_for_line(log, "Photos has failed")
+            assert program.end()[0] == 0
+        assert log.read_text().splitlines() == ["Photos has lost its server", "Photos has failed"]
+
+
+def wait_for_line(path: Path, line: str) -> None:
+    """Return when another process has written the line."""
+    end = time.monotonic() + DEADLINE
+    while not path.exists() or line not in path.read_text().splitlines():
+        assert time.monotonic() < end, f"no {line!r}"
+        time.sleep(0.02)
 
 
 def test_a_shower_that_refuses_is_no_end(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
