@@ -136,7 +136,8 @@ def main() -> None:
         seen = 0
         while not shower.end.done():
             with shower.called:
-                shower.called.wait_for(lambda seen=seen: len(shower.history.all) > seen, 0.1)
+                if len(shower.history.all) == seen:
+                    shower.called.wait(0.1)
                 new, seen = shower.history.summaries[seen:], len(shower.history.all)
             with Path(sys.argv[1]).open("a") as log:
                 log.writelines(f"{summary}\n" for summary in new)

@@ -172,6 +172,12 @@ class FakeManager:
         call = self.bus.call(Message(bus, "/org/freedesktop/DBus", bus, "ListNames"))
         return [name for name in self.do(call).body[0] if name.startswith(":")]
 
+    def owner(self, name: str) -> str:
+        """The unique name of whoever owns a name."""
+        bus = "org.freedesktop.DBus"
+        message = Message(bus, "/org/freedesktop/DBus", bus, "GetNameOwner", signature="s", body=[name])
+        return str(self.do(self.bus.call(message)).body[0])
+
     def signal(self, path: str, name: str, signature: str, body: list[Any], to: str | None = None) -> None:
         """Send a signal; `name` is its interface, a dot and its member."""
         interface, _, member = name.rpartition(".")

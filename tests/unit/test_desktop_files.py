@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import configparser
 import os
+import re
 import shutil
 import subprocess
 import tomllib
@@ -139,3 +140,10 @@ def test_a_server_gets_no_package_that_only_a_desktop_needs() -> None:
     for package in ("udisks2", "xdg-utils", "libnotify", "desktop", "session-bus", "icon"):
         assert package not in needed
     assert " udisks2,\n" in control[control.index("\nSuggests:") :]
+
+
+def test_the_documentation_shows_every_picture_there_is_and_no_other() -> None:
+    docs = TREE / "docs"
+    shown = set(re.findall(r"\]\((screenshots/[^)]+)\)", (docs / "desktop.md").read_text()))
+    assert shown == {f"screenshots/{path.name}" for path in (docs / "screenshots").iterdir()}
+    assert all((docs / path).stat().st_size < 40_000 for path in shown)

@@ -347,9 +347,10 @@ def test_signals_of_strangers_are_no_presses(
     nbdd.change("photos", **lost())
     number = shower.wait_for_summary("has lost").number
     with FakeManagerElsewhere(buses[1]) as stranger:
-        stranger.signal(
-            "/org/freedesktop/Notifications", "org.freedesktop.Notifications.ActionInvoked", "us", [number, "detach"]
-        )
+        # To it alone, as it does not listen to what strangers broadcast.
+        to = stranger.owner("org.nbdd1.Notify")
+        member = "org.freedesktop.Notifications.ActionInvoked"
+        stranger.signal("/org/freedesktop/Notifications", member, "us", [number, "detach"], to)
         stranger.connections()
     shower.invoke(number, "no such action", close=False)
     nbdd.change("photos", **BACK)
