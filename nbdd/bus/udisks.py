@@ -69,7 +69,7 @@ class UDisks:
 
         self._bus.add_message_handler(hear)
         try:
-            await DBUS.call(self._bus, "AddMatch", "s", [_RULE], returns="")
+            await self._call(DBUS, "AddMatch", "s", _RULE)
             found = await self.blocks(node)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):

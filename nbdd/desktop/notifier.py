@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 from nbdd import __version__
 from nbdd.bus.callerbus import session_bus
+from nbdd.bus.calls import CallError
 from nbdd.bus.client import Client, Event, Kind, Properties
 from nbdd.bus.notifications import Closed, Invoked, Notifications, NotShown, Renewed
 from nbdd.bus.notifications import Event as Answer
@@ -283,7 +284,7 @@ async def watch(*, everything: bool) -> int:
             work = asyncio.ensure_future(notifier.run())
             lost = asyncio.ensure_future(session.ended())
             await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
+            if lost.done():
                 work.cancel()
                 raise NbddError("The session bus has ended.")
             lost.cancel()
@@ -306,4 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return asyncio.run(watch(everything=everything))
     except NbddError as problem:
         log.error("nbdd-notify: %s", problem)
-        return 1
+    except (CallError, EOFError, OSError) as problem:
+        # It ended, or refused us, in the first moment.
+        log.error("nbdd-notify: The session bus can't be used (%s).", str(problem).rstrip(".") or "it hung up")
+    return 1

@@ -13,6 +13,7 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -35,6 +36,8 @@ PATIENCE = 1.5
 _OPENER_SECONDS = 3.0
 """How long xdg-open may take to fail; one that runs longer is a file manager."""
 
+INTERRUPTED = 128 + signal.SIGINT
+
 log = logging.getLogger("nbdd-open")
 
 
@@ -55,18 +58,22 @@ class Voice:
     @contextlib.asynccontextmanager
     async def waiting(self, summary: str, body: str) -> AsyncIterator[None]:
         """Say what is waited for, if that takes longer than a person expects."""
+        over = asyncio.Event()
 
         async def later() -> None:
-            await asyncio.sleep(PATIENCE)
-            await self.say(summary, body, "network-server")
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await over.wait()
+            except TimeoutError:
+                await self.say(summary, body, "network-server")
 
         task = asyncio.create_task(later())
         try:
             yield
         finally:
-            task.cancel()
-            # It may be half said; then the next word must come after it, and in its place.
-            await asyncio.wait({task})
+            over.set()
+            # Of what is half said nobody would know the number, to take it away or put the next word in its place.
+            await task
 
     async def hush(self) -> None:
         """Take the last notification away."""
@@ -86,7 +93,7 @@ async def open_link(text: str, voice: Voice, session: CallerBus | None) -> None:
         disks = Disks(client, UDisks(bus))
         folder = await disks.mount(await disks.attach(uri))
     await voice.hush()
-    print(folder)
+    _tell(folder)
     if session is None or not await show_folder(session, folder):
         await asyncio.to_thread(_xdg_open, folder)
 
@@ -103,7 +110,12 @@ async def detach(target: str, voice: Voice) -> None:
             async with voice.waiting(f"Detaching {name}", "What is not written yet is being written."):
                 await disks.detach(device)
             await voice.say(f"{name} is detached", "All was written.", "drive-harddisk", lasting=False)
-            print(f"{device.name} is detached")
+            _tell(f"{device.name} is detached")
+
+
+def _tell(what: object) -> None:
+    with contextlib.suppress(OSError):  # a script that does not want to know
+        print(what, flush=True)
 
 
 def _what(uri: URI) -> str:
@@ -165,7 +177,7 @@ async def run(uri: str | None, target: str | None) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run nbdd-open; 0 done, 1 failed, 2 usage."""
+    """Run nbdd-open; 0 done, 1 failed, 2 usage, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="nbdd-open",
         description="Attach the disk that an nbd:// link names, mount it and show it in the file manager.",
@@ -181,4 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give it an NBD URI, such as nbd://storage.example/photos")
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     uri, target = (None, given.what or "") if given.detach else (given.what, None)
-    return asyncio.run(run(uri, target))
+    try:
+        return asyncio.run(run(uri, target))
+    except KeyboardInterrupt:
+        log.error("nbdd-open: Stopped waiting; nbdd goes on with what it was asked for.")
+        return INTERRUPTED

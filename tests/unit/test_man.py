@@ -125,8 +125,8 @@ def test_nbdd_metrics_has_the_options_of_its_page_and_no_others(monkeypatch: pyt
 def test_the_desktops_programs_have_the_options_of_their_pages_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert section("nbdd-notify.1", "OPTIONS").keys() == arguments_of(notifier.main, monkeypatch)
     assert section("nbdd-open.1", "OPTIONS").keys() | {"URI"} == arguments_of(opener.main, monkeypatch)
-    for page in ("nbdd-notify.1", "nbdd-open.1"):
-        assert section(page, "EXIT STATUS").keys() == {"0", "1", "2"}
+    assert section("nbdd-notify.1", "EXIT STATUS").keys() == {"0", "1", "2"}
+    assert section("nbdd-open.1", "EXIT STATUS").keys() == {"0", "1", "2", str(opener.INTERRUPTED)}
 
 
 def test_the_exit_codes_are_those_of_the_pages() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import html
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
@@ -302,6 +303,16 @@ def test_a_server_that_takes_its_time_is_told_and_that_word_goes_when_it_answers
     world.nbdd.release("AttachURI")
     assert process.communicate(timeout=DEADLINE) == ("/media/eve/nbd0\n", "")
     assert world.shower.history.visible == []
+
+
+def test_an_interrupted_wait_says_that_nbdd_goes_on(world: World) -> None:
+    world.nbdd.held.add("AttachURI")
+    process = world.start(LINK)
+    world.nbdd.wait_for("AttachURI")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out) == (130, "")
+    assert err == "nbdd-open: Stopped waiting; nbdd goes on with what it was asked for.\n"
 
 
 def test_on_a_terminal_the_sentence_is_there_and_nowhere_else(world: World) -> None:
