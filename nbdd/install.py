@@ -23,20 +23,28 @@ PLACES = {
     "lib/systemd/system": "usr/local/lib/systemd/system",
     "lib/udev/rules.d": "usr/local/lib/udev/rules.d",
     "lib/modules-load.d": "usr/local/lib/modules-load.d",
+    "lib/sysusers.d": "usr/local/lib/sysusers.d",
+    "lib/systemd/user": "usr/local/lib/systemd/user",
     "share/dbus-1/interfaces": "usr/local/share/dbus-1/interfaces",
     "share/dbus-1/system-services": "usr/local/share/dbus-1/system-services",
     # dbus-daemon(1): policies are read in /usr/share and in /etc, and in no /usr/local.
     "share/dbus-1/system.d": "etc/dbus-1/system.d",
+    "share/applications": "usr/local/share/applications",
+    "share/icons/hicolor/scalable/apps": "usr/local/share/icons/hicolor/scalable/apps",
+    "share/metainfo": "usr/local/share/metainfo",
     # polkit reads actions here alone until release 124, which Debian 12 does not have.
     "share/polkit-1/actions": "usr/share/polkit-1/actions",
 }
 """Folder below the wheel's prefix to folder below the root."""
+
+PROGRAMS = ("nbdd", "nbdctl", "nbdd-metrics", "nbdd-notify", "nbdd-open")
 
 _OF_THE_PACKAGE = "usr/lib/systemd/system/nbdd.service"
 _ENABLED = "etc/systemd/system/multi-user.target.wants/nbdd.service"
 
 _BEGIN = """\
 Now start it:
+  systemd-sysusers
   systemctl daemon-reload
   systemctl reload dbus
   udevadm control --reload
@@ -81,13 +89,13 @@ def install(root: Path) -> list[Path]:
         raise NbddError(
             f"{root / _OF_THE_PACKAGE} is there: the package nbdd is installed, which is all that is needed."
         )
-    programs = {name: _program(name) for name in ("nbdd", "nbdctl")}
+    programs = {name: _program(name) for name in PROGRAMS}
     if root == Path("/"):
         for program in programs.values():
             _insist_on_root(program)
     done = []
     for source, target in _files(root):
-        text = re.sub(r"/usr/bin/(nbdd|nbdctl)\b", lambda found: str(programs[found[1]]), source.read_text())
+        text = re.sub(r"/usr/bin/(nbd[-a-z]+)", lambda found: str(programs[found[1]]), source.read_text())
         target.parent.mkdir(parents=True, exist_ok=True)
         # Beside it and then in its place: a reader may come at any time.
         new = target.with_name(f".{target.name}.new")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdd.install import PLACES, main
+from nbdd.install import PLACES, PROGRAMS, main
 
 TREE = Path(__file__).resolve().parents[2]
 HOST_UNITS = Path("/usr/lib/systemd/system")
@@ -22,6 +22,13 @@ HOST_UNITS = Path("/usr/lib/systemd/system")
 FILES = {
     "etc/dbus-1/system.d/org.nbdd1.conf",
     "usr/local/lib/modules-load.d/nbdd.conf",
+    "usr/local/lib/systemd/system/nbdd-metrics.service",
+    "usr/local/lib/systemd/system/nbdd-metrics.socket",
+    "usr/local/lib/systemd/user/nbdd-notify.service",
+    "usr/local/lib/sysusers.d/nbdd.conf",
+    "usr/local/share/applications/org.nbdd1.open.desktop",
+    "usr/local/share/icons/hicolor/scalable/apps/org.nbdd1.svg",
+    "usr/local/share/metainfo/org.nbdd1.open.metainfo.xml",
     "usr/local/lib/systemd/system/nbdd-attach@.service",
     "usr/local/lib/systemd/system/nbdd.service",
     "usr/local/lib/udev/rules.d/60-nbdd.rules",
@@ -54,7 +61,7 @@ def prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for source, target in table[kind].items():
             (start / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(TREE / source, start / target)
-    programs = [prefix / "bin" / name for name in ("nbdd", "nbdctl")]
+    programs = [prefix / "bin" / name for name in PROGRAMS]
     for program in programs:
         program.parent.mkdir(exist_ok=True)
         program.write_text("#!/bin/sh\n")
@@ -188,7 +195,8 @@ def test_a_root_that_can_not_be_written_is_one_sentence(run: Run, tmp_path: Path
 def test_every_file_of_the_wheel_for_the_system_has_a_place_and_the_manual_tells_it() -> None:
     table = tomllib.loads((TREE / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     folders = {str(Path(target).parent) for target in table["shared-data"].values()}
-    assert folders == PLACES.keys() | {"share/nbdd"}  # for editors, which name the file themselves
+    # For editors, Prometheus and Grafana, which are given the files by name.
+    assert folders == PLACES.keys() | {"share/nbdd", "share/nbdd/prometheus", "share/nbdd/grafana"}
     told = re.findall(r"^\| `/(\S+)` \|", (TREE / "docs/wheel.md").read_text(), re.MULTILINE)
     assert set(told) == set(PLACES.values())
 

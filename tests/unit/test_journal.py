@@ -55,6 +55,8 @@ def log(tmp_path: Path) -> Iterator[logging.Logger]:
     handler = JournalHandler(str(tmp_path / "socket"))
     found = logging.getLogger("nbdd.test")
     found.setLevel(logging.DEBUG)
+    # pytest would keep what no encoding holds, and fail to report it.
+    found.propagate = False
     found.addHandler(handler)
     yield found
     found.removeHandler(handler)

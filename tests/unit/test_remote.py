@@ -118,6 +118,8 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "list": ([], "GetManagedObjects"),
     "status": (["backup"], "GetStatistics"),
     "set-timeout": (["backup", "5"], "SetTimeout"),
+    "reconnect": (["backup"], "Reconnect"),
+    "resize": (["backup"], "Resize"),
     "exports": (["nbd://storage.example"], "ListExports"),
     "reload": ([], "Reload"),
 }
