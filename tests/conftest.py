@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest import RELEASES, Guest, GuestError, deb
+from tests.scale import is_full
 
 FAILURES = Path(__file__).parent / "failures"
 GUEST_TEST_SECONDS = 600
@@ -46,7 +47,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not is_full() and not config.getoption("--guest-release"):
+        others = [item for item in items if _belongs_to_another_release(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     # Early enough for `-m guest` and `-m "not guest"`.
     for item in items:
         if "release" in getattr(item, "fixturenames", ()):
@@ -58,6 +63,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             # The fixtures have deadlines of their own; what is timed here is the test.
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))
+
+
+def _belongs_to_another_release(item: pytest.Item) -> bool:
+    """Whether a quick run of all releases does without it: see the mark `quick_on` in pyproject.toml."""
+    mark, callspec = item.get_closest_marker("quick_on"), getattr(item, "callspec", None)
+    return mark is not None and callspec is not None and callspec.params["release"] != mark.args[0]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -14,7 +14,12 @@ VARIABLE = "NBDD_TESTS"
 
 def times(quick: int, full: int) -> int:
     """The number that belongs to this run; raises ValueError for one that is neither quick nor full."""
+    return full if is_full() else quick
+
+
+def is_full() -> bool:
+    """Whether this is a run with the full numbers; raises ValueError as above."""
     scale = os.environ.get(VARIABLE) or "quick"
     if scale not in ("quick", "full"):
         raise ValueError(f"{VARIABLE} is {scale!r}; it can be quick or full.")
-    return full if scale == "full" else quick
+    return scale == "full"

@@ -15,6 +15,7 @@ SECONDS = times(40, 600)
 SEED = 1
 
 
+@pytest.mark.quick_on("debian13")
 @pytest.mark.timeout(SECONDS + MORE_SECONDS, func_only=True)
 def test_servers_the_network_and_nbdd_fail_again_and_again_and_nothing_is_lost(
     lab: Lab, show: Callable[[str], None]

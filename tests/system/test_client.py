@@ -104,6 +104,7 @@ def test_every_example_of_the_documentation_works_and_prints_what_it_says(lab: L
     assert {heading: problem for heading, problem in told.items() if problem} == {}
 
 
+@pytest.mark.quick_on("debian12")
 def test_many_rounds_of_run_async_and_kill_async_leave_nothing(run: Run, show: Show, release: str) -> None:
     found = run("rounds", "rounds", ROUNDS, seconds=ROUNDS * 1.5 + 60)
     seconds = found["seconds"]
@@ -121,6 +122,7 @@ def test_many_rounds_of_run_async_and_kill_async_leave_nothing(run: Run, show: S
     assert found["log"] == [], "what the kernel said beyond the ordinary"
 
 
+@pytest.mark.quick_on("debian13")
 def test_a_service_that_is_killed_at_any_moment_leaves_a_device_that_can_be_used_again(
     run: Run, show: Show, release: str
 ) -> None:
