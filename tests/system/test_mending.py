@@ -10,9 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.conftest import Show
+from tests.scale import times
 from tests.system.lab import Lab, Server
+from tests.system.load import Load, strike
 
 MIB = 1 << 20
+
+ROUNDS = times(1, 10)
+"""Of ten strikes each at servers under load."""
+
+AWAY = times(8, 20)
+"""Seconds that a network is cut, and a server stands still, after that is noticed or could have been."""
 
 
 def file_server(lab: Lab, image: str = "/root/disk.img", arguments: str = "") -> Server:
@@ -78,6 +89,76 @@ def test_what_was_under_way_is_done_soon_after_the_link_is_back(lab: Lab, show: 
             else "not done in two minutes"
         )
         show(f"{whose}: a read under way when its server is killed: {outcome}")
+
+
+def test_what_was_under_way_on_several_connections_or_with_a_timeout_waits_for_the_kernels_timer(
+    lab: Lab, show: Show, release: str
+) -> None:
+    lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
+    server = file_server(lab)
+    # The kernel's own 30 s, where nothing else is said, are for the full run.
+    cases = {"timeout: 5": 5, "connections: 3, timeout: 5": 5, "connections: 3": 30}
+    for keys, timer in list(cases.items())[: times(2, 3)]:
+        lab.define(f"devices:\n  timed: {{uri: '{server.uri}', {keys}}}\n")
+        lab.attach("timed")
+        told = waiting(lab, "/dev/disk/by-nbd/timed", "/run/nbdd/devices/timed.json", 1, server)
+        early = told["early"]["after the kill"]
+        show(
+            f"{release}: with {keys}, of two reads at a kill the one under way is done {early} s after it,"
+            f" the later one after {told['late']['after the kill']} s"
+        )
+        assert [told[which]["error"] for which in ("early", "late")] == ["", ""], told
+        # Where processors are emulated and wanted by many, 3 s more were seen.
+        assert early <= timer + 8, told
+        lab.wait_for("timed", "State", 's "attached"')
+        lab.detach("timed")
+
+
+@pytest.mark.timeout(600 + 120 * ROUNDS, func_only=True)
+def test_servers_that_are_killed_and_restarted_under_load_cost_no_io(lab: Lab, show: Show, release: str) -> None:
+    unit = "-p Restart=always -p RestartSec=100ms -p StartLimitIntervalSec=0 -p LimitNOFILE=1024"
+    config = "[generic]\nlistenaddr=127.0.0.1\nport=PORT\n[disk]\nexportname=/root/nbdserver.img\n"
+    lab.guest.write("/run/nbd-server.conf.in", config)
+    lab.guest.run("cd /root; for s in nbdkit qemunbd nbdserver; do rm -f $s.img; truncate -s 64M $s.img; done")
+    configured = (
+        "sed s/PORT/{port}/ /run/nbd-server.conf.in >/run/nbd-server.conf; exec nbd-server -C /run/nbd-server.conf"
+    )
+    commands = {
+        "nbdkit": f"{unit} nbdkit -f -i 127.0.0.1 -p {{port}} file /root/nbdkit.img",
+        "qemunbd": f"{unit} qemu-nbd -t -f raw -b 127.0.0.1 -p {{port}} -x disk /root/qemunbd.img",
+        "nbdserver": f"{unit} -p Type=forking sh -c '{configured}'",
+    }
+    servers = {
+        name: lab.serve(command, f"nbd://127.0.0.1:{{port}}/{'' if name == 'nbdkit' else 'disk'}")
+        for name, command in commands.items()
+    }
+    # nbd-server computes for a while before it greets anybody, where processors are emulated for minutes at times.
+    lab.until(f"nbdinfo --size {servers['nbdserver'].uri} >/dev/null", 400, unit=servers["nbdserver"].unit)
+    lines = "".join(f"  {name}: {{uri: '{server.uri}', dead-timeout: 3600}}\n" for name, server in servers.items())
+    lab.define(f"devices:\n{lines}")
+    for name in servers:
+        lab.attach(name)
+    loads = [Load(lab, name) for name in servers]
+    try:
+        # Not the restart of nbdkit: what it says on SIGTERM is an error of its own; see docs/reliability.md.
+        rounds = {"nbdkit": ["kill"] * 4, "qemunbd": ["restart", "kill"] * 2, "nbdserver": ["restart", "kill"]}
+        words = {"kill": "systemctl kill --kill-whom=all --signal=KILL", "restart": "systemctl restart"}
+        strikes = {
+            name: [("link", f"{words[word]} {servers[name].unit}") for word in in_turn * ROUNDS]
+            for name, in_turn in rounds.items()
+        }
+        recovered = strike(loads, strikes, 500 + 90 * ROUNDS)
+        for load in loads:
+            load.another_pass()
+            load.end()
+    finally:
+        for load in loads:
+            load.kill()
+    for name, recovery in recovered.items():
+        show(f"{release}: {name} killed and restarted under load, attached again: {recovery}")
+    for name, server in servers.items():
+        assert lab.device(name)["Reconnects"] >= len(strikes[name]), server
+        lab.detach(name)
 
 
 def test_a_server_that_takes_five_seconds_for_each_request_is_never_cut(lab: Lab) -> None:
@@ -169,14 +250,16 @@ def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_
     lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
     cut, still = file_server(lab), lab.nbdkit("memory 16M")
     port = cut.uri.split(":")[2].strip("/")
-    lab.define(f"devices:\n  cut:\n    uri: {cut.uri}\n    network-timeout: 10\n  still:\n    uri: {still.uri}\n")
+    lab.define(f"devices:\n  cut:\n    uri: {cut.uri}\n    network-timeout: 5\n  still:\n    uri: {still.uri}\n")
     lab.attach("cut")
     lab.attach("still")
     fio = (
         "fio --name={0} --filename=/dev/disk/by-nbd/{0} --rw=randwrite --bs=4k --size=2M --iodepth=8 --ioengine=libaio"
     )
-    fio += " --direct=1 --verify=crc32c --verify_fatal=1 --time_based --runtime=45 --output=/run/{0}.log"
-    lab.guest.run("".join(f"systemd-run -q --unit=fio-{name} {fio.format(name)};" for name in ("cut", "still")))
+    fio += " --direct=1 --verify=crc32c --verify_fatal=1 --time_based --runtime={1} --output=/run/{0}.log"
+    lab.guest.run(
+        "".join(f"systemd-run -q --unit=fio-{name} {fio.format(name, 15 + AWAY)};" for name in ("cut", "still"))
+    )
     lab.guest.run("sleep 3")
     drop = "".join(f"nft add rule inet cut in tcp {side} {port} drop;" for side in ("dport", "sport"))
     lab.guest.run(
@@ -184,8 +267,8 @@ def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_
         f"{kill(still)} STOP"
     )
     lab.wait_for("cut", "State", 's "reconnecting"', 30)
-    assert "no sign of life for 10 s" in lab.device("cut")["LastError"][1]
-    lab.guest.run(f"sleep 20; nft delete table inet cut; {kill(still)} CONT", timeout=60)
+    assert "no sign of life for 5 s" in lab.device("cut")["LastError"][1]
+    lab.guest.run(f"sleep {AWAY}; nft delete table inet cut; {kill(still)} CONT", timeout=60)
     lab.wait_for("cut", "State", 's "attached"')
     lab.until("! systemctl -q is-active fio-cut && ! systemctl -q is-active fio-still", 120)
     assert lab.guest.run("systemctl is-failed fio-cut fio-still || :").stdout == "inactive\ninactive\n"

@@ -7,68 +7,24 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import Show
+from tests.scale import times
 from tests.system.lab import ATTACH_SECONDS, Lab, Server
+from tests.system.load import Load, Recovery, strike, told
 
 NAME = "load"
 
-# Writes and verifies over and over until it is told to stop; its exit code is the verdict.
-_LOAD = f"""\
-#!/bin/sh
-passes=0
-while [ ! -e /run/load.stop ]; do
-    fio --name=load --filename=/dev/disk/by-nbd/{NAME} --rw=randwrite --bs=4k --size=4M --iodepth=8 --ioengine=libaio \\
-        --direct=1 --verify=crc32c --verify_fatal=1 --output=/run/load.log || exit 1
-    passes=$((passes + 1))
-    echo $passes > /run/load.passes
-done
-"""
+WORKER_KILLS = times(5, 50)
+MANAGER_KILLS = times(4, 50)
+UPGRADES = times(1, 10)
 
+KILL_MAIN = "systemctl kill --signal=KILL --kill-whom=main nbdd"
+KILL_ALL = "systemctl kill --signal=KILL --kill-whom=all nbdd"
+UPGRADE = "dpkg --force-confold -i /var/tmp/nbdd_*_all.deb >/dev/null"
 
-class Load:
-    """A device under fio; `end` waits for the verdict."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self.before = lab.device(NAME)
-        self.binding = self._binding()
-        lab.guest.write("/run/load.sh", _LOAD, 0o755)
-        # BindsTo and the like must not touch it: it is somebody else's program.
-        lab.guest.run("rm -f /run/load.stop /run/load.passes; systemd-run -q --unit=load /run/load.sh")
-        self.another_pass()
-
-    def another_pass(self) -> None:
-        """Wait until fio has written and verified everything once more, begun after this call."""
-        self.lab.until(
-            "[ $(cat /run/load.passes 2>/dev/null || echo 0) -ge "
-            f"{self._passes() + 2} ] || ! systemctl -q is-active load",
-            300,
-            what="fio goes on",
-        )
-        assert self.lab.guest.run("systemctl is-active load", check=False).stdout.strip() == "active", self._log()
-
-    def end(self) -> None:
-        """Stop fio; it must have met no error, on a device that was never bound anew."""
-        self.lab.guest.run("touch /run/load.stop")
-        self.lab.until("! systemctl -q is-active load", 300)
-        failed = self.lab.guest.run("systemctl is-failed load", check=False).stdout.strip()
-        assert failed != "failed", self._log()
-        after = self.lab.device(NAME)
-        assert after["State"] == "attached"
-        assert after["Node"] == self.before["Node"]
-        assert after["AttachedSince"] == self.before["AttachedSince"]
-        assert self._binding() == self.binding, "the device was bound anew"
-        # Since this test began: a device that was detached in an earlier one may have had a reader, udev's for one.
-        assert [line for line in self.lab.kernel_log() if "I/O error" in line] == []
-
-    def _passes(self) -> int:
-        return int(self.lab.guest.run("cat /run/load.passes 2>/dev/null || echo 0").stdout)
-
-    def _binding(self) -> str:
-        # The thread that gave the kernel the device; the next binding has another. (diskseq stays over bindings.)
-        return self.lab.guest.run(f"cat /sys/block/{self.before['Node'].removeprefix('/dev/')}/pid").stdout
-
-    def _log(self) -> str:
-        return self.lab.guest.run("cat /run/load.log; journalctl -u load -u nbdd -n 40 --no-pager").stdout
+PROMISED, EMULATED = 2.0, 60.0
+"""Seconds until a device is managed again: what is promised, and what an emulated processor that ten others want may
+need in the middle; 20 were seen. The start of Python takes most of it, and 0.5 s is systemd's wait before a restart."""
 
 
 @pytest.fixture
@@ -76,67 +32,70 @@ def load(lab: Lab) -> Iterator[Load]:
     server = lab.nbdkit("memory 64M")
     lab.define(f"devices:\n  {NAME}:\n    uri: {server.uri}\n")
     lab.attach(NAME)
-    yield Load(lab)
-    lab.guest.run("systemctl stop load 2>/dev/null; systemctl reset-failed load 2>/dev/null", check=False)
+    load = Load(lab, NAME)
+    yield load
+    load.kill()
 
 
-def _managed_again(lab: Lab, old_worker: int) -> None:
-    """Wait until another worker than `old_worker` looks after the device."""
-    get = f"busctl get-property org.nbdd1 /org/nbdd1/device/{NAME} org.nbdd1.Device"
-    lab.until(
-        f"""[ "$({get} State 2>&1)" = 's "attached"' ] && """
-        f"""! {get} WorkerPID | grep -qx -e 'u 0' -e 'u {old_worker}'""",
-        what="managed again",
-    )
+def _strike(load: Load, *commands: str, seconds: float = 60) -> Recovery:
+    """Strike at nbdd, and see a new worker look after the device each time; `seconds` is for each."""
+    return strike([load], {NAME: [("worker", command) for command in commands]}, 120 + seconds * len(commands))[NAME]
 
 
-def test_sigkill_of_a_worker_costs_no_io_and_a_new_one_adopts_the_device(lab: Lab, load: Load) -> None:
+def _check_time(load: Load, seconds: list[float]) -> None:
+    if load.lab.guest.accelerator == "kvm":
+        assert max(seconds) <= PROMISED
+    assert sorted(seconds)[len(seconds) // 2] <= EMULATED
+
+
+@pytest.mark.timeout(300 + 30 * WORKER_KILLS, func_only=True)
+def test_sigkill_of_a_worker_costs_no_io_and_a_new_one_adopts_the_device(
+    lab: Lab, load: Load, show: Show, release: str
+) -> None:
     manager = lab.manager_pid()
-    for _ in range(5):
-        worker = lab.device(NAME)["WorkerPID"]
-        lab.guest.run(f"kill -KILL {worker}")
-        _managed_again(lab, worker)
+    recovery = _strike(load, *["kill -KILL {worker}"] * WORKER_KILLS)
     load.another_pass()
     load.end()
     assert lab.manager_pid() == manager
     assert "was killed by SIGKILL" in lab.guest.journal("nbdd")
+    show(f"{release}: SIGKILL of the worker, managed again: {recovery}")
+    _check_time(load, recovery.seconds)
 
 
-def test_sigkill_of_the_manager_costs_no_io_and_its_successor_adopts_the_device(lab: Lab, load: Load) -> None:
-    for whom in ("main", "main", "all"):
-        worker = lab.device(NAME)["WorkerPID"]
-        lab.guest.run(f"systemctl kill --signal=KILL --kill-whom={whom} nbdd")
-        _managed_again(lab, worker)
+@pytest.mark.timeout(300 + 30 * MANAGER_KILLS, func_only=True)
+def test_sigkill_of_the_manager_costs_no_io_and_its_successor_adopts_the_device(
+    load: Load, show: Show, release: str
+) -> None:
+    recovery = _strike(load, *[KILL_MAIN, KILL_ALL] * (MANAGER_KILLS // 2))
     load.another_pass()
     load.end()
+    show(f"{release}: SIGKILL of the manager, managed again: {recovery}; from its start: {told(recovery.since_start)}")
+    _check_time(load, recovery.seconds)
 
 
 def test_sigkill_of_the_fork_server_costs_no_io_and_a_new_one_starts(lab: Lab, load: Load) -> None:
     manager = lab.manager_pid()
-    for _ in range(2):
-        worker = lab.device(NAME)["WorkerPID"]
-        lab.guest.run(f"kill -KILL $(ps -o ppid= -p {worker})")
-        _managed_again(lab, worker)
+    _strike(load, *["kill -KILL $(ps -o ppid= -p {worker})"] * 2)
     load.end()
     assert lab.manager_pid() == manager
 
 
 def test_a_worker_that_hangs_is_found_and_replaced_without_io_errors(lab: Lab, load: Load) -> None:
-    worker = lab.device(NAME)["WorkerPID"]
-    lab.guest.run(f"kill -STOP {worker}")
-    _managed_again(lab, worker)
+    _strike(load, "kill -STOP {worker}")
     load.end()
     assert "did not answer and was killed" in lab.guest.journal("nbdd")
 
 
-def test_restart_and_package_upgrade_keep_the_device_and_its_io(lab: Lab, load: Load) -> None:
-    lab.guest.run("systemctl restart nbdd", timeout=ATTACH_SECONDS)
-    _managed_again(lab, load.before["WorkerPID"])
-    worker = lab.device(NAME)["WorkerPID"]
-    lab.guest.run("dpkg --force-confold -i /var/tmp/nbdd_*_all.deb", timeout=300)
-    _managed_again(lab, worker)
+@pytest.mark.timeout(300 + 90 * UPGRADES, func_only=True)
+def test_restart_and_package_upgrade_keep_the_device_and_its_io(load: Load, show: Show, release: str) -> None:
+    recovery = _strike(load, "systemctl restart nbdd", *[UPGRADE] * UPGRADES, seconds=90)
     load.another_pass()
     load.end()
+    show(
+        f"{release}: restart and {UPGRADES} installations of the package, managed again: {recovery};"
+        f" from the start of the new service: {told(recovery.since_start)}"
+    )
+    _check_time(load, recovery.since_start)
 
 
 def test_stop_leaves_a_mounted_device_attached_and_start_takes_it_up_and_mends_it_again(lab: Lab) -> None:
