@@ -37,17 +37,17 @@ def test_boot_mounts_what_fstab_says_and_a_shutdown_ends_in_time_with_and_withou
     guest.run(f"truncate -s 64M /root/disk.img && mkfs.ext4 -q /root/disk.img && mkdir -p {MOUNT} /var/log/journal")
     guest.write("/etc/systemd/system/nbdkit.service", SERVICE)
     guest.write("/etc/nbdd/devices.d/t.yaml", "devices:\n  backup:\n    uri: nbd://127.0.0.1/\n    attach: boot\n")
-    guest.run(f"systemctl enable -q nbdkit; echo '{FSTAB}' >>/etc/fstab")
-    guest.reboot()
-    Lab(guest).until(f"mountpoint -q {MOUNT}", 120)
+    # On the way down it stays until the filesystem is unmounted; in /run, so that this holds for the first one alone.
+    guest.write("/run/systemd/system/nbdkit.service.d/stays.conf", "[Unit]\nBefore=remote-fs-pre.target\n")
+    guest.run(f"echo '{FSTAB}' >>/etc/fstab; systemctl enable -q --now nbdkit; systemctl reload nbdd", timeout=120)
+    lab = Lab(guest)
+    lab.wait_for("backup", "State", 's "attached"')
 
-    # With the server: it stays until the filesystem is unmounted.
-    drop_in = "/run/systemd/system/nbdkit.service.d/stays.conf"
-    guest.write(drop_in, "[Unit]\nBefore=remote-fs-pre.target\n")
-    guest.run("systemctl daemon-reload")
+    # With the server.
+    guest.run(f"systemctl daemon-reload; systemctl start srv-backup.mount; mountpoint -q {MOUNT}", timeout=120)
     guest.run(f"echo kept >{MOUNT}/file; sync")
     guest.reboot()
-    Lab(guest).until(f"mountpoint -q {MOUNT}", 120)
+    lab.until(f"mountpoint -q {MOUNT}", 120)
     assert guest.read(f"{MOUNT}/file") == "kept\n"
     log = guest.run("journalctl -b -1 --no-pager -o cat").stdout
     assert "Unmounted srv-backup.mount" in log
@@ -75,7 +75,7 @@ def test_boot_mounts_what_fstab_says_and_a_shutdown_ends_in_time_with_and_withou
         log = guest.run("journalctl -b -1 --no-pager -o cat -u nbdd").stdout
         assert "the machine goes down: I/O waits for a dead server for 30 s from now on" in log
         assert "backup: No server came back within " in log
-        Lab(guest).until(f"mountpoint -q {MOUNT}", 120)
+        lab.until(f"mountpoint -q {MOUNT}", 120)
         assert guest.read(f"{MOUNT}/file") == "kept\n"
         assert _is_clean(guest)
 
