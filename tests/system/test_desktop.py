@@ -30,6 +30,11 @@ polkit.addRule(function(action, subject) {
 """
 
 
+def to_front(terminal: int) -> str:
+    """A command that puts a virtual terminal in front: VT_ACTIVATE of ioctl_vt(2)."""
+    return f"python3 -c 'import fcntl, os; fcntl.ioctl(os.open(\"/dev/tty0\", os.O_RDWR), 0x5606, {terminal})'"
+
+
 class Seat:
     """A person, "visitor", at the machine: each command is a session of logind's on a terminal that is in front."""
 
@@ -38,12 +43,10 @@ class Seat:
 
     def run(self, command: str, *, check: bool = True) -> Result:
         """Run a command in a session that is local and active."""
-        place = (
-            f"-p User=visitor -p PAMName=login -p TTYPath=/dev/tty{TERMINAL} -E XDG_SEAT=seat0 -E XDG_VTNR={TERMINAL}"
-        )
+        place = f"-p User=visitor -p PAMName=runuser-l -p TTYPath=/dev/tty{TERMINAL} -E XDG_SEAT=seat0 -E XDG_VTNR={TERMINAL}"
         kind = "-E XDG_SESSION_TYPE=tty -E XDG_SESSION_CLASS=user -E LANG=C.UTF-8"
         words = f"systemd-run --quiet --wait --collect --pipe {place} {kind} bash -c {shlex.quote(command)}"
-        return self._lab.guest.run(f"chvt {TERMINAL}; {words}", check=check, timeout=180)
+        return self._lab.guest.run(f"{to_front(TERMINAL)}; {words}", check=check, timeout=180)
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def seat(lab: Lab) -> Iterator[Seat]:
     yield made
     lab.guest.run(
         f"rm -f {RULES_FILE}; for m in $(findmnt -rno SOURCE,TARGET | awk '/nbd/{{print $2}}'); do umount $m; done;"
-        "gpasswd -d visitor disks; groupdel disks; chvt 1; systemctl stop udisks2",
+        f"gpasswd -d visitor disks; groupdel disks; {to_front(1)}; systemctl stop udisks2",
         check=False,
     )
 
