@@ -43,8 +43,8 @@ class Seat:
 
     def run(self, command: str, *, check: bool = True) -> Result:
         """Run a command in a session that is local and active."""
-        place = f"-p User=visitor -p PAMName=runuser-l -p TTYPath=/dev/tty{TERMINAL} -E XDG_SEAT=seat0 -E XDG_VTNR={TERMINAL}"
-        kind = "-E XDG_SESSION_TYPE=tty -E XDG_SESSION_CLASS=user -E LANG=C.UTF-8"
+        place = f"-p TTYPath=/dev/tty{TERMINAL} -E XDG_SEAT=seat0 -E XDG_VTNR={TERMINAL}"
+        kind = "-p User=visitor -p PAMName=runuser-l -E XDG_SESSION_TYPE=tty -E XDG_SESSION_CLASS=user -E LANG=C.UTF-8"
         words = f"systemd-run --quiet --wait --collect --pipe {place} {kind} bash -c {shlex.quote(command)}"
         return self._lab.guest.run(f"{to_front(TERMINAL)}; {words}", check=check, timeout=180)
 
