@@ -3,94 +3,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import os
-import re
 import sys
-import time
-from collections.abc import Awaitable, Callable
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdd.ctl import complete, show
-from nbdd.ctl.record import Device, changes
+from nbdd.ctl import complete, find, show, users
+from nbdd.ctl.common import as_json, call, count, device_argument, document, number, order, say, terminal, text
+from nbdd.ctl.monitor import monitor
+from nbdd.ctl.record import Device
 from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client, Event
-
-T = TypeVar("T")
-
-LARGEST = 2_000_000
-"""No option and no argument takes more: 23 days, in seconds."""
-
-
-def text(value: str) -> str:
-    """A text that can go over the bus, which carries UTF-8 only."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise click.BadParameter("it is not valid UTF-8.") from None
-    return value
-
-
-def number(value: str | int, least: int = 0) -> int:
-    """A whole number that the bus can carry."""
-    digits = str(value)
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or not least <= int(digits) <= LARGEST:
-        raise click.BadParameter(f"{show.clean(digits)} is not a whole number from {least} to {LARGEST}.")
-    return int(digits)
-
-
-def count(value: str | int) -> int:
-    """A number of things of which there is one at least."""
-    return number(value, 1)
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-
-
-def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
-    """The argument NAME, completed with the devices that are `wanted`."""
-    return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
-
-
-def call(action: Callable[[Client], Awaitable[T]]) -> T:
-    """Connect to the service, do one thing there, and return what came of it."""
-    # Imported here: it takes longer than all else together, and --help needs none of it.
-    from nbdd.bus.client import Client  # noqa: PLC0415
-
-    async def run() -> T:
-        async with Client() as client:
-            return await action(client)
-
-    return asyncio.run(run())
-
-
-def order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts disk10 after disk2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def document(value: Any) -> None:
-    """Print one JSON document. It is pure ASCII, so nothing in it can upset a terminal."""
-    print(json.dumps(value, indent=2))
-
-
-def say(text: str) -> None:
-    """Print one line for a person, on stderr; where that can't be, there is nobody to tell."""
-    with contextlib.suppress(OSError):
-        if sys.stderr is not None:
-            print(f"nbdctl: {text}", file=sys.stderr)
-
-
-def terminal() -> IO[str] | None:
-    """Stderr if it is a terminal that can rewrite a line."""
-    able = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    return sys.stderr if able else None
+    from nbdd.bus.client import Client
 
 
 def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -211,15 +136,19 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
 @as_json
 def list_(as_json: bool) -> None:
     """List all devices, attached or not."""
+    import asyncio  # noqa: PLC0415 - comes with the bus
 
-    async def action(client: Client) -> list[Device]:
-        return [Device.of(properties) for properties in await client.devices()]
+    async def action(client: Client) -> tuple[list[Device], dict[str, list[str]]]:
+        # While nbdd answers, we look at the machine.
+        answer, claims = await asyncio.gather(client.devices(), asyncio.to_thread(users.claims))
+        return [Device.of(properties) for properties in answer], claims
 
-    found = sorted(call(action), key=lambda device: order(device.name))
+    found, claims = call(action)
+    found.sort(key=lambda device: order(device.name))
     if as_json:
-        document({"devices": [device.to_json() for device in found]})
+        document({"devices": [device.to_json() | {"users": claims.get(device.node, [])} for device in found]})
     elif found:
-        print(show.devices(found, show.Look.of(sys.stdout)))
+        print(show.devices(found, claims, show.Look.of(sys.stdout)))
     else:
         say(
             "There are no devices. Define some in /etc/nbdd/devices.d/ and `nbdctl reload`, or try: "
@@ -228,23 +157,25 @@ def list_(as_json: bool) -> None:
 
 
 @cli.command()
-@device_argument()
+@click.argument("target", metavar="NAME|NODE", type=text, shell_complete=complete.names())
 @as_json
-def status(name: str, as_json: bool) -> None:
-    """Show all about the device NAME."""
+def status(target: str, as_json: bool) -> None:
+    """Show all about one device, by its NAME or by its NODE, such as /dev/nbd5 or nbd5: who uses it, too."""
 
     async def action(client: Client) -> tuple[Device, dict[str, int] | None]:
-        device = Device.of(await client.device(name))
+        device = await find.device(client, target)
         try:
-            return device, await client.statistics(name)
+            return device, await client.statistics(device.name)
         except (NotAttached, NoSuchDevice):
             return device, None
 
     device, statistics = call(action)
+    using = users.users_of(device.node) if device.node else None
     if as_json:
-        document(device.to_json() | {"statistics": statistics})
+        seen = {"users": list(using.found), "users-complete": using.complete} if using is not None else {}
+        document(device.to_json() | {"users": [], "users-complete": True} | seen | {"statistics": statistics})
     else:
-        print(show.status(device, statistics, show.Look.of(sys.stdout)))
+        print(show.status(device, statistics, using, show.Look.of(sys.stdout)))
 
 
 # "-1" is a number out of range here, not an option.
@@ -297,44 +228,4 @@ def reload(as_json: bool) -> None:
             print(show.clean(f"{label}: {', '.join(sorted(names, key=order))}"))
 
 
-@cli.command(short_help="Print what happens, a line for each event.")
-@as_json
-def monitor(as_json: bool) -> None:
-    """Print what happens to the devices, a line for each event, until Ctrl-C."""
-
-    async def action(client: Client) -> None:
-        running = await client.subscribe()
-        if terminal():
-            say("Watching; Ctrl-C ends it." if running else "Watching; nbdd is not running now. Ctrl-C ends it.")
-        while True:
-            event = await client.event()
-            print(json.dumps(_event(event)) if as_json else _event_line(event), flush=True)
-
-    try:
-        call(action)
-    except KeyboardInterrupt:
-        return
-
-
-def _event(event: Event) -> dict[str, Any]:
-    """The JSON object of an event; `time` is in microseconds since 1970, as everywhere in nbdd."""
-    found: dict[str, Any] = {"time": time.time_ns() // 1000, "event": str(event.kind)}
-    if event.name:
-        found["name"] = event.name
-    if event.kind == "added":
-        found["device"] = Device.of(event.properties).to_json()
-    if event.kind == "changed":
-        found["changes"] = changes(event.properties)
-    return found
-
-
-def _event_line(event: Event) -> str:
-    what = f"{event.name}: " if event.name else "nbdd "
-    if event.kind == "added":
-        device = Device.of(event.properties)
-        line = show.clean(f"{what}added, {device.state}, {device.uri}")
-    elif event.kind == "changed":
-        line = show.clean(what) + show.changed(changes(event.properties))
-    else:
-        line = show.clean(f"{what}{event.kind}")
-    return f"{time.strftime('%H:%M:%S')} {line}"
+cli.add_command(monitor)

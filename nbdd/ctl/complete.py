@@ -6,7 +6,6 @@ Bash: ``eval "$(_NBDCTL_COMPLETE=bash_source nbdctl)"``; zsh and fish alike.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 
@@ -25,6 +24,8 @@ def names(wanted: Callable[[Device], bool] = lambda _: True) -> Completer:
     """A completer for the names of the devices that are `wanted`."""
 
     def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        import asyncio  # noqa: PLC0415 - as below
+
         found: list[Device] = []
         with contextlib.suppress(Exception):
             found = asyncio.run(_devices())
@@ -38,7 +39,9 @@ def names(wanted: Callable[[Device], bool] = lambda _: True) -> Completer:
 
 
 async def _devices() -> list[Device]:
-    # Imported here: it takes longer than all else together, and --help needs none of it.
+    # Imported here: they take longer than all else together, and --help needs neither.
+    import asyncio  # noqa: PLC0415
+
     from nbdd.bus.client import Client  # noqa: PLC0415
 
     async with asyncio.timeout(_SECONDS), Client(activate=False) as client:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""What every command of nbdctl is made of: the types of its arguments, the call, and where its words go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from nbdd.ctl import complete, show
+
+if TYPE_CHECKING:
+    from nbdd.bus.client import Client
+    from nbdd.ctl.record import Device
+
+T = TypeVar("T")
+
+LARGEST = 2_000_000
+"""No option and no argument takes more: 23 days, in seconds."""
+
+
+def text(value: str) -> str:
+    """A text that can go over the bus, which carries UTF-8 only."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("it is not valid UTF-8.") from None
+    return value
+
+
+def number(value: str | int, least: int = 0) -> int:
+    """A whole number that the bus can carry."""
+    digits = str(value)
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or not least <= int(digits) <= LARGEST:
+        raise click.BadParameter(f"{show.clean(digits)} is not a whole number from {least} to {LARGEST}.")
+    return int(digits)
+
+
+def count(value: str | int) -> int:
+    """A number of things of which there is one at least."""
+    return number(value, 1)
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
+    """The argument NAME, completed with the devices that are `wanted`."""
+    return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
+
+
+def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True) -> T:
+    """Connect to the service, do one thing there, and return what came of it; `activate` lets a call start it."""
+    # Imported here: they take longer than all else together, and --help needs neither.
+    import asyncio  # noqa: PLC0415
+
+    from nbdd.bus.client import Client  # noqa: PLC0415
+
+    async def run() -> T:
+        async with Client(activate=activate) as client:
+            return await action(client)
+
+    return asyncio.run(run())
+
+
+def order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts disk10 after disk2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def document(value: Any) -> None:
+    """Print one JSON document. It is pure ASCII, so nothing in it can upset a terminal."""
+    import json  # noqa: PLC0415 - most commands print text
+
+    print(json.dumps(value, indent=2))
+
+
+def say(text: str) -> None:
+    """Print one line for a person, on stderr; where that can't be, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(f"nbdctl: {text}", file=sys.stderr)
+
+
+def terminal() -> IO[str] | None:
+    """Stderr if it is a terminal that can rewrite a line."""
+    able = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stderr if able else None
