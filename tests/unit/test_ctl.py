@@ -664,7 +664,7 @@ def test_version_is_one_line(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["", "attach", "detach", "list", "status", "set-timeout", "exports", "reload", "monitor"]
+    "command", ["", "attach", "detach", "list", "status", "set-timeout", "exports", "reload", "monitor", "doctor"]
 )
 def test_every_command_has_help_and_json(run: Run, command: str) -> None:
     status, out, _ = run(*command.split(), "--help")
