@@ -11,6 +11,7 @@ import click
 from nbdd.ctl import complete, find, show, users
 from nbdd.ctl.common import as_json, call, count, device_argument, document, number, order, say, terminal, text
 from nbdd.ctl.doctor import doctor
+from nbdd.ctl.importing import import_
 from nbdd.ctl.monitor import monitor
 from nbdd.ctl.record import Device
 from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
@@ -231,3 +232,4 @@ def reload(as_json: bool) -> None:
 
 cli.add_command(monitor)
 cli.add_command(doctor)
+cli.add_command(import_)

@@ -25,6 +25,7 @@ import nbdd.errors
 from nbdd.bus.client import Client, _classes, device_name, device_path
 from nbdd.ctl import show
 from nbdd.ctl.attempt import is_uri
+from nbdd.ctl.cli import cli
 from nbdd.ctl.record import _FIELDS, Device
 from nbdd.errors import NbddError
 from tests.unit.fake_manager import ABSENT, DEADLINE, PRESENT, FakeManager, private_bus, properties
@@ -663,9 +664,7 @@ def test_version_is_one_line(run: Run) -> None:
     assert out.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "command", ["", "attach", "detach", "list", "status", "set-timeout", "exports", "reload", "monitor", "doctor"]
-)
+@pytest.mark.parametrize("command", ["", *cli.commands])
 def test_every_command_has_help_and_json(run: Run, command: str) -> None:
     status, out, _ = run(*command.split(), "--help")
     assert status == 0

@@ -41,7 +41,8 @@ def items(page: str) -> list[Item]:
     for line in (TREE / "man" / page).read_text().splitlines():
         macro, _, rest = line.partition(" ")
         if macro == ".It":
-            tag = re.sub(r"\b(Ar|Cm|Li|Ql|Pa|Dv|Ev) ", "", rest.replace("Fl Fl ", "--").replace("Fl ", "-"))
+            tag = re.sub(r"\bOp Ar (\w+)", r"[\1]", rest)
+            tag = re.sub(r"\b(Ar|Cm|Li|Ql|Pa|Dv|Ev) ", "", tag.replace("Fl Fl ", "--").replace("Fl ", "-"))
             found.append(Item(section, len(open_items), tag.replace(" , ", ", ").replace(" | ", "|"), []))
             open_items[-1] = found[-1]
             continue
