@@ -14,6 +14,7 @@ from nbdd.ctl.doctor import doctor
 from nbdd.ctl.importing import import_
 from nbdd.ctl.monitor import monitor
 from nbdd.ctl.record import Device
+from nbdd.ctl.top import top
 from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
 
 if TYPE_CHECKING:
@@ -233,3 +234,4 @@ def reload(as_json: bool) -> None:
 cli.add_command(monitor)
 cli.add_command(doctor)
 cli.add_command(import_)
+cli.add_command(top)
