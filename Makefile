@@ -15,7 +15,7 @@ DEB := dist/nbdd_$(VERSION)_all.deb
 
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
 # What the package is made from; the build sees nothing else of the tree.
-DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd man debian
+DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd completions man debian
 
 # $(call apt,PACKAGES,WHAT FOR): a no-op where they are there already. Another apt may hold the lock for a while, and a fresh
 # machine has no package lists.

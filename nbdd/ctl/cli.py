@@ -160,7 +160,7 @@ def list_(as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("target", metavar="NAME|NODE", type=text, shell_complete=complete.names())
+@click.argument("target", metavar="NAME|NODE", type=text, shell_complete=complete.names(nodes=True))
 @as_json
 def status(target: str, as_json: bool) -> None:
     """Show all about one device, by its NAME or by its NODE, such as /dev/nbd5 or nbd5: who uses it, too."""
