@@ -68,6 +68,10 @@ host-tools:
 	@command -v mandoc >/dev/null || (($$(id -u) != 0)) || { $(call apt,mandoc,it checks the manual pages); }
 	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
 
+.PHONY: man
+man: deps ## the manual pages, from man/*.in and from what the programs say of themselves
+	@$(PY) man/generate.py
+
 .PHONY: test
 test: deps host-tools deb ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"

@@ -50,14 +50,38 @@ def cli() -> None:
     type=text,
     shell_complete=complete.names(lambda device: device.state in {"detached", "failed"}),
 )
-@click.option("--name", metavar="NAME", type=text, help="What to call the device; only with a URI.")
-@click.option("--device", metavar="NODE", type=text, help="The block device to take, as /dev/nbd3, or auto.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    type=text,
+    help="What to call the device; only with a URI. By default it is made from the name of the export.",
+)
+@click.option(
+    "--device", metavar="NODE", type=text, help="The block device to take, as /dev/nbd3, or auto for a free one."
+)
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
-@click.option("--connections", metavar="N", type=count, help="How many links to open to the server.")
-@click.option("--timeout", metavar="SECONDS", type=number, help="How long a request may take; 0 is no limit.")
-@click.option("--dead-timeout", metavar="SECONDS", type=number, help="How long I/O waits while there is no link.")
-@click.option("--network-timeout", metavar="SECONDS", type=count, help="How long the server's machine may be silent.")
-@click.option("--block-size", metavar="BYTES", type=count, help="The logical block size.")
+@click.option("--connections", metavar="N", type=count, help="How many links to open to the server, from 1 to 16.")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=number,
+    help="How long a request may take before its link is given up; 0 is no limit.",
+)
+@click.option(
+    "--dead-timeout",
+    metavar="SECONDS",
+    type=number,
+    help="How long I/O waits while there is no link before it fails.",
+)
+@click.option(
+    "--network-timeout",
+    metavar="SECONDS",
+    type=count,
+    help="How long the server's machine may give no sign of life before its link is given up.",
+)
+@click.option(
+    "--block-size", metavar="BYTES", type=count, help="The logical block size, a power of two from 512 to 65536."
+)
 @click.option("--if-needed", is_flag=True, help="Succeed if it is attached already.")
 @as_json
 def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
@@ -104,11 +128,19 @@ def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
 @cli.command()
 @device_argument(lambda device: device.state != "detached")
 @click.option("--force", is_flag=True, help="Detach although it is in use; what was not yet written is lost.")
-@click.option("--wait", metavar="SECONDS", type=number, help="How long to wait for those who use it to leave.")
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=number,
+    help="How long to wait for those who use it to leave; 0 by default.",
+)
 @click.option("--if-needed", is_flag=True, help="Succeed if it is not attached.")
 @as_json
 def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: bool) -> None:
-    """Detach the device NAME, or end an attach that is under way."""
+    """Detach the device NAME, or end an attach that is under way.
+
+    Ends when the kernel's device is free. Refused while somebody uses the device, with the names of those who do.
+    """
     options: dict[str, bool | int | str] = {}
     if force:
         options["force"] = True
@@ -135,10 +167,13 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
         print(show.clean(f"{name} is detached" if done else f"{name} was not attached"))
 
 
-@cli.command("list")
+@cli.command("list", short_help="List all devices, attached or not.")
 @as_json
 def list_(as_json: bool) -> None:
-    """List all devices, attached or not."""
+    """List all devices, attached or not, with their servers.
+
+    The last column tells what is mounted, used as swap or stacked on them.
+    """
     import asyncio  # noqa: PLC0415 - comes with the bus
 
     async def action(client: Client) -> tuple[list[Device], dict[str, list[str]]]:
@@ -159,11 +194,15 @@ def list_(as_json: bool) -> None:
         )
 
 
-@cli.command()
+@cli.command(short_help="Show all about one device: who uses it, too.")
 @click.argument("target", metavar="NAME|NODE", type=text, shell_complete=complete.names(nodes=True))
 @as_json
 def status(target: str, as_json: bool) -> None:
-    """Show all about one device, by its NAME or by its NODE, such as /dev/nbd5 or nbd5: who uses it, too."""
+    """Show all about one device: its state, who uses it, its links, what was read and written, the last error.
+
+    It is told by its NAME or by its NODE: /dev/nbd5, a partition of it, a link to it, or just nbd5. The processes of
+    other users are shown to root only; where some may be missing, that is said.
+    """
 
     async def action(client: Client) -> tuple[Device, dict[str, int] | None]:
         device = await find.device(client, target)
@@ -189,7 +228,8 @@ def status(target: str, as_json: bool) -> None:
 def set_timeout(name: str, seconds: int, as_json: bool) -> None:
     """Set how long a request of the attached device NAME may take.
 
-    A request that takes longer ends its link, not the I/O. 0 is no limit. It holds until the device is detached.
+    It is done live, under I/O. A request that takes longer ends its link, not the I/O; 0 is no limit. It holds until
+    the device is detached.
     """
     call(lambda client: client.set_timeout(name, seconds))
     if as_json:
@@ -213,10 +253,13 @@ def exports(uri: str, as_json: bool) -> None:
         say("The server lists no exports. It may still have some, for those who know their names.")
 
 
-@cli.command()
+@cli.command(short_help="Make nbdd read its configuration again.")
 @as_json
 def reload(as_json: bool) -> None:
-    """Make nbdd read its configuration again. A bad file changes nothing."""
+    """Make nbdd read its configuration again, and tell what is added, changed and removed.
+
+    A bad file changes nothing.
+    """
     try:
         done = call(lambda client: client.reload())
     except InvalidConfig as error:
