@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,19 @@ def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -
     context.exit()
 
 
-@click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=version, help="Show the version.")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Attach network block devices and look after them, with the service nbdd.
 
     Exit status: 0 done, 1 failed (stderr says why), 2 wrong usage, 130 interrupted.
     """
+    if context.invoked_subcommand is None:
+        # Not click's no_args_is_help: before click 8.2, which Debian 12 does not have, that is a success.
+        with contextlib.suppress(OSError):
+            click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 @cli.command(short_help="Attach a defined device, or an export by its URI.")

@@ -25,12 +25,11 @@ def index_of(target: str) -> int | None:
 async def device(client: Client, target: str) -> Device:
     """The device that has the name `target` or, where none has, that node; raises NoSuchDevice."""
     index = index_of(target)
-    if index is None or "/" not in target:
-        try:
-            return Device.of(await client.device(target))
-        except NoSuchDevice:
-            if index is None:
-                raise
+    try:
+        return Device.of(await client.device(target))
+    except NoSuchDevice:
+        if index is None:
+            raise
     node = f"/dev/nbd{index}"
     for found in map(Device.of, await client.devices()):
         if found.node == node:

@@ -52,7 +52,7 @@ async def _beginning(client: Client, running: bool) -> Story:
     from nbdd.ctl.story import Story  # noqa: PLC0415 - of use here only
 
     try:
-        # What happens meanwhile waits to be told, and is harmless to tell twice.
+        # Asked for after the subscription: of what happens meanwhile, nothing is missed.
         return Story([Device.of(properties) for properties in await client.devices()] if running else ())
     except NbddError:
         return Story()  # it has just stopped, and the next event says so

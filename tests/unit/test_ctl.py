@@ -614,6 +614,7 @@ def test_monitor_believes_nobody_but_the_service(address: str, fake: FakeManager
         liar.connections()  # now the bus has passed on all of it
         fake.change("backup", State="detaching")
         terminal.wait_for("backup: detaching")
+    assert {call.flags for call in fake.calls} == {NO_AUTOSTART}
     assert "failed" not in terminal.text
     assert "started" not in terminal.text
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dbus_next.constants import MessageFlag
 from dbus_next.signature import Variant
 
 from nbdd import __version__
@@ -307,6 +308,7 @@ def test_a_sound_machine_has_no_fault_and_status_0(fake: FakeManager, sound: Pat
     # It is connected to the one already; that one is not asked.
     assert found["server of backup"] == found["server of other"] == "ok"
     assert found["polkit"] == "warning"
+    assert {call.flags for call in fake.calls} == {MessageFlag.NO_AUTOSTART}
 
 
 def test_a_fault_is_status_1_and_a_document(fake: FakeManager, sound: Path, run: Run) -> None:

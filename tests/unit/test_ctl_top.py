@@ -11,6 +11,7 @@ import sys
 from typing import Any, cast
 
 import pytest
+from dbus_next.constants import MessageFlag
 
 from nbdd.bus.client import Client
 from nbdd.ctl.rates import Rates, Sample, between
@@ -127,6 +128,7 @@ def test_without_a_terminal_it_is_a_table_for_each_look(fake: FakeManager, run: 
     fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
     status, out, err = run("top", "-n", "2", "-d", "0.1")
     assert (status, err) == (0, "")
+    assert {call.flags for call in fake.calls} == {MessageFlag.NO_AUTOSTART}
     first, second, rest = out.split("\n\n")
     assert rest == ""
     for text in (first, second):
