@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from nbdd.bus.client import Client
     from nbdd.ctl.checks import Finding
 
-DIRECTORY = Path("/etc/nbdd")
+DIRECTORY = "/etc/nbdd"
 
 ANSWER_SECONDS = 5
 """How long a healthy nbdd may take to answer; it never waits for a server or a device for that."""
@@ -48,6 +47,7 @@ def doctor(as_json: bool) -> None:
 def findings() -> list[Finding]:
     """What all the checks find, in the order in which a person would mend it."""
     import asyncio  # noqa: PLC0415 - comes with the bus
+    from pathlib import Path  # noqa: PLC0415
 
     from nbdd.ctl import checks  # noqa: PLC0415 - brings much along that no other command needs
 
@@ -55,7 +55,7 @@ def findings() -> list[Finding]:
     found += [checks.permissions(), checks.systemd_unit()]
     spoken, devices = asyncio.run(_bus())
     found += spoken
-    configured, told = checks.configuration(DIRECTORY)
+    configured, told = checks.configuration(Path(DIRECTORY))
     found += told
     found += [*checks.states(devices), *checks.links(devices)]
     if configured is not None:

@@ -14,8 +14,8 @@ import pytest
 from dbus_next.constants import MessageFlag
 
 from nbdd.bus.client import Client
+from nbdd.ctl.frames import HEAD, PATIENCE, Frame, Looker
 from nbdd.ctl.rates import Rates, Sample, between
-from nbdd.ctl.top import HEAD, PATIENCE, Frame, Looker
 from nbdd.errors import NbddError, NotAttached
 from tests.unit.fake_manager import ABSENT, PRESENT, FakeManager
 from tests.unit.terminal import NBDCTL, Run, Terminal
