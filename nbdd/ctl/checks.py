@@ -34,7 +34,7 @@ SERVER_SECONDS = 3.0
 SYSTEMCTL_SECONDS = 5.0
 KERNEL_SECONDS = 3.0
 
-_AT_ONCE = 16
+_AT_ONCE = 64
 """Servers that are asked at the same time."""
 
 _RULES = "60-nbdd.rules"

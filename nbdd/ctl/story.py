@@ -103,7 +103,7 @@ class Story:
 
     @staticmethod
     def _back(old: Device) -> str:
-        return "attached" if old.state == "connecting" and not old.node else "attached again"
+        return "attached again" if old.node else "attached"
 
     def _took(self, new: Device) -> str:
         begun = self._begun.get(new.name) if new.state != "attached" else self._begun.pop(new.name, None)

@@ -110,6 +110,10 @@ def test_a_device_that_a_new_nbdd_takes_up_is_not_called_new() -> None:
     assert told.change(State="attached") == "looked after again as /dev/nbd0"
 
 
+def test_a_device_that_was_not_heard_of_is_not_said_to_be_back() -> None:
+    assert Story().tell(Event(Kind.CHANGED, "new", {"State": "attached", "Node": "/dev/nbd1"})) == "new: attached"
+
+
 def test_a_worker_that_is_replaced_is_told() -> None:
     assert Told().change(WorkerPID=4712) == "a new worker looks after it, PID 4712"
 
