@@ -181,9 +181,10 @@ def list_(as_json: bool) -> None:
 
     The last column tells what is mounted, used as swap or stacked on them.
     """
-    import asyncio  # noqa: PLC0415 - comes with the bus
 
     async def action(client: Client) -> tuple[list[Device], dict[str, list[str]]]:
+        import asyncio  # noqa: PLC0415 - comes with the bus
+
         # While nbdd answers, we look at the machine.
         answer, claims = await asyncio.gather(client.devices(), asyncio.to_thread(users.claims))
         return [Device.of(properties) for properties in answer], claims

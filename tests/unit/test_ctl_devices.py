@@ -141,7 +141,7 @@ def heavy(*arguments: str) -> set[str]:
                           check=False)  # fmt: skip
     assert done.returncode == 0
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    return loaded & {"asyncio", "dbus_next", "rich", "yaml", "jsonschema", "json", "importlib.metadata"}
+    return loaded & {"asyncio", "dbus_next", "_ssl", "rich", "yaml", "jsonschema", "json", "importlib.metadata"}
 
 
 @pytest.mark.usefixtures("fake")
