@@ -12,10 +12,15 @@ PY := $(VENV)/bin/python
 VERSION := $(shell sed -n '1s/.*(\(.*\)).*/\1/p' debian/changelog)
 START := $(shell date +%s)
 DEB := dist/nbdd_$(VERSION)_all.deb
+WHEEL := dist/nbdd-$(VERSION)-py3-none-any.whl
+# What is built carries the time of its changelog and no other, so that the same sources give the same octets.
+export SOURCE_DATE_EPOCH := $(shell date --date="$$(sed -n 's/^ -- .*>  //p;T;q' debian/changelog)" +%s)
 
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
+CHECK_TESTS := tests/unit tests/interop
 # What the package is made from; the build sees nothing else of the tree.
-DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus systemd completions man debian
+DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus desktop systemd completions man debian docs/metrics.md
+SOURCES = tar --create --sort=name --owner=0 --group=0 --mtime=@0 --exclude=__pycache__ --exclude=.mypy_cache $(DEB_SOURCES)
 
 # $(call apt,PACKAGES,WHAT FOR): a no-op where they are there already. Another apt may hold the lock for a while, and a fresh
 # machine has no package lists.
@@ -59,23 +64,49 @@ check: deps host-tools ## lint, format, types, units, fast tests: seconds, no ro
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(PY) -m nbdd --check config
-	$(PY) -m pytest -q -n 2 tests/unit tests/interop
+	$(PY) -m pytest -q -n 2 $(CHECK_TESTS)
 
 # Without them, and without root to install them, the tests that need them are skipped and say so.
 .PHONY: host-tools
 host-tools:
 	@command -v systemd-analyze >/dev/null || (($$(id -u) != 0)) || { $(call apt,systemd,systemd-analyze checks the units); }
 	@command -v mandoc >/dev/null || (($$(id -u) != 0)) || { $(call apt,mandoc,it checks the manual pages); }
+	@PATH=$$PATH:/usr/sbin; command -v apparmor_parser >/dev/null || (($$(id -u) != 0)) || \
+	  { $(call apt,apparmor,it reads the profile); }
 	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
+# promtool checks the alerts. Not by apt: its package, prometheus, is 96 MB and starts a server; the one program is taken out.
+	@command -v promtool $(VENV)/bin/promtool >/dev/null || ! command -v apt-get dpkg-deb >/dev/null || { \
+	  echo "== promtool, from Debian's package prometheus, into $(VENV)"; mkdir -p $(VENV)/bin; \
+	  work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; chmod 755 "$$work"; \
+	  (cd "$$work" && apt-get -qq download prometheus >/dev/null 2>&1 && \
+	    dpkg-deb --fsys-tarfile prometheus_*.deb | tar --extract ./usr/bin/promtool) && \
+	  mv "$$work/usr/bin/promtool" $(VENV)/bin/ || echo "== apt can't get it; the tests of the alerts are skipped"; }
+	@command -v node >/dev/null || command -v duk >/dev/null || (($$(id -u) != 0)) || { $(call apt,duktape,the example of a polkit rule is run); }
+	@command -v desktop-file-validate >/dev/null || (($$(id -u) != 0)) || { $(call apt,desktop-file-utils,desktop entries are checked); }
+	@command -v appstreamcli >/dev/null || (($$(id -u) != 0)) || { $(call apt,appstream,the description for software centres is checked); }
 
 .PHONY: man
 man: deps ## the manual pages, from man/*.in and from what the programs say of themselves
 	@$(PY) man/generate.py
 
+# A screen without a monitor, and a program that shows notifications on it.
+.PHONY: desktop-tools
+desktop-tools:
+	@(($$(id -u) != 0)) || { $(call apt,xvfb dunst,nbdd-notify is tested on a screen); }
+
+.PHONY: screenshots
+screenshots: deps host-tools desktop-tools ## docs/screenshots, from what nbdd-notify and nbdd-open show
+	@$(PY) -m tests.desktop
+
+# CHECKED=yes leaves out what `make check` has just run.
 .PHONY: test
-test: deps host-tools deb ## every test, the guests of both Debians included
+test: deps host-tools desktop-tools deb lint-deb reproducible ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
-	@$(PY) -m pytest tests -n 2 --dist loadgroup
+	@$(PY) -m pytest tests -n 2 --dist loadgroup $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
+
+.PHONY: prove
+prove: deps deb ## the promises of docs/reliability.md with their full numbers, in guests of both Debians: an hour
+	@NBDD_TESTS=full $(PY) -m pytest tests -m guest -n 2 --dist loadgroup
 
 .PHONY: demo
 demo: deps deb ## attach, use and detach a device on a real kernel, shown step by step
@@ -95,27 +126,61 @@ vm: deps deb ## a shell in a guest with nbdd installed (GUEST=debian12 or debian
 deb: ## dist/nbdd_*_all.deb, for Debian 12 and 13
 	@$(call apt,$(DEB_PACKAGES),to build the package)
 	@mkdir -p dist; \
-	sources=(); for source in $(DEB_SOURCES); do [ -e "$$source" ] && sources+=("$$source"); done; \
-	copy=(tar --create --sort=name --owner=0 --group=0 --mtime=@0 --exclude=__pycache__ --exclude=.mypy_cache "$${sources[@]}"); \
-	sum=$$("$${copy[@]}" | sha256sum); \
+	sum=$$($(SOURCES) | sha256sum); \
 	if [ -e $(DEB) ] && [ "$$(cat dist/.inputs 2>/dev/null)" = "$$sum" ]; then echo "== $(DEB) is up to date"; exit 0; fi; \
 	work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
-	mkdir "$$work/nbdd"; "$${copy[@]}" | tar --extract --touch --directory="$$work/nbdd"; \
+	mkdir "$$work/nbdd"; $(SOURCES) | tar --extract --touch --directory="$$work/nbdd"; \
 	echo "== building $(DEB)"; \
 	(cd "$$work/nbdd" && env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME="$$work" LC_ALL=C.UTF-8 \
 	  dpkg-buildpackage --build=binary --no-sign >"$$work/log" 2>&1) || { tail -n 60 "$$work/log" >&2; exit 1; }; \
 	rm -f dist/*.deb; cp "$$work"/nbdd_*_all.deb dist/; echo "$$sum" >dist/.inputs; \
 	ls -l $(DEB)
 
+# The source package too, as only it shows what stands in debian/. An "I:" is worth a look and fails nothing: each release of
+# lintian has new ones.
 .PHONY: lint-deb
-lint-deb: deb ## what Debian's lintian says of the package
+lint-deb: deb ## what Debian's lintian says of the package and of its source
 	@$(call apt,lintian,to check the package)
-	lintian --fail-on=error,warning --allow-root $(DEB)
+	@work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	mkdir "$$work/nbdd"; $(SOURCES) | tar --extract --directory="$$work/nbdd"; \
+	(cd "$$work" && dpkg-source --build nbdd >/dev/null); \
+	lintian --fail-on=error,warning --display-info --tag-display-limit=0 --allow-root $(DEB) "$$work"/*.dsc; \
+	echo "== lintian has no complaint about $(DEB) and its source"
 
 .PHONY: wheel
 wheel: deps ## dist/nbdd-*.whl
-	@$(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
-	@ls -l dist/*.whl
+	@rm -f dist/*.whl; $(PY) -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+	@ls -l $(WHEEL)
+
+# Once more, with all that differs from machine to machine and must not matter: the folder, the files' times and modes, umask,
+# time zone, language, and the order of Python's sets. Not the tools: other versions of these may build something else.
+.PHONY: reproducible
+reproducible: deb wheel ## build both again under other circumstances, and compare
+	@umask 0077; work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
+	there="$$work/some/other/folder"; mkdir -p "$$there"; \
+	$(SOURCES) | tar --extract --no-same-permissions --directory="$$there"; \
+	other=(HOME="$$work" TZ=Asia/Kathmandu LC_ALL=C PYTHONHASHSEED=7); \
+	echo "== building $(DEB) and $(WHEEL) a second time"; \
+	env -C "$$there" "$${other[@]}" $(abspath $(PY)) -m pip --disable-pip-version-check wheel --quiet --no-deps \
+	  --wheel-dir "$${there%/*}" .; \
+	env -C "$$there" -u SOURCE_DATE_EPOCH -u MAKEFLAGS "$${other[@]}" PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+	  dpkg-buildpackage --build=binary --no-sign >"$$work/log" 2>&1 || { tail -n 60 "$$work/log" >&2; exit 1; }; \
+	for built in $(DEB) $(WHEEL); do \
+	  cmp "$$built" "$${there%/*}/$${built##*/}" || \
+	    { echo "$$built is not reproducible: two builds of the same sources differ." >&2; exit 1; }; \
+	  sha256sum "$$built"; \
+	done
+
+# See docs/releasing.md. A tree with changes of its own is nobody else's to build again.
+.PHONY: release
+release: ## what is to be published, in dist/, from a commit whose changelogs name a day
+	@[ -z "$$(git status --porcelain)" ] || { echo "There are changes that are not committed: git status" >&2; exit 1; }
+	@! grep -q '^## $(VERSION), not released' CHANGELOG.md || \
+	  { echo "CHANGELOG.md says that $(VERSION) is not released yet: give it its day." >&2; exit 1; }
+	@rm -rf dist
+	@$(MAKE) lint-deb reproducible
+	@cd dist && sha256sum $(notdir $(DEB) $(WHEEL)) >SHA256SUMS
+	@echo "== dist/ holds nbdd $(VERSION), commit $$(git rev-parse HEAD)"
 
 .PHONY: clean
 clean: ## remove what was built here; the cached guests stay

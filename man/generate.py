@@ -4,7 +4,7 @@
     @command NAME       a command of nbdctl: its arguments and its help
     @options NAME       its options, but for those that every command has
     @argument OPTION    an option or argument of nbdd
-    @key NAME           a key of the YAML files: what the schema says
+    @key NAME           a key of the YAML files, or NAME/KEY for one below it: what the schema says
     @default NAME       its default
     @interface NAME     the methods and properties of a D-Bus interface, from the comments of its XML
     @errors             the errors on D-Bus, from the tree in nbdd.errors
@@ -36,7 +36,7 @@ from nbdd.ctl.cli import cli  # noqa: E402
 from nbdd.errors import NbddError  # noqa: E402
 
 PAGES = ("nbdctl.1", "nbdd.8", "nbdd.yaml.5", "org.nbdd1.5")
-COMMON = {"--json", "--help"}
+COMMON = {"--json", "--host", "--help"}
 """What the section on options says once for all commands."""
 
 WIDTH = 80
@@ -163,7 +163,10 @@ def keys() -> dict[str, dict[str, Any]]:
     definitions = rules["definitions"]
     of_device = definitions["device"]["properties"]
     found = {key: definitions[value["$ref"].rpartition("/")[2]] for key, value in of_device.items()}
-    return dict(rules["properties"]) | found
+    nested = {
+        f"{key}/{name}": part for key, facts in found.items() for name, part in facts.get("properties", {}).items()
+    }
+    return dict(rules["properties"]) | found | nested
 
 
 def key(name: str) -> list[str]:
@@ -172,12 +175,13 @@ def key(name: str) -> list[str]:
     text = facts["description"]
     for word in facts.get("enum", ()):
         text = text.replace(f"{word}:", f"`{word}`:")
-    return [f".It Cm {name}", *prose(text)]
+    return [f".It Cm {name.rpartition('/')[2]}", *prose(text)]
 
 
 def default(name: str) -> list[str]:
     """The default of a key."""
-    return ["The default is", f".Ql {keys()[name]['default']} ."]
+    value = keys()[name]["default"]
+    return ["The default is", f".Ql {str(value).lower() if isinstance(value, bool) else value} ."]
 
 
 def interface(name: str) -> list[str]:

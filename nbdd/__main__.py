@@ -54,9 +54,9 @@ def _run(given: argparse.Namespace) -> int:
         return check(given.directory, sys.stdout)
     # Here, not above, so that --check and --version need neither a bus nor its library.
     from nbdd.daemon import run  # noqa: PLC0415
-    from nbdd.systemd import log_to_stderr  # noqa: PLC0415
+    from nbdd.journal import log_to_journal  # noqa: PLC0415
 
-    log_to_stderr(logging.DEBUG if given.debug else logging.INFO)
+    log_to_journal(logging.DEBUG if given.debug else logging.INFO)
     try:
         return asyncio.run(run(given.directory))
     except InvalidConfig as error:

@@ -7,18 +7,19 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from nbdd.channel import Message
 from nbdd.client import Client
-from nbdd.errand import Errand, Job
-from nbdd.errors import ConnectFailed, NotAttached, TimedOut, WorkerFailed
-from nbdd.jobs import Task, mend, refuse
+from nbdd.errand import Job
+from nbdd.errors import Busy, ConnectFailed, NotAttached, TimedOut, WorkerFailed
+from nbdd.jobs import RENEWALS, Task, mend, refuse
 from nbdd.kernel import LinkDeadMonitor
 from nbdd.link import why_ended
 from nbdd.loop import Loop
+from nbdd.offer import Offer
 from nbdd.refuser import Refuser
 
 MEND_WAITS = (0.0, 0.2, 0.5, 1.0, 2.0)
@@ -29,6 +30,9 @@ MEND_DEADLINE = 30.0
 
 WARN_SECONDS = 60.0
 """How long before the dead timeout is over it is warned of; half of it where it is short."""
+
+RENEW_DEADLINE = 28.0
+"""Seconds after which an errand that exchanges links counts as hung: before the manager takes us for that."""
 
 END_EARLY = 0.5
 """How much before the dead timeout is over the waiting is ended: what was under way when the link died hears of it when
@@ -58,19 +62,24 @@ class Bound:
         self._name = name
         self._report_to = report
         self._mends = 0
-        self._attempt: _Attempt | None = None
+        self._offer: Offer | None = None
         # When to mend, or to give the attempt under way up; and when to warn of the end of the dead timeout, or to see
         # to it. Monotonic.
         self._mend_due: float | None = None
         self._end_due: float | None = None
         self._refuser: Refuser | None = None
         self._resting = True
-        # Set while the links are the kernel's alone: after a start that found none kept. Then the kernel's reports are
-        # all there is to watch, and for what died unseen it is offered a new link.
+        self._renewing = False
+        # Where links died unseen, or were kept by nobody, our predecessor may have given the kernel others, and be dead
+        # before it could tell. Then the kernel's own reports count, and it is offered as many new links as there can
+        # be: those that it needs not it drops, without a word.
         self._reports: LinkDeadMonitor | None = None
-        if not links and notes["live"]:
+        self._unseen: set[int] = set()
+        if len(links) < notes["connections"] or any(map(_dead, links)):
             with Client(name) as client:
                 self._reports = client.link_dead()
+            self._unseen.update(filter(_dead, links))
+        self._unsure = self._reports is not None
         self.resume()
 
     @property
@@ -85,10 +94,8 @@ class Bound:
             self._loop.forget(fd)
         if self._reports is not None:
             self._loop.forget(self._reports.fileno())
-        attempt, self._attempt = self._attempt, None
         self._mend_due = self._end_due = None
-        if attempt is not None:
-            attempt.abandon()
+        self._abandon()
 
     def resume(self) -> None:
         """Look after the links, again; one that died meanwhile is seen by the next poll."""
@@ -97,9 +104,20 @@ class Bound:
             self._watch(fd)
         if self._reports is not None:
             self._loop.watch(self._reports.fileno(), select.POLLIN, self._reported)
-        if self._missing or self._reports is not None:
+        if self._missing or self._unsure:
             self._mend_due = time.monotonic()
         self._count_down()
+
+    def hasten(self, seconds: int) -> int:
+        """Let I/O wait for `seconds` at most from now on, or from the death of the last link; returns the dead timeout.
+
+        The kernel is not told: it ends the waiting when the refuser comes, however long it would have gone on.
+        """
+        lost = self.notes.get("lost")
+        waited = int(time.monotonic() - lost) if lost else 0
+        self.definition["dead-timeout"] = min(self.definition["dead-timeout"], waited + seconds)
+        self._count_down()
+        return int(self.definition["dead-timeout"])
 
     def close(self) -> None:
         """Let go of a device that is no more, after `rest`."""
@@ -117,8 +135,8 @@ class Bound:
             self._count_down()
         if self._mend_due is not None and self._mend_due <= now:
             self._mend_due = None
-            if self._attempt is not None:
-                self._attempt.errand.kill()
+            if self._offer is not None:
+                self._offer.kill()
             else:
                 self._mend()
 
@@ -134,12 +152,15 @@ class Bound:
         self._loop.forget(fd)
         self.links.remove(fd)
         with socket.socket(fileno=fd) as sock:
-            self._lost(1, why_ended(sock))
+            # What the kernel reports counts once.
+            if self._reports is None or fd in self._unseen:
+                self._lost(1, why_ended(sock))
+        self._unseen.discard(fd)
 
     def _lost(self, count: int, why: str) -> None:
         self.notes["live"] = max(0, self.notes["live"] - count)
         self._mends = 0
-        if self._attempt is None:
+        if self._offer is None:
             self._mend_due = time.monotonic()
         if not self.notes["live"]:
             self.notes["lost"] = self.notes.get("lost") or time.monotonic()
@@ -150,54 +171,71 @@ class Bound:
         """The kernel says that links died, of this device or of others."""
         died = self._reports.read().count(self.notes["index"]) if self._reports is not None else 0
         if died:
+            # Before or after the kernel got what it is being offered? Offer again.
+            self._unsure = self._unsure or (self._offer is not None and self._offer.unsure)
             self._lost(died, "the kernel lost it, and nobody here held it to see why")
 
     # Mending
 
     def _mend(self) -> None:
         """Send for new links in place of the dead ones."""
-        missing = self._missing
-        # Blind, with none known to be dead: the kernel takes what we offer in place of a dead one, or drops it unseen.
-        offer = self._reports is not None and missing == 0
-        # A duplicate, as an errand closes what the loop watches.
-        refusing = [os.dup(self._refuser.fileno())] if self._refuser is not None else []
+        unsure, self._unsure = self._unsure, False
+        wanted = self.notes["connections"] if unsure else self._missing
         try:
-            task = Task({"missing": missing or 1}, self._name, self.definition, self.notes, refusing)
-            self._send(partial(mend, task), partial(self._tried, offer))
+            with self._task({"missing": wanted}) as task:
+                self._send(partial(mend, task), self._tried).unsure = unsure
         except WorkerFailed as error:
+            self._unsure = unsure
             self._not_mended(error.to_wire())
         else:
             self._mend_due = time.monotonic() + MEND_DEADLINE
+
+    @contextmanager
+    def _task(self, order: Message) -> Iterator[Task]:
+        """A task for an errand that gives the kernel links, and so may have to withdraw the refuser first."""
+        # A duplicate, as an errand closes what the loop watches.
+        refusing = [os.dup(self._refuser.fileno())] if self._refuser is not None else []
+        try:
+            yield Task(order, self._name, self.definition, self.notes, refusing)
         finally:
             for fd in refusing:
                 os.close(fd)
 
-    def _send(self, job: Job, done: Callable[[_Attempt, Message | None], None]) -> _Attempt:
+    def _send(self, job: Job, done: Callable[[Offer, Message | None], None]) -> Offer:
         """Send an errand that has to do with the links, one at a time: `done` is called unless it is abandoned."""
-        attempt = _Attempt(self._report_to)
 
-        def ended(answer: Message | None, _fds: list[int]) -> None:
-            if attempt is self._attempt:
-                self._attempt = None
-                done(attempt, answer)
+        def ended(offer: Offer, answer: Message | None) -> None:
+            if offer is self._offer:
+                self._offer = None
+                done(offer, answer)
 
-        attempt.errand = Errand(self._loop, self._name, job, heard=attempt.heard, done=ended)
-        self._attempt = attempt
-        return attempt
+        self._offer = Offer(self._loop, self._name, job, heard=self._report_to, done=ended)
+        return self._offer
 
-    def _tried(self, offer: bool, attempt: _Attempt, answer: Message | None) -> None:
-        # More may have died meanwhile.
-        self._mend_due = time.monotonic() if self._missing else None
+    def _abandon(self) -> None:
+        """Give up the attempt under way, if there is one."""
+        offer, self._offer = self._offer, None
+        if offer is not None:
+            self._unsure = self._unsure or offer.unsure
+            offer.abandon()
+
+    def _tried(self, offer: Offer, answer: Message | None) -> None:
         if answer is None:
             answer = WorkerFailed(f"The process that mends the links of {self._name!r} was lost.").to_wire()
         if "error" in answer:
-            attempt.abandon()
+            offer.abandon()
+            self._unsure = self._unsure or offer.unsure
             self._not_mended(answer)
-        elif offer:
-            # Ours alone, or the kernel's alone: it did not say.
-            attempt.let_go()
+        elif offer.unsure:
+            # The server's alone, or the kernel's alone: it did not say. But now it has as many as there can be.
+            offer.let_go()
+            if not self._unsure:
+                self._mended([], self._missing, answer["uri"])
         else:
-            self._mended(attempt.offered, answer["uri"])
+            self._mended(offer.links, len(offer.links), answer["uri"])
+        # More may have died meanwhile.
+        if "error" not in answer:
+            self._mend_due = time.monotonic() if self._missing or self._unsure else None
 
     def _not_mended(self, error: Message) -> None:
         self._check_attached(error)
@@ -210,12 +248,13 @@ class Bound:
             # Somebody else ended the device: go, and the next worker finds out.
             raise SystemExit(0)
 
-    def _mended(self, links: list[int], uri: str) -> None:
+    def _mended(self, links: list[int], number: int, uri: str) -> None:
+        """The kernel has so many links more; those of them that are ours to watch are given."""
         for fd in links:
             self._watch(fd)
         self.links += links
-        self.notes["live"] += len(links)
-        self.notes["reconnects"] += len(links)
+        self.notes["live"] += number
+        self.notes["reconnects"] += number
         self.notes["uri"] = uri
         self.notes["lost"] = 0
         self._end_due = None
@@ -224,8 +263,54 @@ class Bound:
             self._reports.close()
             self._reports = None
         self._mends = 0
-        self._mend_due = time.monotonic() if self._missing else None
         self._report({})
+
+    # Renewal, as somebody asked for
+
+    def renew(self, order: Message, done: Callable[[Message | None], None]) -> None:
+        """Have all links exchanged for new ones, by the job of the order; `done` gets its answer.
+
+        The old ones are shut down when the new ones are there, checked, and about to be the kernel's. Raises Busy where
+        not all of the old ones are ours to shut down, WorkerFailed.
+        """
+        if self._reports is not None:
+            raise Busy(
+                f"Some links of {self._name!r} are the kernel's alone, since nbdd was stopped or lost a process, and "
+                "can't be exchanged: detach the device and attach it again when nobody uses it."
+            )
+        self._mend_due = time.monotonic()
+        self._abandon()
+        with self._task(order) as task:
+            self._send(partial(RENEWALS[order["order"]], task), partial(self._renewed, done)).offered = self._exchange
+        self._renewing = True
+        self._mend_due = time.monotonic() + RENEW_DEADLINE
+
+    def _exchange(self, export: Message) -> None:
+        """New links are there: end the old ones. Whoever comes after us knows by the report that they are gone."""
+        self.notes["export"] = export
+        self.notes["live"] = 0
+        self.notes["lost"] = self.notes.get("lost") or time.monotonic()
+        old = self.links.copy()
+        self.links.clear()
+        self._report({})
+        for fd in old:
+            self._loop.forget(fd)
+            with socket.socket(fileno=fd) as sock, suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _renewed(self, done: Callable[[Message | None], None], offer: Offer, answer: Message | None) -> None:
+        self._renewing = False
+        told = answer or WorkerFailed(f"The process that exchanged the links of {self._name!r} was lost.").to_wire()
+        self.notes["size"] = told.get("size", self.notes["size"])
+        if "error" in told and not told.get("linked"):
+            offer.abandon()
+            if self._missing:
+                self._report(told)
+        elif offer.links:
+            self._mended(offer.links, len(offer.links), told["uri"])
+        self._mend_due = time.monotonic() if self._missing else None
+        self._count_down()
+        done(told)
 
     # Waiting
 
@@ -237,7 +322,7 @@ class Bound:
     def _count_down(self) -> None:
         """Warn of the end of the dead timeout, and see to it: only the kernel's newer requests end by themselves."""
         end, self._end_due = self._ends_at, None
-        if end is None or self._resting or self._refuser is not None:
+        if end is None or self._resting or self._renewing or self._refuser is not None:
             return
         now = time.monotonic()
         warn = end - min(WARN_SECONDS, self.definition["dead-timeout"] / 2)
@@ -248,9 +333,7 @@ class Bound:
             message = f"no server answers; reads and writes that wait fail in {round(end - now)} s"
             self._report_to({"event": "warning", "message": message}, ())
         else:
-            attempt, self._attempt = self._attempt, None
-            if attempt is not None:
-                attempt.abandon()
+            self._abandon()
             self._refuse()
 
     def _refuse(self) -> None:
@@ -258,8 +341,8 @@ class Bound:
         ours, theirs = socket.socketpair()
         try:
             task = Task({}, self._name, self.definition, self.notes, [theirs.fileno()])
-            attempt = self._send(partial(refuse, task), self._refused)
-            attempt.offered.append(ours.detach())
+            offer = self._send(partial(refuse, task), self._refused)
+            offer.links.append(ours.detach())
             self._mend_due = time.monotonic() + MEND_DEADLINE
         except WorkerFailed as error:
             self._not_refused(error.to_wire())
@@ -267,14 +350,14 @@ class Bound:
             ours.close()
             theirs.close()
 
-    def _refused(self, attempt: _Attempt, answer: Message | None) -> None:
+    def _refused(self, offer: Offer, answer: Message | None) -> None:
         self._mend_due = time.monotonic()
         if answer is None or "error" in answer:
-            attempt.abandon()
+            offer.abandon()
             lost = WorkerFailed(f"The process that ends the waiting for {self._name!r} was lost.")
             self._not_refused(answer or lost.to_wire())
             return
-        ours = socket.socket(fileno=attempt.offered.pop())
+        ours = socket.socket(fileno=offer.links.pop())
         self._refuser = Refuser(self._loop, ours, self._refuser_gone)
         why = f"No server came back within {self.definition['dead-timeout']} s: reads and writes fail until one does."
         self._report(TimedOut(why).to_wire())
@@ -291,46 +374,17 @@ class Bound:
             self._end_due = time.monotonic() + REFUSE_WAIT
 
     def _report(self, error: Message) -> None:
-        fields = {key: self.notes[key] for key in ("live", "reconnects", "uri")}
+        fields = {key: self.notes[key] for key in ("live", "reconnects", "uri", "size", "export")}
         waiting = {"lost": self.notes.get("lost", 0), "failing": self._refuser is not None}
         self._report_to({"event": "links", **fields, **waiting, **error}, self.links)
+
+
+def _dead(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def _jittered(seconds: float) -> float:
     """Up to a third more, by chance: a hundred devices of one server shall not all come back in the same moment."""
     return seconds * (1 + os.urandom(1)[0] / 768)
-
-
-class _Attempt:
-    """One errand that mends, and the links that it has offered to the kernel."""
-
-    errand: Errand
-
-    def __init__(self, report: Report) -> None:
-        self.offered: list[int] = []
-        self._report_to = report
-        self._abandoned = False
-
-    def heard(self, message: Message, fds: Sequence[int]) -> None:
-        """It offers links, or says something for the manager."""
-        if message["event"] != "offered":
-            self._report_to(message, fds)
-        self.offered += fds
-        if self._abandoned:
-            self._shut_down()
-
-    def abandon(self) -> None:
-        """Make sure that no link comes of it: nobody knows whether the kernel has taken one."""
-        self._abandoned = True
-        self.errand.kill()
-        self._shut_down()
-
-    def let_go(self) -> None:
-        """Close our copies."""
-        while self.offered:
-            os.close(self.offered.pop())
-
-    def _shut_down(self) -> None:
-        while self.offered:
-            with socket.socket(fileno=self.offered.pop()) as sock, suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)

@@ -10,13 +10,24 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from types import EllipsisType
 from typing import TYPE_CHECKING, Self, TypeAlias
 
-from nbdd.errors import AlreadyAttached, Busy, ConnectFailed, InvalidArgs, KernelError, NbddError, NotAttached, TimedOut
+from nbdd.errors import (
+    AlreadyAttached,
+    Busy,
+    ConnectFailed,
+    InvalidArgs,
+    KernelError,
+    NbddError,
+    NotAttached,
+    NotRead,
+    TimedOut,
+)
 from nbdd.kernel import (
     LinkDeadMonitor,
     NetlinkNBD,
@@ -29,7 +40,7 @@ from nbdd.kernel import (
     release,
     settle,
 )
-from nbdd.kernel.sockets import check_socket, hung_up
+from nbdd.kernel.sockets import check_socket, hung_up, unread
 
 if TYPE_CHECKING:
     from nbdd.service import End, Service, Stop
@@ -51,6 +62,9 @@ END_SECONDS = 10.0
 
 SETTLE_SECONDS = 15.0
 """For udev to have done with a device that came or changed; what hangs for so long is not usable."""
+
+UNREAD_SECONDS = 0.5
+"""After which an answer that is still there counts as one that the kernel does not read; else it does so at once."""
 
 Socket: TypeAlias = socket.socket
 """By this name, since Client.socket hides the module."""
@@ -366,7 +380,11 @@ class Client:
 
         Usable: it has its size, its partitions are there, udev has made its links. A device that can't be read
         within `usable_within` seconds is unbound again and TimedOut raised, or ConnectFailed where the server hung up.
-        Raises Busy, NoFreeDevice, KernelError.
+        Raises Busy, NoFreeDevice, KernelError; of several sockets NotRead, where the kernel reads only some of them.
+        That is rare, on a machine that is slow or very busy just then, and new sockets may be all it takes: each link
+        has a work item of the kernel's that never ends, and where the kernel has too few threads for all of them at
+        once, and makes none within 10 ms, it leaves those that wait to a single one (drivers/block/nbd.c, recv_work;
+        kernel/workqueue.c, rescuer_thread). The threads that it has made too late are there for the next attempt.
         """
         if (bound := self._current()) is not None:
             raise AlreadyAttached(f"The client is bound to {bound.path} already.")
@@ -475,14 +493,31 @@ class Client:
                 node.set_io_timeout(self._io_timeout)
 
     def _make_usable(self, node: Node, seconds: float) -> None:
-        """Wait until it has its size, its partitions and udev's links; ConnectFailed where all links are gone."""
+        """Wait until it has its size, its partitions and udev's links.
+
+        ConnectFailed where all links are gone; NotRead where the kernel leaves some unread.
+        """
+        left = False
 
         def give_up() -> None:
+            nonlocal left
+            if not left and self._left_unread():
+                left = True
+                self._shut_down()
             # What was sent to a server that died meanwhile is never answered.
             if self._cut_off() and node.bound:
                 self._kernel().disconnect(node.index)
 
-        settle(node, seconds, nudge=give_up)
+        try:
+            settle(node, seconds, nudge=give_up)
+        except NbddError:
+            if not left:
+                raise
+        if left:
+            raise NotRead(
+                f"The kernel does not read from all {len(self._sockets)} links of {node.path}, for want of threads at "
+                "this moment."
+            )
         if self._cut_off():
             raise ConnectFailed(f"The server hung up while {node.path} was being made usable.")
 
@@ -635,6 +670,14 @@ class Client:
         with suppress(NotAttached):
             release(self._kernel(), node, self.backend, END_SECONDS, force=True, nudge=self._shut_down)
         self.node = None
+
+    def _left_unread(self) -> bool:
+        """Whether an answer stays where it is, on one of several sockets."""
+        before = [unread(sock) for sock in self._sockets]
+        if len(before) < 2 or not any(before):
+            return False
+        time.sleep(UNREAD_SECONDS)
+        return any(one and one == unread(sock) for one, sock in zip(before, self._sockets, strict=True))
 
     def _cut_off(self) -> bool:
         return all(hung_up(sock) for sock in self._sockets)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
-from nbdd.definition import Attach, Definition, check_name
+from nbdd.definition import Attach, Definition, Desktop, check_name
 from nbdd.errors import InvalidArgs, InvalidConfig, InvalidURI, TLSFailed
 from nbdd.schema import TLS_REFUSED, Fault, Schema
 from nbdd.uri import URI
@@ -76,12 +76,12 @@ def definition_from_options(
 
 
 def options_with(definition: Definition, options: Mapping[str, object]) -> Definition:
-    """The definition with what a call wants otherwise, this once; `uri` and `attach` can't be changed so.
+    """The definition with what a call wants otherwise, this once; `uri`, `attach` and `desktop` can't be changed so.
 
     Raises `InvalidArgs`.
     """
     schema = Schema()
-    _checked(schema, options, set(schema.device_keys) - {"uri", "attach"})
+    _checked(schema, options, set(schema.device_keys) - {"uri", "attach", "desktop"})
     return replace(definition, **_fields(options))
 
 
@@ -94,7 +94,7 @@ def _checked(
     if any(fault.tls for fault in [*faults, *uri_faults]):
         raise TLSFailed(TLS_REFUSED)
     if faults:
-        raise InvalidArgs(" ".join(f"Option {shown(str(fault.path[0]))} {fault.sentence}" for fault in faults))
+        raise InvalidArgs(" ".join(f"Option {_key(fault.path)} {fault.sentence}" for fault in faults))
     if uri_faults:
         raise InvalidURI(" ".join(fault.sentence for fault in uri_faults))
     return uris
@@ -133,6 +133,8 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
                 fields["read_only"] = bool(value)
             case "block-size":
                 fields["block_size"] = None if value == "auto" else int(value)
+            case "desktop":
+                fields["desktop"] = Desktop.of(value)
             case "connections" | "timeout" | "dead-timeout" | "network-timeout":
                 # JSON schema takes 30.0 for an integer, and so do editors.
                 fields[key.replace("-", "_")] = int(value)
@@ -280,7 +282,12 @@ def _subject(path: tuple[str | int, ...]) -> str:
         subject, path = f"device {shown(path[1])}: ", path[2:]
     elif path[:1] == ("defaults",) and len(path) > 1:
         subject, path = "defaults: ", path[1:]
-    return f"{subject}key {shown(path[0])}: " if path and isinstance(path[0], str) else subject
+    return f"{subject}key {_key(path)}: " if path and isinstance(path[0], str) else subject
+
+
+def _key(path: tuple[str | int, ...]) -> str:
+    """A key of a device, as 'uri' or 'desktop.icon'; which item of a list is meant, the place tells."""
+    return shown(".".join(step for step in path if isinstance(step, str)))
 
 
 def _path(path: Path) -> str:

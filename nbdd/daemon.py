@@ -27,6 +27,13 @@ from nbdd.systemd import Notifier, kept_sockets
 
 log = logging.getLogger(__name__)
 
+SHUTDOWN_WAIT = 30
+"""Seconds that I/O waits for a dead server when the machine goes down, where the dead timeout is longer: an unmount
+waits as long, and the machine with it. The server may still come back; and systemd gives an unmount 90 s."""
+
+LEAVE_WAIT = 10
+"""Seconds for the users of such a device to leave it when their I/O has failed."""
+
 STOP_DEADLINE = 60.0
 """Seconds that the detaching of idle devices may take at a stop; what is left then stays attached."""
 
@@ -58,6 +65,7 @@ async def run(directory: Path) -> int:
     bus.serve(manager)
     watchdog = asyncio.create_task(notifier.watchdog())
     lost = asyncio.create_task(bus.lost())
+    down = asyncio.create_task(_go_down(bus, manager))
     notifier.ready()
     try:
         while True:
@@ -78,6 +86,7 @@ async def run(directory: Path) -> int:
         await _stop(manager, bus, notifier)
         return 0
     finally:
+        down.cancel()
         watchdog.cancel()
         lost.cancel()
 
@@ -89,13 +98,26 @@ async def _reload(manager: Manager, notifier: Notifier) -> None:
     notifier.ready()
 
 
+async def _go_down(bus: BusConnection, manager: Manager) -> None:
+    """Have nothing wait longer for a server than the machine should for its end."""
+    await bus.shutdown()
+    log.info("the machine goes down: I/O waits for a dead server for %d s from now on", SHUTDOWN_WAIT)
+    await manager.hasten(SHUTDOWN_WAIT)
+
+
 async def _stop(manager: Manager, bus: BusConnection, notifier: Notifier) -> None:
     """Detach what is idle if this is the end; keep everything if it is half of a restart, or a plain kill."""
     notifier.stopping()
     detach = await bus.job_type() == "stop"
     try:
         async with asyncio.timeout(STOP_DEADLINE):
-            for told in await manager.stop(detach=detach):
+            wait = 0
+            if detach and await bus.is_going_down():
+                # What is mounted without _netdev may be unmounted only now. Without a server that ends when we end the
+                # waiting, so we stay until then.
+                await manager.hasten(SHUTDOWN_WAIT)
+                wait = SHUTDOWN_WAIT + LEAVE_WAIT
+            for told in await manager.stop(detach=detach, wait=wait):
                 log.warning("%s", told)
     except TimeoutError:
         log.error("detaching took longer than %g s; what is left stays attached", STOP_DEADLINE)

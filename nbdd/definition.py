@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -39,6 +40,31 @@ def check_name(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Desktop:
+    """How a device shows up on a desktop; the schema has checked what stands in it."""
+
+    name: str = ""
+    """What people call it; "" where the name of the device will do."""
+    icon: str = ""
+    """A name of the Icon Naming Specification, or "" for the desktop's own choice."""
+    user_mountable: bool = True
+    """Whether a person at this machine may mount it without an administrator's password."""
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> Desktop:
+        """From the mapping that stands in YAML, in the options of a call or in a record."""
+        return Desktop(
+            name=str(settings.get("name", "")),
+            icon=str(settings.get("icon", "")),
+            user_mountable=bool(settings.get("user-mountable", True)),
+        )
+
+    def to_wire(self) -> dict[str, Any]:
+        """The inverse of `of`."""
+        return {"name": self.name, "icon": self.icon, "user-mountable": self.user_mountable}
+
+
+@dataclass(frozen=True, slots=True)
 class Definition:
     """One device as somebody wants it; times in seconds, sizes in bytes."""
 
@@ -59,6 +85,8 @@ class Definition:
     """How long the other machine may give no sign of life until a link to it is given up; see `transport.connect`."""
     block_size: int | None = None
     """Logical block size, or None to take the server's minimum (512 at least)."""
+    desktop: Desktop | None = None
+    """None: the device is a matter of the system and no desktop's."""
 
     def with_timeout(self, timeout: int) -> Definition:
         """The same definition with another request timeout."""
@@ -77,11 +105,14 @@ class Definition:
             "dead-timeout": self.dead_timeout,
             "network-timeout": self.network_timeout,
             "block-size": self.block_size,
+            "desktop": self.desktop.to_wire() if self.desktop is not None else None,
         }
 
     @staticmethod
     def from_wire(wire: dict[str, Any]) -> Definition:
         """The inverse of `to_wire`."""
+        # A record that an earlier version wrote has no "network-timeout" and no "desktop".
+        desktop = wire.get("desktop")
         return Definition(
             name=wire["name"],
             uri=tuple(URI.parse(text) for text in wire["uri"]),
@@ -91,7 +122,7 @@ class Definition:
             connections=wire["connections"],
             timeout=wire["timeout"],
             dead_timeout=wire["dead-timeout"],
-            # A record that an earlier version wrote has none.
             network_timeout=wire.get("network-timeout", DEFAULT_NETWORK_TIMEOUT),
             block_size=wire["block-size"],
+            desktop=Desktop.of(desktop) if desktop is not None else None,
         )

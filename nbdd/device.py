@@ -27,6 +27,7 @@ from typing import Any
 from nbdd.channel import Message
 from nbdd.definition import Attach, Definition
 from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, OtherExport, WorkerFailed
+from nbdd.journal import DeviceLog
 from nbdd.post import KeepSockets, Post, Spawner
 from nbdd.records import Record, Records
 from nbdd.status import State, Status, state_for, told_of
@@ -69,6 +70,7 @@ class Device:
         keep_sockets: KeepSockets,
         on_change: Callable[[Device, Status], None],
     ) -> None:
+        self._log = DeviceLog(log, definition.name)
         self._definition = definition
         # The definition with what this attachment changed: options of Attach, a new timeout.
         self._active = definition
@@ -129,7 +131,7 @@ class Device:
         self._active = record.definition
         told = self._told_by(record.definition)
         if record.binding is not None:
-            log.info("%s: it was left as /dev/nbd%d, and is taken up again", self.name, record.binding["index"])
+            self._log.info("it was left as /dev/nbd%d, and is taken up again", record.binding["index"])
             # It is there, and perhaps in use, while nobody looks after it yet.
             told |= {
                 "node": f"/dev/nbd{record.binding['index']}",
@@ -201,8 +203,40 @@ class Device:
         await self._ask("set-timeout", seconds=seconds)
         self._active = self._active.with_timeout(seconds)
         self._note(definition=self._active)
-        log.info("%s: a request may take %s", self.name, f"{seconds} s" if seconds else "as long as it needs")
+        self._log.info("a request may take %s", f"{seconds} s" if seconds else "as long as it needs")
         self._set(timeout=seconds)
+
+    async def reconnect(self) -> None:
+        """Exchange the links of the attached device for new ones, to the first server that has the same data."""
+        await self._ask("reconnect")
+        self._log.info("reconnected, as asked for, to %s", self._status.uri)
+
+    async def resize(self) -> int:
+        """Take the size that the server says now, if it has grown; returns it, in bytes."""
+        size = int((await self._ask("resize"))["size"])
+        self._log.info("%d bytes, as asked for", size)
+        return size
+
+    async def hasten(self, seconds: int) -> None:
+        """Shorten the dead timeout, so that I/O without a link fails `seconds` after this, or after the link's death.
+
+        It holds until the device is detached. What stands in the way is told in the journal.
+        """
+        if self._active.dead_timeout <= seconds:
+            return
+        try:
+            reply = await self._ask("hasten", seconds=seconds)
+        except (NotAttached, Busy):
+            return  # Nothing waits, or it is on its way out.
+        except NbddError as error:
+            self._log.error("its dead timeout can't be shortened: %s", error)
+            return
+        self._active = replace(self._active, dead_timeout=int(reply["dead-timeout"]))
+        self._note(definition=self._active)
+        changes: dict[str, Any] = {"dead_timeout": self._active.dead_timeout}
+        if self._status.fails_at and self._record is not None and self._record.binding is not None:
+            changes["fails_at"] = self._end_of(self._record.binding["lost"])
+        self._set(**changes)
 
     async def statistics(self) -> dict[str, int]:
         """What the kernel counted since the device was attached; the keys are those of GetStatistics."""
@@ -266,8 +300,8 @@ class Device:
             self._failed(error)
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # a fault of ours must not leave a device that only looks alive
-            log.exception("%s: internal error", self.name)
+        except Exception as error:  # noqa: BLE001 - a fault of ours must not leave a device that only looks alive
+            self._log.exception("internal error")
             self._runner = None
             self._failed(NbddError(f"Internal error: {error}."))
 
@@ -317,7 +351,7 @@ class Device:
         try:
             await self._release(force=False, until=time.monotonic())
         except NbddError as error:
-            log.warning("%s: what was begun can't be cleaned up: %s", self.name, error)
+            self._log.warning("what was begun can't be cleaned up: %s", error)
         else:
             self._forget()
 
@@ -328,7 +362,7 @@ class Device:
     def _retrying(self, error: NbddError) -> None:
         # A server that is away for hours is worth one line, not one every few seconds.
         known = told_of(error) == self._status.last_error
-        log.log(logging.DEBUG if known else logging.WARNING, "%s: %s Trying again.", self.name, error)
+        self._log.log(logging.DEBUG if known else logging.WARNING, "%s Trying again.", error)
         self._set(last_error=told_of(error))
 
     async def _adopt(self) -> None:
@@ -351,7 +385,7 @@ class Device:
                 await self._post.vacate()
                 if not self._persistent:
                     raise
-                log.warning("%s: %s Attaching it anew.", self.name, error)
+                self._log.warning("%s Attaching it anew.", error)
                 self._active = self._definition
                 self._fresh = True
                 self._clear(state=State.CONNECTING, last_error=told_of(error))
@@ -368,7 +402,7 @@ class Device:
         if worker is None:
             return
         ending = await self._post.left()
-        log.warning("%s: worker %d %s; the device stays, a new worker adopts it", self.name, worker.pid, ending)
+        self._log.warning("worker %d %s; the device stays, a new worker adopts it", worker.pid, ending)
 
     async def _attempt(self, order: str, **arguments: Any) -> None:
         """Give a new worker its first order; on return the device is attached."""
@@ -396,14 +430,16 @@ class Device:
         for fd in fds:
             os.close(fd)
         if message["event"] == "warning":
-            log.warning("%s: %s", self.name, message["message"])
+            self._log.warning("%s", message["message"])
         elif message["event"] == "info":
-            log.info("%s: %s", self.name, message["message"])
+            self._log.info("%s", message["message"])
 
     def _links(self, message: Message) -> None:
         live, reconnects, uri = int(message["live"]), int(message["reconnects"]), str(message["uri"])
-        noted = {"live": live, "reconnects": reconnects, "uri": uri, "lost": message["lost"]}
-        changes: dict[str, Any] = {"live_connections": live, "reconnects": reconnects, "uri": uri}
+        noted = {key: message[key] for key in ("live", "reconnects", "uri", "lost", "size", "export")}
+        changes: dict[str, Any] = {
+            "live_connections": live, "reconnects": reconnects, "uri": uri, "size": int(message["size"])
+        }  # fmt: skip
         changes["fails_at"] = self._fails_at(message)
         if self._record is not None and self._record.binding is not None:
             self._note(binding={**self._record.binding, **noted})
@@ -412,9 +448,9 @@ class Device:
             changes["last_error"] = told_of(error)
             # An attempt that fails like the one before it is not worth a line.
             if live < self._status.live_connections or changes["last_error"] != self._status.last_error:
-                log.warning("%s: %s", self.name, error)
+                self._log.warning("%s", error)
         elif reconnects > self._status.reconnects:
-            log.info("%s: connected to %s again, %d of %d links", self.name, uri, live, self._status.connections)
+            self._log.info("connected to %s again, %d of %d links", uri, live, self._status.connections)
         if self._status.bound:
             failed = bool(message["failing"]) or message.get("error") == OtherExport.__name__
             changes["state"] = state_for(live, self._status.connections, failed=failed)
@@ -447,7 +483,7 @@ class Device:
 
     def _failed(self, error: NbddError) -> None:
         """The device is not attached, and nothing more is tried."""
-        log.error("%s: %s", self.name, error)
+        self._log.error("%s", error)
         self._post.abandon()
         self._clear(state=State.FAILED, last_error=told_of(error))
         self._settle(error)
@@ -464,7 +500,7 @@ class Device:
         told = self._status.last_error
         if isinstance(error, Busy):
             # No fault of the device's: who asked for it is told, and the journal.
-            log.warning("%s: not detached: %s", self.name, error)
+            self._log.warning("not detached: %s", error)
         elif isinstance(error, NbddError):
             told = told_of(error)
         over = fresh and not isinstance(error, Busy)
@@ -550,7 +586,11 @@ class Device:
         if self._status.fails_at and known is not None and known.get("lost") == told["lost"]:
             # Nothing new; worked out again it would be another microsecond, and a signal to everybody.
             return self._status.fails_at
-        left = told["lost"] + self._active.dead_timeout - time.monotonic()
+        return self._end_of(told["lost"])
+
+    def _end_of(self, lost: float) -> int:
+        """When I/O fails that waits since `lost`, monotonic; microseconds since 1970."""
+        left = lost + self._active.dead_timeout - time.monotonic()
         return int((time.time() + left) * 1e6)
 
     def _keep(self, record: Record) -> None:
@@ -565,7 +605,7 @@ class Device:
         try:
             self._records.write(self._record)
         except NbddError as error:
-            log.error("%s: %s", self.name, error)
+            self._log.error("%s", error)
 
     def _forget(self) -> None:
         self._record = None
@@ -588,6 +628,9 @@ class Device:
             "timeout": definition.timeout,
             "dead_timeout": definition.dead_timeout,
             "connections": definition.connections,
+            "desktop": definition.desktop is not None,
+            "display_name": definition.desktop.name if definition.desktop is not None else "",
+            "icon_name": definition.desktop.icon if definition.desktop is not None else "",
         }
 
     def _idle_status(self, configured: bool) -> Status:
@@ -607,5 +650,5 @@ class Device:
         self._status = new
         if new.state is not old.state:
             where = f" ({new.node}, {new.uri})" if new.node else ""
-            log.info("%s: %s -> %s%s", self.name, old.state, new.state, where)
+            self._log.info("%s -> %s%s", old.state, new.state, where)
         self._on_change(self, old)

@@ -16,6 +16,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from nbdd.channel import Channel, Message
 from nbdd.errors import NbddError, WorkerFailed
@@ -25,7 +26,8 @@ Answer = tuple[Message, Sequence[socket.socket]]
 """What a job comes to, and the sockets that go with it."""
 
 Tell = Callable[[Message, Sequence[int]], None]
-"""Takes a message and its descriptors; in the worker they are the callee's to close."""
+"""Takes a message and its descriptors; in the worker they are the callee's to close. In the child it returns when the
+worker has heard it, and so has done what follows from it."""
 
 Job = Callable[[Tell], Answer]
 """What the child does; it may tell things before it is done. An NbddError that it raises is its answer."""
@@ -68,6 +70,8 @@ class Errand:
                 self._finish(message["answer"], fds)
             else:
                 self._heard(message, fds)
+                with suppress(OSError):
+                    self._channel.send({})
 
     def _ended(self) -> None:
         self._loop.forget(self._channel.fileno())
@@ -129,8 +133,14 @@ def _be(loop: Loop, channel: Channel, life: tuple[int, int], name: str, job: Job
         # The manager takes a worker for dead when its channel closes, so nobody else may hold that open.
         for fd in loop:
             os.close(fd)
+
+        def tell(message: Message, fds: Sequence[int]) -> None:
+            channel.send(message, fds)
+            if channel.wait() is None:
+                raise BrokenPipeError
+
         try:
-            answer, sockets = job(channel.send)
+            answer, sockets = job(tell)
         except NbddError as error:
             answer, sockets = error.to_wire(), ()
         channel.send({"answer": answer}, [sock.fileno() for sock in sockets])

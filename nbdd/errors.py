@@ -18,7 +18,8 @@
     │   ├── NotAttached               org.nbdd1.Error.NotAttached
     │   └── Busy                      org.nbdd1.Error.Busy
     ├── KernelError                   org.nbdd1.Error.KernelError
-    │   └── NoFreeDevice              org.nbdd1.Error.NoFreeDevice
+    │   ├── NoFreeDevice              org.nbdd1.Error.NoFreeDevice
+    │   └── NotRead                   org.nbdd1.Error.KernelError
     ├── CallerError
     │   ├── InvalidArgs               org.freedesktop.DBus.Error.InvalidArgs
     │   ├── AccessDenied              org.freedesktop.DBus.Error.AccessDenied
@@ -160,6 +161,10 @@ class NoFreeDevice(KernelError):
     """The kernel has no NBD device left to give."""
 
     dbus_name = _OWN + "NoFreeDevice"
+
+
+class NotRead(KernelError):
+    """The kernel has taken several links and does not read them all; new ones may fare better. See `Client.bind`."""
 
 
 class CallerError(NbddError):

@@ -9,6 +9,7 @@ notes about it, each time anew.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,12 +28,13 @@ from nbdd.errors import (
     NegotiationFailed,
     NoFreeDevice,
     NotAttached,
+    NotRead,
     OtherExport,
     ServerError,
 )
 from nbdd.identity import Identity
 from nbdd.kernel import Node, Usage, find
-from nbdd.link import Check, Links, differs, open_links
+from nbdd.link import Links, differs, open_links
 from nbdd.protocol import Export
 from nbdd.refuser import withdraw
 from nbdd.transport import Deadline, list_exports
@@ -47,6 +49,15 @@ MEND_SECONDS = 5.0
 
 LOOK_SECONDS = 15.0
 """For a look at what is on the export. A slow server gets it, and one that is slower still does without the look."""
+
+QUIET_SECONDS = 1.0
+"""How long a moment with nothing under way is waited for, before links are exchanged."""
+
+QUIET_INTERVAL = 0.002
+"""Seconds between two looks for it."""
+
+DEAD_SECONDS = 3.0
+"""For the kernel to say that a link that was shut down is dead; it only has to run."""
 
 IO_TIMEOUT = 1000
 """Milliseconds; for a device of one link, without a request timeout of the user's.
@@ -106,7 +117,19 @@ def attach(task: Task, tell: Tell) -> Answer:
             # Our own device may hold the only place that the server has. As long as nobody uses it, it is made anew.
             _unmake(task.name, bound[0], error)
     look(task, tell)
-    links = open_links(definition, Deadline(CONNECT_SECONDS))
+    deadline = Deadline(CONNECT_SECONDS)
+    for _ in range(definition.connections - 1):
+        try:
+            return _bind(task, definition, deadline, tell)
+        except NotRead as error:
+            # With each attempt the kernel has at least one more.
+            tell({"event": "info", "message": f"{error} They are connected anew."}, ())
+    return _bind(task, definition, deadline, tell)
+
+
+def _bind(task: Task, definition: Definition, deadline: Deadline, tell: Tell) -> Answer:
+    """Connect, and bind what comes of it."""
+    links = open_links(definition, deadline)
     for warning in links.warnings:
         tell({"event": "warning", "message": warning}, ())
     try:
@@ -149,22 +172,39 @@ def mend(task: Task, tell: Tell) -> Answer:
     if task.notes["live"]:
         # Writes over links to one server would be read over those to another late, or never.
         definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
-    try:
-        links = _open_same(task, definition, lambda links: _look_same(Node(task.notes["index"]), links))
-    except _Unseen as error:
-        tell({"event": "warning", "message": str(error)}, ())
-        links = _open_same(task, definition, lambda _links: None)
-    try:
-        client, _ = _adopted(replace(task, links=()), task.notes)
-    except NbddError:
-        links.close()
-        raise
-    # Before the kernel is asked: whatever becomes of us, the worker holds what the kernel may have taken.
-    tell({"event": "offered"}, [sock.fileno() for sock in links.sockets])
-    for fd in task.links:
-        withdraw(fd)
-    client.replace_links(links.sockets)
+    links = _open_same(task, definition, task.order["missing"], tell=tell)
+    client = _ours(task, links)
+    _offer(tell, links)
+    _give(task, client, links)
     return {"uri": str(links.uri)}, ()
+
+
+def reconnect(task: Task, tell: Tell) -> Answer:
+    """Exchange all links for new ones to the first server of the definition that has the same data; answers it."""
+    links = _open_same(task, Definition.from_wire(task.definition), tell=tell)
+    _exchange(task, tell, links)
+    return {"uri": str(links.uri)}, ()
+
+
+def resize(task: Task, tell: Tell) -> Answer:
+    """Take the size that the server says now, if it has grown: over new links, as one keeps the size it began with."""
+    definition = Definition.from_wire(task.definition)
+    if task.notes["live"]:
+        definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
+    links = _open_same(task, definition, tell=tell, grown=True)
+    size = links.export.size - links.export.size % task.notes["block-size"]
+    if size == task.notes["size"] and task.notes["live"] == task.notes["connections"]:
+        links.close()
+        return {"size": size, "uri": str(links.uri)}, ()
+    client = _exchange(task, tell, links)
+    answer = {"uri": str(links.uri), "linked": True}
+    try:
+        # From Linux 6.9 on this waits for what is under way, with all else for any NBD device behind it.
+        _quiet(Node(task.notes["index"]), QUIET_SECONDS)
+        client.set_size(size)
+    except NbddError as error:
+        return {**answer, **error.to_wire()}, ()
+    return {**answer, "size": size}, ()
 
 
 def refuse(task: Task, _tell: Tell) -> Answer:
@@ -216,6 +256,9 @@ ORDERS: Mapping[str, Callable[[Task, Tell], Answer]] = {
 }
 """What the manager may order, and what is done for it."""
 
+RENEWALS: Mapping[str, Callable[[Task, Tell], Answer]] = {"reconnect": reconnect, "resize": resize}
+"""The same, for what exchanges the links of a device."""
+
 
 # What a job opens is closed by the end of its process; only servers want to be told.
 
@@ -224,24 +267,85 @@ class _Unseen(Exception):
     """What is on an export can't be looked at. No ServerError: no reason to refuse it, nor to try another one."""
 
 
-def _open_same(task: Task, definition: Definition, look: Check) -> Links:
-    """New links to what the notes say; `look` looks closer."""
+def _open_same(
+    task: Task, definition: Definition, connections: int | None = None, *, tell: Tell, grown: bool = False
+) -> Links:
+    """New links, as many as the device has or as are said, to what the notes say; it may have `grown`."""
+    known = Export.from_wire(task.notes["export"])
 
     def check(links: Links) -> None:
-        if difference := differs(Export.from_wire(task.notes["export"]), links.export):
+        found = links.export
+        if grown and found.size < known.size:
+            raise OtherExport(
+                f"{links.uri} has {found.size} bytes now, less than the {known.size} of the device. A device that is "
+                "attached can't shrink: detach it, and attach it again."
+            )
+        if difference := differs(known, replace(found, size=known.size) if grown else found):
             raise _other(links, difference)
-        look(links)
 
-    return open_links(definition, Deadline(MEND_SECONDS), task.order["missing"], check=check)
+    def look(links: Links) -> None:
+        check(links)
+        # What stands at the end of a device that grew stands where its end was.
+        _look_same(Node(task.notes["index"]), links, known.size)
+
+    count = connections or task.notes["connections"]
+    try:
+        return open_links(definition, Deadline(MEND_SECONDS), count, check=look)
+    except _Unseen as error:
+        tell({"event": "warning", "message": str(error)}, ())
+        return open_links(definition, Deadline(MEND_SECONDS), count, check=check)
 
 
-def _look_same(node: Node, links: Links) -> None:
-    """Refuse an export that has another filesystem on it, or another partition table, than the device."""
+def _ours(task: Task, links: Links) -> Client:
+    """The device of the notes, for links that are about to be its own."""
+    try:
+        return _adopted(replace(task, links=()), task.notes)[0]
+    except NbddError:
+        links.close()
+        raise
+
+
+def _offer(tell: Tell, links: Links) -> None:
+    """Before the kernel is asked: whatever becomes of us, the worker holds what the kernel may have taken."""
+    tell({"event": "offered", "export": links.export.to_wire()}, [sock.fileno() for sock in links.sockets])
+
+
+def _give(task: Task, client: Client, links: Links) -> None:
+    """Have the kernel take the links in place of dead ones, and of the refuser."""
+    for fd in task.links:
+        withdraw(fd)
+    client.replace_links(links.sockets)
+
+
+def _exchange(task: Task, tell: Tell, links: Links) -> Client:
+    """Give the kernel these links in place of all that it has, at a quiet moment where there is one."""
+    client = _ours(task, links)
+    index, live = task.notes["index"], task.notes["live"]
+    with client.link_dead() as reports:
+        _quiet(Node(index), QUIET_SECONDS)
+        _offer(tell, links)  # Upon this the worker shuts the old ones down.
+        # Only what the kernel counts as dead is replaced.
+        deadline = Deadline(DEAD_SECONDS)
+        while live > 0:
+            live -= reports.wait(deadline.remaining("The kernel did not let go of the old links")).count(index)
+    _give(task, client, links)
+    return client
+
+
+def _quiet(node: Node, seconds: float) -> None:
+    """Wait for a moment with nothing under way, if there is one: what is will be sent again, but not at once."""
+    end = time.monotonic() + seconds
+    while node.statistics().get("in-flight") and time.monotonic() < end:
+        time.sleep(QUIET_INTERVAL)
+
+
+def _look_same(node: Node, links: Links, size: int) -> None:
+    """Refuse an export that has another filesystem on it, or another partition table, than the device of that size."""
     known = identity.of_device(node, Usage())
     if known == Identity():
         return
     try:
-        found = identity.of_export(links.sockets[0], links.export.size, links.block_size, Deadline(LOOK_SECONDS))
+        found = identity.of_export(links.sockets[0], size, links.block_size, Deadline(LOOK_SECONDS))
     except (ConnectFailed, NegotiationFailed):
         # It went away, or speaks no NBD: nothing for the kernel.
         raise

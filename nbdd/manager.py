@@ -17,6 +17,7 @@ from nbdd.config import Configuration, definition_from_options, options_with
 from nbdd.definition import Attach, Definition, check_name
 from nbdd.device import Device
 from nbdd.errors import AlreadyAttached, Busy, InvalidArgs, NbddError, NoSuchDevice, NotAttached
+from nbdd.journal import DeviceLog
 from nbdd.post import KeepSockets
 from nbdd.records import Records
 from nbdd.status import State, Status
@@ -114,7 +115,7 @@ class Manager:
             name = record.definition.name
             self._add(record.definition, configured=record.configured).adopt(record, kept.pop(name, []))
         for name, fds in kept.items():
-            log.warning("%s: its links were kept, but its record is gone: a device on them is not known any more", name)
+            DeviceLog(log, name).warning("its links were kept, but its record is gone: a device on them is not known")
             for fd in fds:
                 os.close(fd)
             self._keep_sockets(name, [])
@@ -173,6 +174,14 @@ class Manager:
         device = self.device(name)
         options_with(device.definition, {"timeout": seconds})  # for its range
         await device.set_timeout(seconds)
+
+    async def reconnect(self, name: str) -> None:
+        """Exchange the links of an attached device for new ones."""
+        await self.device(name).reconnect()
+
+    async def resize(self, name: str) -> int:
+        """Take the size that the server says now; returns it, in bytes."""
+        return await self.device(name).resize()
 
     async def list_exports(self, uri: str) -> list[dict[str, Any]]:
         """Ask a server, in a process of its own, what it exports: one JSON object for each, as `Export.to_wire`."""
@@ -235,8 +244,15 @@ class Manager:
         leftovers = [device for device in have if device.name not in wanted]
         return Changes(tuple(added), tuple(changed), tuple(device.name for device in leftovers)), leftovers
 
-    async def stop(self, *, detach: bool) -> list[str]:
-        """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached."""
+    async def hasten(self, seconds: int) -> None:
+        """Have I/O that waits for a server fail within so many seconds, now and from now on."""
+        await asyncio.gather(*(device.hasten(seconds) for device in self._devices.values() if device.active))
+
+    async def stop(self, *, detach: bool, wait: float = 0) -> list[str]:
+        """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached.
+
+        `wait` is how long to wait, in seconds, for those who use a device without a server to leave it.
+        """
         left: list[str] = []
         for task in self._tasks:
             task.cancel()
@@ -244,7 +260,14 @@ class Manager:
             await asyncio.wait(self._tasks)
         if detach:
             left = [
-                told for told in await asyncio.gather(*map(self._detach_quietly, list(self._devices.values()))) if told
+                told
+                for told in await asyncio.gather(
+                    *(
+                        self._detach_quietly(device, 0 if device.status.live_connections else wait)
+                        for device in list(self._devices.values())
+                    )
+                )
+                if told
             ]
         await asyncio.gather(*(device.close() for device in self._devices.values()))
         await self._supervisor.close()
@@ -268,12 +291,12 @@ class Manager:
             return  # A reload has brought it back while others were detached.
         told = await self._detach_quietly(device)
         if told:
-            log.warning("%s", told)
+            log.warning("%s", told, extra={"device": device.name})
         self._drop(device)
 
-    async def _detach_quietly(self, device: Device) -> str:
+    async def _detach_quietly(self, device: Device, wait: float = 0) -> str:
         try:
-            await device.detach()
+            await device.detach(wait=wait)
         except NotAttached:
             pass
         except NbddError as error:
@@ -320,6 +343,6 @@ class Manager:
             if other.name == new.name or other.uri != new.uri or not other.bound:
                 continue
             if not (other.read_only and new.read_only):
-                log.warning(
-                    "%s: %s is attached as %s too; mount it through one of them only", new.name, new.uri, other.name
+                DeviceLog(log, new.name).warning(
+                    "%s is attached as %s too; mount it through one of them only", new.uri, other.name
                 )

@@ -3,7 +3,8 @@
 
 A record is written before the kernel is asked for a device and taken away after the device is verified free, so at
 no moment is there a device of ours without one. What has no record is not ours and is never touched. The files live
-in /run: a device does not outlive a reboot, and neither do they.
+in /run: a device does not outlive a reboot, and neither do they. What udev shall know of a device stands beside its
+record for just as long; see hints.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 from nbdd.definition import Definition, check_name
 from nbdd.errors import NbddError
+from nbdd.hints import Hints
+from nbdd.journal import DeviceLog
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +76,11 @@ _BINDING: dict[str, type] = {
 
 
 class Records:
-    """The directory of records, by default /run/nbdd/devices."""
+    """The directory of records, by default /run/nbdd/devices, and that of udev's hints beside it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._hints = Hints(directory.with_name("udev"))
 
     def write(self, record: Record) -> None:
         """Write, or replace, the record of a device; whole or not at all.
@@ -85,6 +89,7 @@ class Records:
         """
         path = self._path(record.definition.name)
         try:
+            self._hints.write(record.definition)
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o755)
             draft = path.with_suffix(".new")
             draft.write_text(json.dumps(record.to_wire()) + "\n")
@@ -96,8 +101,9 @@ class Records:
         """Forget a device; it is no fault if it has no record."""
         try:
             self._path(name).unlink(missing_ok=True)
+            self._hints.remove(name)
         except OSError as error:
-            log.warning("%s: the record can't be removed: %s", name, error)
+            DeviceLog(log, name).warning("the record can't be removed: %s", error)
 
     def load(self) -> list[Record]:
         """Every record that can be read, in name order; one that can't is told and left where it is."""

@@ -94,7 +94,7 @@ class Schema:
                 sentence = f"is not known; did you mean {near}?"
             elif "devices" in known:
                 sentence = "is not known here; devices stand below 'devices:', indented."
-            elif key in self.device_keys:
+            elif key in self.device_keys and path[:1] in ((), ("defaults",)):
                 sentence = "can't have a default; give it to each device." if path else "can't be set here."
             else:
                 sentence = f"is not known; known are {', '.join(known)}."

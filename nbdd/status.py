@@ -48,6 +48,10 @@ class Status:
     attached_since: int = 0
     fails_at: int = 0
     last_error: tuple[str, str] = ("", "")
+    desktop: bool = False
+    display_name: str = ""
+    """"" where the name will do."""
+    icon_name: str = ""
 
     @property
     def bound(self) -> bool:

@@ -27,6 +27,7 @@ from typing import Any
 
 from nbdd.channel import Channel, ChannelError, Message
 from nbdd.errors import NbddError, WorkerFailed
+from nbdd.journal import DeviceLog
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class WorkerProcess:
         return await asyncio.shield(self.ended)
 
     def _give_up(self) -> None:
-        log.error("%s: worker %d does not die, the kernel holds it; going on without it", self.name, self.pid)
+        DeviceLog(log, self.name).error("worker %d does not die, the kernel holds it; going on without it", self.pid)
         self._end(How.HANG)
 
     def _end(self, how: How, code: int = 0) -> None:
@@ -206,9 +207,9 @@ class WorkerProcess:
         except BlockingIOError:
             return
         except (ChannelError, OSError) as error:
-            log.warning("%s: worker %d broke its channel: %s", self.name, self.pid, error)
-        except Exception:  # whatever a worker says, it is the worker that goes
-            log.exception("%s: worker %d said what nobody understands", self.name, self.pid)
+            DeviceLog(log, self.name).warning("worker %d broke its channel: %s", self.pid, error)
+        except Exception:  # noqa: BLE001 - whatever a worker says, it is the worker that goes
+            DeviceLog(log, self.name).exception("worker %d said what nobody understands", self.pid)
         # End of the stream: the process is on its way out, and the fork server will tell how it went.
         # Its own exit code, if it has one by now, survives the signal.
         self._loop.remove_reader(self._channel.fileno())

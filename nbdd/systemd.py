@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Sequence
 
@@ -91,23 +89,3 @@ def _to_fdname(name: str) -> str:
 
 def _from_fdname(fdname: str) -> str:
     return fdname.replace("+", ":")
-
-
-class _JournalFormatter(logging.Formatter):
-    """Every line begins with its priority, as sd-daemon(3) has it."""
-
-    _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
-
-    def format(self, record: logging.LogRecord) -> str:
-        priority = next((number for level, number in self._PRIORITIES if record.levelno >= level), 7)
-        return "\n".join(f"<{priority}>{line}" for line in super().format(record).splitlines())
-
-
-def log_to_stderr(level: int) -> None:
-    """Log to stderr: with priorities for the journal, with times for a person."""
-    handler = logging.StreamHandler(sys.stderr)
-    if "JOURNAL_STREAM" in os.environ:
-        handler.setFormatter(_JournalFormatter("%(message)s"))
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])

@@ -23,7 +23,7 @@ from nbdd.bound import Bound
 from nbdd.channel import Channel, Message
 from nbdd.errand import Errand, title
 from nbdd.errors import NbddError, NotAttached
-from nbdd.jobs import ORDERS, Task
+from nbdd.jobs import ORDERS, RENEWALS, Task
 from nbdd.kernel import Node
 from nbdd.kernel.sysfs import SECTOR
 from nbdd.loop import Loop
@@ -83,7 +83,7 @@ class Worker:
             self._obey(*found)
 
     def _obey(self, order: Message, fds: list[int]) -> None:
-        if order["order"] in ORDERS:
+        if order["order"] in ORDERS or order["order"] in RENEWALS:
             self._orders.append((order, _sockets(fds)))
             self._next()
             return
@@ -95,6 +95,8 @@ class Worker:
                     reply: Message = {}
                 case "statistics":
                     reply = {"statistics": self._statistics()}
+                case "hasten":
+                    reply = {"dead-timeout": self._hasten(order["seconds"])}
                 case unknown:
                     raise NbddError(f"The worker of {self._name!r} knows no order {unknown!r}.")
         except NbddError as error:
@@ -118,6 +120,13 @@ class Worker:
 
     def _send(self, order: Message, links: list[int]) -> None:
         kind, device = order["order"], self._device
+        if kind in RENEWALS:
+            _close(links)
+            if device is None:
+                raise NotAttached(f"{self._name!r} is not attached.")
+            device.renew(order, partial(self._done, kind, order, [], fds=[]))
+            self._busy = True
+            return
         if device is not None:
             # We have our own notes and links, and an errand sees no link that we still watch.
             _close(links)
@@ -187,6 +196,11 @@ class Worker:
                 notes = error.to_wire()
         _close(links)
         return notes
+
+    def _hasten(self, seconds: int) -> int:
+        if self._device is None:
+            raise NotAttached(f"{self._name!r} is not attached.")
+        return self._device.hasten(seconds)
 
     def _statistics(self) -> dict[str, int]:
         """What the kernel counted since the device was attached; the keys are those of GetStatistics."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dbus_next import Message, MessageType
+from dbus_next import Message, MessageFlag, MessageType
 from dbus_next.aio import MessageBus
 
 _INVALID_SIGNATURE = "org.freedesktop.DBus.Error.InvalidSignature"
@@ -30,18 +30,29 @@ class Peer:
     interface: str
 
     async def call(
-        self, bus: MessageBus, member: str, signature: str, body: Sequence[Any], *, returns: str
+        self,
+        bus: MessageBus,
+        member: str,
+        signature: str,
+        body: Sequence[Any],
+        *,
+        returns: str,
+        flags: MessageFlag = MessageFlag.NONE,
     ) -> list[Any]:
         """Call a method and return its out-arguments, which are of the types `returns`.
 
         Raises CallError, or EOFError when the bus is gone.
         """
+        # dbus-next: a call on a bus that has ended waits for ever. Only `connected` knows at once.
+        if not bus.connected:
+            raise EOFError
         reply = await bus.call(
             Message(
                 destination=self.destination,
                 path=self.path,
                 interface=self.interface,
                 member=member,
+                flags=flags,
                 signature=signature,
                 body=list(body),
             )

@@ -10,18 +10,18 @@ dbus-next 0.2.3 needs some care here, marked "dbus-next:" below.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import BusType, MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
+from nbdd.bus.bridge import Bridge
+from nbdd.bus.callerbus import CallerBus
 from nbdd.errors import AccessDenied, InvalidConfig, NbddError, NoSuchDevice
 
 NAME = "org.nbdd1"
@@ -33,6 +33,10 @@ DEVICES = PATH + "/device/"
 Properties: TypeAlias = dict[str, Any]
 """D-Bus names to plain Python values, variants taken off."""
 
+Option: TypeAlias = "bool | int | str | Mapping[str, bool | int | str]"
+Options: TypeAlias = Mapping[str, Option]
+"""What a call takes beside its arguments, as plain values."""
+
 _BUS = "org.freedesktop.DBus"
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 _OBJECT_MANAGER = "org.freedesktop.DBus.ObjectManager"
@@ -40,6 +44,9 @@ _ERROR = "org.freedesktop.DBus.Error."
 
 _CONNECT_SECONDS = 25
 """How long the bus may take to let us in; a healthy one needs a millisecond."""
+
+_REMOTE_SECONDS = 90
+"""The same over ssh, which may ask a person for a password; sd-bus has the same limit (BUS_AUTH_TIMEOUT)."""
 
 _LETTERS = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _DIGITS = frozenset(b"0123456789")
@@ -86,44 +93,18 @@ class _Unknown(NbddError):
     """There is no such object; the methods below say which device was meant."""
 
 
-class _Bus(MessageBus):
-    """A connection that ends when the bus ends, and leaves nothing open."""
-
-    def _setup_socket(self) -> None:
-        # dbus-next: forgets the socket when it can't connect it.
-        base: Any = super()
-        try:
-            base._setup_socket()  # noqa: SLF001
-        except Exception:
-            if hasattr(self, "_sock"):
-                self.close()
-            raise
-
-    async def _auth_readline(self) -> str:
-        # dbus-next: its own loop never ends, and never yields, when the bus hangs up during authentication.
-        line = b""
-        while not line.endswith(b"\r\n"):
-            piece = await self._loop.sock_recv(self._sock, 2)
-            if not piece:
-                raise EOFError
-            line += piece
-        return line[:-2].decode()
-
-    def close(self) -> None:
-        """Give the descriptors back; dbus-next only ever shuts the socket down."""
-        with contextlib.suppress(OSError):
-            self._stream.close()
-        self._sock.close()
-
-
 class Client:
     """A connection to nbdd over the system bus, for use in ``async with``.
 
     No call has a time limit of its own: an attach takes as long as the service lets it. With ``activate=False``
-    no call starts a service that is not running.
+    no call starts a service that is not running, and nobody is asked for a password. With `host`, it is the system
+    bus of that machine, reached with ssh.
     """
 
-    def __init__(self, *, activate: bool = True) -> None:
+    def __init__(self, *, activate: bool = True, host: str | None = None) -> None:
+        self._ask = activate
+        self._host = host
+        self._bridge: Bridge | None = None
         self._flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION if activate else MessageFlag.NO_AUTOSTART
         self._bus: Any = None  # dbus-next is half typed
         self._end: asyncio.Task[None] | None = None
@@ -131,17 +112,20 @@ class Client:
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
+        if self._host is not None:
+            self._bridge = await Bridge.open(self._host, ask=self._ask)
         try:
-            async with asyncio.timeout(_CONNECT_SECONDS):
+            async with asyncio.timeout(_CONNECT_SECONDS if self._bridge is None else _REMOTE_SECONDS):
                 # dbus-next: takes the running loop, so the bus is made here and not in the constructor.
-                self._bus = _Bus(bus_type=BusType.SYSTEM)
+                self._bus = CallerBus(self._bridge or BusType.SYSTEM)
                 await self._bus.connect()
-        except TimeoutError:
-            self._close()
-            raise _no_bus("it does not answer") from None
         except Exception as problem:  # dbus-next raises whatever it met: OSError, EOFError, its own
-            self._close()
-            raise _no_bus(_reason(problem)) from problem
+            found = await self._unreached(problem)
+            await self._close()
+            raise found from problem
+        except BaseException:  # Ctrl-C, perhaps while ssh asks for a password
+            await self._close()
+            raise
         self._end = asyncio.ensure_future(self._bus.wait_for_disconnect())
         self._end.add_done_callback(self._ended)
         return self
@@ -152,11 +136,22 @@ class Client:
         if self._bus is not None and self._end is not None:
             self._bus.disconnect()
             await asyncio.wait({self._end}, timeout=1)
-        self._close()
+        await self._close()
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         if self._bus is not None:
             self._bus.close()
+        if self._bridge is not None:
+            await self._bridge.close()
+
+    async def _unreached(self, problem: Exception) -> NbddError:
+        """Why there is no way onto the bus, in a sentence."""
+        reason = "it does not answer" if isinstance(problem, TimeoutError) else _reason(problem)
+        if self._bridge is None:
+            return _no_bus(reason)
+        if isinstance(problem, EOFError | ConnectionError):
+            reason = await self._bridge.reason() or "it hung up"
+        return NbddError(f"The system bus of {self._host} can't be reached with ssh: {reason}.")
 
     def _ended(self, end: asyncio.Task[None]) -> None:
         if not end.cancelled():
@@ -165,23 +160,32 @@ class Client:
 
     # What nbdd can do; each method of org.nbdd1.Manager with its own errors (dbus/org.nbdd1.Manager.xml).
 
-    async def attach(self, name: str, options: Mapping[str, bool | int | str]) -> str:
+    async def attach(self, name: str, options: Options) -> str:
         """Attach the device `name` that has a definition; return its object path when it is usable."""
         (path,) = await self._manager("Attach", "sa{sv}", name, _variants(options), reply="o")
         return str(path)
 
-    async def attach_uri(self, uri: str, options: Mapping[str, bool | int | str]) -> str:
+    async def attach_uri(self, uri: str, options: Options) -> str:
         """Attach an export that has no definition; return the object path of its device when it is usable."""
         (path,) = await self._manager("AttachURI", "sa{sv}", uri, _variants(options), reply="o")
         return str(path)
 
-    async def detach(self, name: str, options: Mapping[str, bool | int | str]) -> None:
+    async def detach(self, name: str, options: Options) -> None:
         """Detach a device; returns when the kernel's device is free again."""
         await self._manager("Detach", "sa{sv}", name, _variants(options))
 
     async def set_timeout(self, name: str, seconds: int) -> None:
         """Set how long a request may take; 0 is no limit."""
         await self._manager("SetTimeout", "su", name, seconds)
+
+    async def reconnect(self, name: str) -> None:
+        """Exchange the device's links for new ones."""
+        await self._manager("Reconnect", "sa{sv}", name, {})
+
+    async def resize(self, name: str) -> int:
+        """Take the size that the server says now; returns it, in bytes."""
+        (size,) = await self._manager("Resize", "sa{sv}", name, {}, reply="t")
+        return int(size)
 
     async def reload(self) -> Reloaded:
         """Make nbdd read its configuration again."""
@@ -191,6 +195,11 @@ class Client:
         """Ask the server behind `uri` what it exports; the keys are those of ListExports."""
         (exports,) = await self._manager("ListExports", "sa{sv}", uri, {}, reply="aa{sv}")
         return [_plain(export) for export in exports]
+
+    async def version(self) -> str:
+        """The version of the running nbdd."""
+        (version,) = await self._call(PATH, _PROPERTIES, "Get", "ss", MANAGER, "Version", reply="v")
+        return str(version.value)
 
     async def devices(self) -> list[Properties]:
         """The properties of every device."""
@@ -217,11 +226,6 @@ class Client:
             raise _no_device(name) from None
         return dict(counts)
 
-    async def version(self) -> str:
-        """The version of the running nbdd."""
-        (version,) = await self._call(PATH, _PROPERTIES, "Get", "ss", MANAGER, "Version", reply="v")
-        return str(version.value)
-
     async def names(self) -> tuple[set[str], set[str]]:
         """The well-known names that are on the bus, and those that it can start."""
         (there,) = await self._call("/org/freedesktop/DBus", _BUS, "ListNames", reply="as", to=_BUS)
@@ -233,7 +237,7 @@ class Client:
     async def subscribe(self) -> bool:
         """Start to collect events; True if nbdd is running. This does not start it."""
         if self._bus is None:
-            raise _lost()
+            raise self._lost()
         self._bus.add_message_handler(self._on_message)
         rules = (
             f"type='signal',sender='{NAME}',path_namespace='{PATH}'",
@@ -252,7 +256,7 @@ class Client:
         """The next event; needs `subscribe` first. Raises NbddError when the bus is gone."""
         event = await self._events.get()
         if event is None:
-            raise _lost()
+            raise self._lost()
         return event
 
     def _on_message(self, message: Message) -> None:
@@ -289,6 +293,10 @@ class Client:
 
     # The call itself
 
+    def _lost(self) -> NbddError:
+        whose = "" if self._host is None else f" of {self._host}"
+        return NbddError(f"The connection to the system bus{whose} was lost. {_LOOK}")
+
     async def _manager(self, member: str, signature: str = "", *body: Any, reply: str = "") -> list[Any]:
         try:
             return await self._call(PATH, MANAGER, member, signature, *body, reply=reply)
@@ -303,14 +311,16 @@ class Client:
     ) -> list[Any]:
         # dbus-next: a call on a bus that has ended waits for ever. Only `connected` knows at once.
         if self._bus is None or not self._bus.connected:
-            raise _lost()
+            raise self._lost()
         message = Message(to, path, interface, member, flags=self._flags, signature=signature, body=list(body))
         try:
             answer = await self._bus.call(message)
         except (EOFError, OSError) as problem:
-            raise _lost() from problem
+            raise self._lost() from problem
         if answer is None:
-            raise _lost()
+            raise self._lost()
+        if answer.error_name in _NOT_THERE and self._flags is MessageFlag.NO_AUTOSTART:
+            raise NbddError(f"nbdd is not running. {_LOOK}")
         if answer.message_type is MessageType.ERROR:
             raise _error(answer)
         if answer.signature != reply:
@@ -346,12 +356,15 @@ def device_name(path: str) -> str | None:
         return None
 
 
-def _variants(options: Mapping[str, bool | int | str]) -> dict[str, Variant]:
-    """Options as a{sv}: a truth is b, a number u, a text s. No option of the contract has another type."""
-    return {
-        key: Variant("b" if isinstance(value, bool) else "u" if isinstance(value, int) else "s", value)
-        for key, value in options.items()
-    }
+def _variants(options: Options) -> dict[str, Variant]:
+    """Options as a{sv}: a truth is b, a number u, a text s, a mapping a{sv}. No option has another type."""
+    return {key: _variant(value) for key, value in options.items()}
+
+
+def _variant(value: Option) -> Variant:
+    if isinstance(value, Mapping):
+        return Variant("a{sv}", _variants(value))
+    return Variant("b" if isinstance(value, bool) else "u" if isinstance(value, int) else "s", value)
 
 
 def _plain(properties: Mapping[str, Variant]) -> Properties:
@@ -390,10 +403,6 @@ def _no_bus(reason: str) -> NbddError:
 
 def _no_device(name: str) -> NoSuchDevice:
     return NoSuchDevice(f"No device is named {name!r}; `nbdctl list` shows those there are.")
-
-
-def _lost() -> NbddError:
-    return NbddError(f"The connection to the system bus was lost. {_LOOK}")
 
 
 def _reason(problem: Exception) -> str:

@@ -9,7 +9,7 @@ from nbdd.bus.calls import DBUS, CallError
 from nbdd.bus.objects import ROOT, Announcer, ManagerInterface
 from nbdd.bus.polkit import Polkit
 from nbdd.bus.service import ServiceBus
-from nbdd.bus.systemd1 import job_type
+from nbdd.bus.systemd1 import is_going_down, job_type, shutdown
 from nbdd.errors import NbddError
 from nbdd.manager import Manager
 
@@ -56,6 +56,14 @@ class BusConnection:
     async def job_type(self) -> str:
         """See `systemd1.job_type`."""
         return await job_type(self._bus)
+
+    async def is_going_down(self) -> bool:
+        """See `systemd1.is_going_down`."""
+        return await is_going_down(self._bus)
+
+    async def shutdown(self) -> None:
+        """See `systemd1.shutdown`."""
+        await shutdown(self._bus)
 
     async def lost(self) -> None:
         """Return when the bus is gone; without it nobody can reach us, so that is fatal."""

@@ -17,6 +17,7 @@ from nbdd.device import Device
 from nbdd.errors import InvalidArgs, NegotiationFailed
 from nbdd.manager import Manager
 from nbdd.status import Status
+from nbdd.uri import URI
 
 ROOT = "/org/nbdd1"
 
@@ -31,7 +32,7 @@ ATTACH_OPTIONS = {
 }
 """The keys that Attach takes, with their types."""
 
-ATTACH_URI_OPTIONS = {"name": "s"} | ATTACH_OPTIONS
+ATTACH_URI_OPTIONS = {"name": "s", "desktop": "a{sv}"} | ATTACH_OPTIONS
 MAX_WAIT = 3600
 """Seconds that a Detach may wait for others to leave; meanwhile nothing else can be done to the device."""
 
@@ -41,7 +42,7 @@ _MAX_LIST = 30 << 20
 """Bytes of a list of exports, at 100 for each beside its texts. The system bus takes messages of up to 32 MiB, and ends
 the connection of who sends it more."""
 
-_TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)"}
+_TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)", "a{sv}": "a mapping (a{sv})"}
 
 
 def object_path(name: str) -> str:
@@ -63,7 +64,9 @@ def read_options(options: Mapping[str, Variant], known: Mapping[str, str]) -> di
             raise InvalidArgs(
                 f"The option {key!r} must be {_TYPES[known[key]]}, not of the type {variant.signature!r}."
             )
-        found[key] = variant.value
+        # Of what stands in a mapping, the schema of the configuration knows keys and types.
+        mapping = known[key] == "a{sv}"
+        found[key] = {name: item.value for name, item in variant.value.items()} if mapping else variant.value
     return found
 
 
@@ -78,6 +81,8 @@ class ManagerInterface(ExportedInterface):
                 "AttachURI": self._attach_uri,
                 "Detach": self._detach,
                 "SetTimeout": self._set_timeout,
+                "Reconnect": self._reconnect,
+                "Resize": self._resize,
                 "Reload": self._reload,
                 "ListExports": self._list_exports,
             },
@@ -94,15 +99,15 @@ class ManagerInterface(ExportedInterface):
     async def _attach(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, options = arguments
         values = read_options(options, ATTACH_OPTIONS)
-        self._manager.device(name)
-        await self._authority.check(caller, "org.nbdd1.attach", {"device": name})
+        about = self._about_device(name)
+        await self._authority.check(caller, "org.nbdd1.attach", about)
         device = await self._manager.attach(name, values)
         return [object_path(device.name)]
 
     async def _attach_uri(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         uri, options = arguments
         values = read_options(options, ATTACH_URI_OPTIONS)
-        await self._authority.check(caller, "org.nbdd1.attach-uri", {"uri": uri})
+        await self._authority.check(caller, "org.nbdd1.attach-uri", _about_server(uri))
         device = await self._manager.attach_uri(uri, values)
         return [object_path(device.name)]
 
@@ -111,18 +116,33 @@ class ManagerInterface(ExportedInterface):
         values = read_options(options, DETACH_OPTIONS)
         if values.get("wait", 0) > MAX_WAIT:
             raise InvalidArgs(f"The option 'wait' goes up to {MAX_WAIT} seconds.")
-        self._manager.device(name)
+        about = self._about_device(name)
         action = "org.nbdd1.force-detach" if values.get("force") else "org.nbdd1.detach"
-        await self._authority.check(caller, action, {"device": name})
+        await self._authority.check(caller, action, about)
         await self._manager.detach(name, **values)
         return []
 
     async def _set_timeout(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, seconds = arguments
-        self._manager.device(name)
-        await self._authority.check(caller, "org.nbdd1.set-timeout", {"device": name})
+        about = self._about_device(name)
+        await self._authority.check(caller, "org.nbdd1.set-timeout", about)
         await self._manager.set_timeout(name, seconds)
         return []
+
+    async def _reconnect(self, caller: Caller, arguments: list[Any]) -> list[Any]:
+        name, options = arguments
+        read_options(options, {})
+        self._manager.device(name)
+        await self._authority.check(caller, "org.nbdd1.reconnect", {"device": name})
+        await self._manager.reconnect(name)
+        return []
+
+    async def _resize(self, caller: Caller, arguments: list[Any]) -> list[Any]:
+        name, options = arguments
+        read_options(options, {})
+        self._manager.device(name)
+        await self._authority.check(caller, "org.nbdd1.resize", {"device": name})
+        return [await self._manager.resize(name)]
 
     async def _reload(self, caller: Caller, _arguments: list[Any]) -> list[Any]:
         await self._authority.check(caller, "org.nbdd1.reload", {})
@@ -132,7 +152,7 @@ class ManagerInterface(ExportedInterface):
     async def _list_exports(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         uri, options = arguments
         read_options(options, {})
-        await self._authority.check(caller, "org.nbdd1.list-exports", {"uri": uri})
+        await self._authority.check(caller, "org.nbdd1.list-exports", _about_server(uri))
         exports = await self._manager.list_exports(uri)
         texts = (text for export in exports for text in (export["name"], export["description"], export["problem"]))
         if 100 * len(exports) + sum(len(clean(text).encode()) for text in texts) > _MAX_LIST:
@@ -140,6 +160,20 @@ class ManagerInterface(ExportedInterface):
                 f"The server lists {len(exports)} exports, with names too long for one D-Bus message."
             )
         return [[_export(export) for export in exports]]
+
+    def _about_device(self, name: str) -> dict[str, str]:
+        """What polkit's messages and rules are told of a device; raises NoSuchDevice, or InvalidArgs."""
+        configured = self._manager.device(name).status.configured
+        return {"device": name, "configured": "yes" if configured else "no"}
+
+
+def _about_server(text: str) -> dict[str, str]:
+    """What polkit's messages and rules are told of a URI; raises InvalidURI.
+
+    Never the text as it came: a message is made of it, before which a person types a password.
+    """
+    uri = URI.parse(text)
+    return {"uri": str(uri), "server": uri.address}
 
 
 def _export(export: dict[str, Any]) -> dict[str, Variant]:
@@ -193,6 +227,9 @@ _PROPERTIES: dict[str, Callable[[Status], Any]] = {
     "FailsAt": lambda status: status.fails_at,
     "Configured": lambda status: status.configured,
     "LastError": lambda status: list(status.last_error),
+    "Desktop": lambda status: status.desktop,
+    "DisplayName": lambda status: status.display_name or status.name,
+    "IconName": lambda status: status.icon_name,
 }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from dbus_next import BusType, Message, MessageFlag, MessageType, Variant
 from dbus_next.aio import MessageBus
 
 from nbdd.bus.interface import INTROSPECTABLE, OBJECT_MANAGER, PEER, PROPERTIES, Interface
+from nbdd.bus.patient import PatientSocket
 from nbdd.bus.reader import MAX_BODY, Reader
 from nbdd.errors import InvalidArgs, NbddError
 
@@ -83,20 +83,6 @@ class ExportedInterface:
 
 Body: TypeAlias = list[Any] | Callable[[], list[Any]]
 """The values of a reply, or what makes them where that takes long."""
-
-
-class PatientSocket:
-    """The socket as dbus-next's writer sees it: one that has no room takes nothing, and is tried again when it has."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-
-    def send(self, data: memoryview) -> int:
-        """How many bytes were taken; 0 where there is no room now."""
-        try:
-            return self._sock.send(data)
-        except BlockingIOError:
-            return 0
 
 
 class ServiceBus(MessageBus):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Why are we being stopped? Only systemd knows whether a SIGTERM is the end or half of a restart."""
+"""What only systemd knows: whether a SIGTERM is the end or half of a restart, and whether the machine goes down."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ import asyncio
 import os
 from typing import Any
 
+from dbus_next import Message, MessageType
 from dbus_next.aio import MessageBus
 
-from nbdd.bus.calls import CallError, Peer
+from nbdd.bus.calls import DBUS, CallError, Peer
 
 _ASK_DEADLINE = 5.0
 """Seconds to wait for systemd; it may be busy shutting the machine down."""
 
 _SERVICE = "org.freedesktop.systemd1"
 _MANAGER = Peer(_SERVICE, "/org/freedesktop/systemd1", f"{_SERVICE}.Manager")
+
+_SHUTDOWN = "shutdown.target"
+"""Every way down leads over it (systemd.special(7))."""
+
+_SHUTDOWN_JOB = (
+    f"type='signal',sender='{_SERVICE}',path='{_MANAGER.path}',interface='{_MANAGER.interface}',member='JobNew',"
+    f"arg2='{_SHUTDOWN}'"
+)
 
 
 async def job_type(bus: MessageBus) -> str:
@@ -27,6 +36,53 @@ async def job_type(bus: MessageBus) -> str:
             return str(await _property(bus, path, "Job", "JobType")) if number else ""
     except (TimeoutError, CallError, EOFError, OSError):
         return ""
+
+
+async def shutdown(bus: MessageBus) -> None:
+    """Return when the machine begins to go down: power-off, reboot, halt or kexec, whoever asked for it.
+
+    Long before SIGTERM: nbdd is stopped only when what is mounted on its devices is unmounted. Where nobody knows, this
+    never returns.
+    """
+    # A hint, which any user of the machine may send us: systemd is asked what it is worth.
+    hint = asyncio.Event()
+
+    def heard(message: Message) -> bool:
+        if message.message_type is MessageType.SIGNAL and message.member == "JobNew":
+            hint.set()
+        return False
+
+    bus.add_message_handler(heard)
+    try:
+        await DBUS.call(bus, "AddMatch", "s", [_SHUTDOWN_JOB], returns="")
+        # Without subscribers it sends no signals.
+        await _MANAGER.call(bus, "Subscribe", "", [], returns="")
+        while not await _has_shutdown_job(bus):
+            await hint.wait()
+            hint.clear()
+    except (CallError, EOFError, OSError):
+        await asyncio.Event().wait()
+    finally:
+        bus.remove_message_handler(heard)
+
+
+async def is_going_down(bus: MessageBus) -> bool:
+    """Whether that has begun; False where nobody knows."""
+    try:
+        async with asyncio.timeout(_ASK_DEADLINE):
+            return await _has_shutdown_job(bus)
+    except (TimeoutError, EOFError, OSError):
+        return False
+
+
+async def _has_shutdown_job(bus: MessageBus) -> bool:
+    # Not SystemState: it stays "starting" for a machine that goes down before it was quite up.
+    try:
+        [unit] = await _MANAGER.call(bus, "GetUnit", "s", [_SHUTDOWN], returns="o")
+        number, _ = await _property(bus, unit, "Unit", "Job")
+    except CallError:
+        return False  # Nobody has needed the unit yet.
+    return bool(number)
 
 
 async def _property(bus: MessageBus, path: str, interface: str, name: str) -> Any:

@@ -9,8 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdd.ctl import complete, find, show, users
-from nbdd.ctl.common import as_json, call, count, device_argument, document, number, order, say, terminal, text
+from nbdd.ctl import complete, find, remote, show, users
+from nbdd.ctl.common import (
+    as_json,
+    call,
+    count,
+    device_argument,
+    document,
+    elsewhere,
+    number,
+    order,
+    say,
+    terminal,
+    text,
+)
 from nbdd.ctl.doctor import doctor
 from nbdd.ctl.importing import import_
 from nbdd.ctl.monitor import monitor
@@ -37,6 +49,7 @@ def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=version, help="Show the version.")
+@remote.option
 @click.pass_context
 def cli(context: click.Context) -> None:
     """Attach network block devices and look after them, with the service nbdd.
@@ -179,22 +192,25 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
 def list_(as_json: bool) -> None:
     """List all devices, attached or not, with their servers.
 
-    The last column tells what is mounted, used as swap or stacked on them.
+    The last column tells what is mounted, used as swap or stacked on them; of another machine that is not known.
     """
+    here = not elsewhere()
 
-    async def action(client: Client) -> tuple[list[Device], dict[str, list[str]]]:
+    async def action(client: Client) -> tuple[list[Device], dict[str, list[str]] | None]:
         import asyncio  # noqa: PLC0415 - comes with the bus
 
         # While nbdd answers, we look at the machine.
-        answer, claims = await asyncio.gather(client.devices(), asyncio.to_thread(users.claims))
+        looking = asyncio.to_thread(users.claims) if here else asyncio.sleep(0)
+        answer, claims = await asyncio.gather(client.devices(), looking)
         return [Device.of(properties) for properties in answer], claims
 
     found, claims = call(action)
     found.sort(key=lambda device: order(device.name))
     if as_json:
-        document({"devices": [device.to_json() | {"users": claims.get(device.node, [])} for device in found]})
+        known = [None if claims is None else claims.get(device.node, []) for device in found]
+        document({"devices": [each.to_json() | {"users": using} for each, using in zip(found, known, strict=True)]})
     elif found:
-        print(show.devices(found, claims, show.Look.of(sys.stdout)))
+        print(show.devices(found, claims or {}, show.Look.of(sys.stdout)))
     else:
         say(
             "There are no devices. Define some in /etc/nbdd/devices.d/ and `nbdctl reload`, or try: "
@@ -209,21 +225,24 @@ def status(target: str, as_json: bool) -> None:
     """Show all about one device: its state, who uses it, its links, what was read and written, the last error.
 
     It is told by its NAME or by its NODE: /dev/nbd5, a partition of it, a link to it, or just nbd5. The processes of
-    other users are shown to root only; where some may be missing, that is said.
+    other users are shown to root only; where some may be missing, that is said. Of another machine, who uses a device
+    is not known.
     """
+    here = not elsewhere()
 
     async def action(client: Client) -> tuple[Device, dict[str, int] | None]:
-        device = await find.device(client, target)
+        device = await find.device(client, target, here=here)
         try:
             return device, await client.statistics(device.name)
         except (NotAttached, NoSuchDevice):
             return device, None
 
     device, statistics = call(action)
-    using = users.users_of(device.node) if device.node else None
+    using = users.users_of(device.node) if device.node and here else None
     if as_json:
         seen = {"users": list(using.found), "users-complete": using.complete} if using is not None else {}
-        document(device.to_json() | {"users": [], "users-complete": True} | seen | {"statistics": statistics})
+        unseen: dict[str, Any] = {"users": [] if here else None, "users-complete": here}
+        document(device.to_json() | unseen | seen | {"statistics": statistics})
     else:
         print(show.status(device, statistics, using, show.Look.of(sys.stdout)))
 
@@ -245,6 +264,37 @@ def set_timeout(name: str, seconds: int, as_json: bool) -> None:
     else:
         limit = f"a request may take {seconds} s" if seconds else "a request may take as long as it needs"
         print(show.clean(f"{name}: {limit}"))
+
+
+@cli.command()
+@device_argument(lambda device: bool(device.node))
+@as_json
+def reconnect(name: str, as_json: bool) -> None:
+    """Exchange the links of the attached device NAME for new ones, under I/O.
+
+    For a server that is about to be restarted or moved, and for going back to the first server of a list: the servers
+    are asked in the order of the definition, and one that does not have the same data is refused.
+    """
+    call(lambda client: client.reconnect(name))
+    if as_json:
+        document({"name": name, "reconnected": True})
+    else:
+        print(show.clean(f"{name} is connected anew"))
+
+
+@cli.command()
+@device_argument(lambda device: bool(device.node))
+@as_json
+def resize(name: str, as_json: bool) -> None:
+    """Let the attached device NAME take the size that its server says now, if it has grown, under I/O.
+
+    What is on the device is grown afterwards, with resize2fs, xfs_growfs and the like.
+    """
+    size = call(lambda client: client.resize(name))
+    if as_json:
+        document({"name": name, "size": size})
+    else:
+        print(show.clean(f"{name} has {show.size(size)} ({size} bytes)"))
 
 
 @cli.command()

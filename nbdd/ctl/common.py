@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from nbdd.ctl import complete, show
+from nbdd.ctl import complete, remote, show
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -48,7 +48,24 @@ def count(value: str | int) -> int:
     return number(value, 1)
 
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+as_json_here = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+"""What a command takes that is about this machine: --json alone."""
+
+
+def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every other command takes: --json, and --host."""
+    return remote.option(as_json_here(command))
+
+
+def elsewhere() -> bool:
+    """Whether another machine is meant, of which nothing is known but what its nbdd says."""
+    return remote.host(click.get_current_context()) is not None
+
+
+def only_here() -> None:
+    """Refuse --host, given to nbdctl itself, for a command that is about this machine."""
+    if elsewhere():
+        raise click.UsageError("this command is about the machine that it runs on; run it there.")
 
 
 def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
@@ -64,8 +81,10 @@ def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True) -> 
 
         from nbdd.bus.client import Client  # noqa: PLC0415
 
+    host = remote.host(click.get_current_context())
+
     async def run() -> T:
-        async with Client(activate=activate) as client:
+        async with Client(activate=activate, host=host) as client:
             return await action(client)
 
     return asyncio.run(run())

@@ -12,10 +12,12 @@ from collections.abc import Callable
 import click
 from click.shell_completion import CompletionItem
 
+from nbdd.ctl import remote
 from nbdd.ctl.record import Device
 
 _SECONDS = 1
-"""A person who pressed Tab does not wait longer."""
+_REMOTE_SECONDS = 4
+"""A person who pressed Tab does not wait longer; one who named another machine expects to wait for ssh."""
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
@@ -23,12 +25,12 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 def names(wanted: Callable[[Device], bool] = lambda _: True, *, nodes: bool = False) -> Completer:
     """A completer for the names of the devices that are `wanted`; with `nodes` for a begun /dev/nbdX as well."""
 
-    def complete(_context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+    def complete(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
         import asyncio  # noqa: PLC0415 - as below
 
         found: list[Device] = []
         with contextlib.suppress(Exception):
-            found = asyncio.run(_devices())
+            found = asyncio.run(_devices(remote.host(context)))
         by_node = nodes and begun.startswith("/")
         return [
             CompletionItem(word, help=device.name if by_node else device.state)
@@ -39,11 +41,12 @@ def names(wanted: Callable[[Device], bool] = lambda _: True, *, nodes: bool = Fa
     return complete
 
 
-async def _devices() -> list[Device]:
+async def _devices(host: str | None) -> list[Device]:
     # Imported here: they take longer than all else together, and --help needs neither.
     import asyncio  # noqa: PLC0415
 
     from nbdd.bus.client import Client  # noqa: PLC0415
 
-    async with asyncio.timeout(_SECONDS), Client(activate=False) as client:
+    seconds = _SECONDS if host is None else _REMOTE_SECONDS
+    async with asyncio.timeout(seconds), Client(activate=False, host=host) as client:
         return [Device.of(properties) for properties in await client.devices()]

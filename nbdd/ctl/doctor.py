@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nbdd.ctl.common import as_json, document
+from nbdd.ctl.common import as_json_here, document, only_here
 from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean
 from nbdd.errors import NbddError
@@ -27,13 +27,14 @@ _COLOURS = {"ok": "green", "warning": "yellow", "fault": "red"}
 
 
 @click.command(short_help="Look whether all is there that nbdd needs.")
-@as_json
+@as_json_here
 def doctor(as_json: bool) -> None:
     """Look whether all is there that nbdd needs, and say what to do where it is not: one line for each thing.
 
     It starts nothing and changes nothing. Every user may run it; what only root can see is said. Ends with 1 if there
     is a fault, and with 0 if there are warnings at most.
     """
+    only_here()
     found = findings()
     faults = sum(finding.verdict == "fault" for finding in found)
     if as_json:

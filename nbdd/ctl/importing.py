@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from nbdd.ctl.common import as_json, document, say
+from nbdd.ctl.common import as_json_here, document, only_here, say
 from nbdd.ctl.show import clean
 from nbdd.errors import InvalidConfig
 
@@ -17,7 +17,7 @@ NBDTAB = "/etc/nbdtab"
 
 @click.command("import", short_help="Turn an nbdtab of nbd-client into YAML.")
 @click.argument("file", metavar="[FILE]", type=click.Path(), default=NBDTAB)
-@as_json
+@as_json_here
 def import_(file: str, as_json: bool) -> None:
     """Turn an nbdtab(5) of nbd-client into YAML that means the same, and print it.
 
@@ -29,6 +29,7 @@ def import_(file: str, as_json: bool) -> None:
     nbdctl import > /etc/nbdd/devices.d/nbdtab.yaml
     nbdd --check && nbdctl reload
     """  # noqa: D301 - the backspace is click's sign to leave lines as they are
+    only_here()
     from nbdd.ctl import nbdtab  # noqa: PLC0415 - brings YAML and JSON schema along
 
     entries = nbdtab.read(_text(file), file)

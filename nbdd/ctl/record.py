@@ -26,6 +26,9 @@ _FIELDS = {
     "FailsAt": "fails_at",
     "Configured": "configured",
     "LastError": "last_error",
+    "Desktop": "desktop",
+    "DisplayName": "display_name",
+    "IconName": "icon_name",
 }
 """D-Bus property to field; the JSON key is the field with - for _."""
 
@@ -67,6 +70,10 @@ class Device:
     """Microseconds since 1970: when I/O that waits for a link fails; 0 while there is a link."""
     configured: bool = False
     last_error: Failure | None = None
+    desktop: bool = False
+    """Whether desktops show it like a removable drive."""
+    display_name: str = ""
+    icon_name: str = ""
 
     @classmethod
     def of(cls, properties: Mapping[str, Any]) -> Self:

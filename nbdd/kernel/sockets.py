@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import array
+import fcntl
 import select
 import socket
+import termios
 
 from nbdd.errors import ConnectFailed, InvalidArgs
 
@@ -44,6 +47,13 @@ def check_socket(sock: socket.socket) -> None:
 def hung_up(sock: socket.socket) -> bool:
     """Whether nothing comes from the other end any more. Of one that is closed on our side nobody can tell: False."""
     return sock.fileno() >= 0 and bool(_events(sock) & _DEAD)
+
+
+def unread(sock: socket.socket) -> int:
+    """How many bytes wait in a socket for somebody to read them."""
+    number = array.array("i", [0])
+    fcntl.ioctl(sock, termios.FIONREAD, number)
+    return number[0]
 
 
 def _events(sock: socket.socket) -> int:

@@ -261,6 +261,11 @@ def reloaded(rng: random.Random) -> Iterator[float]:
     yield 0
 
 
+def links_exchanged(rng: random.Random) -> Iterator[float]:
+    run(f"nbdctl reconnect {rng.choice(DEVICES).name}", check=False)
+    yield 0
+
+
 def timeout_changed(rng: random.Random) -> Iterator[float]:
     device = rng.choice(DEVICES)
     run(f"nbdctl set-timeout {device.name} {rng.choice((0, 0, 60, 600))}", check=False)
@@ -270,6 +275,7 @@ def timeout_changed(rng: random.Random) -> Iterator[float]:
 FAULTS: tuple[Callable[[random.Random], Iterator[float]], ...] = (
     *3 * (server_killed,), server_restarted, server_stopped, packets_dropped, connections_reset, network_slow,
     *2 * (worker_killed,), *2 * (manager_killed,), fork_server_killed, restarted, upgraded, reloaded, timeout_changed,
+    links_exchanged,
 )  # fmt: skip
 
 

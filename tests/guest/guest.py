@@ -191,13 +191,20 @@ class Guest:
             self._running().execute("system_reset")
             self._wait_up(time.monotonic() + timeout)
 
-    def power_off(self, timeout: float = 120) -> None:
-        """Shut it down in an orderly way; `GuestError` if that takes longer than `timeout` seconds."""
+    def power_off(self, timeout: float = 120, *, command: str = "systemctl poweroff") -> float:
+        """Shut it down in an orderly way; returns the seconds from the command to the end, `GuestError` past `timeout`.
+
+        With `systemctl reboot` it ends as well, where the machine would start anew: `boot` starts it.
+        """
         qemu = self._running()
-        self.run("systemctl poweroff", check=False)
-        if not qemu.wait_end(timeout):
-            raise self._error(f"did not end within {timeout:.0f} s", "systemctl poweroff", "")
+        qemu.execute("set-action", reboot="shutdown")
+        start = time.monotonic()
+        self.run(command, check=False, timeout=timeout)
+        if not qemu.wait_end(start + timeout - time.monotonic()):
+            raise self._error(f"did not end it within {timeout:.0f} s", command, "")
+        seconds = time.monotonic() - start
         self._drop_qemu()
+        return seconds
 
     def kill(self) -> None:
         """Pull the plug. Its disk stays as it is, for another `boot`."""

@@ -23,10 +23,11 @@ _SYSTEM = (
 )
 _SERVERS = "nbdkit nbd-server nbd-client qemu-utils libnbd-bin"
 _STORAGE = "e2fsprogs xfsprogs parted fdisk gdisk dmsetup lvm2 mdadm cryptsetup-bin fio git"
-# The packages that nbdd's own .deb depends on: a guest has no network to fetch them from.
+# The packages that nbdd's own .deb depends on or recommends: a guest has no network to fetch them from.
 _PYTHON = "python3 python3-dbus-next python3-sdnotify python3-yaml python3-jsonschema python3-click python3-rich"
+_METRICS = "python3-prometheus-client"
 
-PACKAGES: tuple[str, ...] = tuple(sorted(f"{_SYSTEM} {_SERVERS} {_STORAGE} {_PYTHON}".split()))
+PACKAGES: tuple[str, ...] = tuple(sorted(f"{_SYSTEM} {_SERVERS} {_STORAGE} {_PYTHON} {_METRICS}".split()))
 
 DPKG_OPTIONS: tuple[str, ...] = (
     # A virtual machine's drivers only. The last line that matches a file decides.

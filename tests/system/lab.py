@@ -245,7 +245,7 @@ class Lab:
         done = self.guest.run(
             f"systemctl stop {' '.join(self._servers)} 2>/dev/null; rm -f /run/server-*.sock;"
             "ls -d /sys/block/nbd*/pid 2>/dev/null;"
-            "ls -d /run/nbdd/devices/* 2>/dev/null; pgrep -xa 'nbdd:.*' || :"
+            "ls -d /run/nbdd/devices/* /run/nbdd/udev/* 2>/dev/null; pgrep -xa 'nbdd:.*' || :"
         )
         self._servers.clear()
         assert done.stdout == "", "devices are left bound, records are left, or workers"

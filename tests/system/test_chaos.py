@@ -5,14 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.chaos.driver import campaign
+import pytest
+
+from tests.chaos.driver import MORE_SECONDS, campaign
+from tests.scale import times
 from tests.system.lab import Lab
 
-SECONDS = 60
+SECONDS = times(40, 600)
 SEED = 1
 
 
-def test_servers_the_network_and_nbdd_fail_for_a_minute_and_nothing_is_lost(
+@pytest.mark.timeout(SECONDS + MORE_SECONDS, func_only=True)
+def test_servers_the_network_and_nbdd_fail_again_and_again_and_nothing_is_lost(
     lab: Lab, show: Callable[[str], None]
 ) -> None:
     told = campaign(lab.guest, SECONDS, SEED)

@@ -9,7 +9,6 @@ docs/client.md.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pytest
 
 from tests.conftest import Show
 from tests.guest import Guest
+from tests.scale import times
 from tests.system import client_checks, client_ends
 from tests.system.lab import Lab
 
@@ -30,8 +30,8 @@ SCRIPTS = (
     "docs/client.md",
 )
 
-ROUNDS = int(os.environ.get("NBDD_ROUNDS", "500"))
-KILLS = 40
+ROUNDS = times(100, 500)
+KILLS = times(20, 40)
 
 Run = Callable[..., Any]
 Told = dict[str, tuple[float, str]]

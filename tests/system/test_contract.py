@@ -189,6 +189,9 @@ def test_properties_of_an_attached_device_are_true(scene: Scene) -> None:
         "FailsAt": 0,
         "Configured": True,
         "LastError": ["", ""],
+        "Desktop": False,
+        "DisplayName": "work",
+        "IconName": "",
     }
     assert (told["Size"], told["BlockSize"], told["ReadOnly"]) == (64 << 20, 512, False)
 
@@ -229,6 +232,9 @@ def test_properties_of_a_detached_device_are_its_definition_and_nothing_more(sce
         "FailsAt": 0,
         "Configured": True,
         "LastError": ["", ""],
+        "Desktop": False,
+        "DisplayName": "idle",
+        "IconName": "",
     }
 
 

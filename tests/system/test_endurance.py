@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 
 from tests.conftest import Show
+from tests.scale import times
 from tests.system.lab import ATTACH_SECONDS, Lab
 
 ROOT = Path(__file__).parents[2]
 
-ROUNDS = int(os.environ.get("NBDD_ROUNDS", "200"))
+ROUNDS = times(40, 200)
 WARM_UP = 20
 
 DEVICES = 64
@@ -74,7 +74,7 @@ def rounds_table(release: str, seconds: list[float], looks: list[dict[str, Any]]
 
 
 def test_many_attached_devices_cost_little_memory(lab: Lab, show: Show, release: str) -> None:
-    # What a test with ten thousand devices left in the manager's heap is not what these cost.
+    # What a test with thousands of devices left in the manager's heap is not what these cost.
     lab.guest.run("systemctl restart nbdd", timeout=ATTACH_SECONDS)
     server = lab.nbdkit("memory 16M")
     found = run(lab, "bench.memory", f"{server.uri} --devices {DEVICES} --json", timeout=500)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,4 +192,56 @@ def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_
     assert [line for line in lab.kernel_log() if "I/O error" in line] == []
     assert lab.device("still")["Reconnects"] == 0
     for name in ("cut", "still"):
+        lab.detach(name)
+
+
+def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, show: Callable[[str], None]) -> None:
+    lab.guest.run("cd /root; rm -f disk.img other.img; truncate -s 32M disk.img other.img")
+    server = file_server(lab)
+    # What is heavy always has something under way; what is light leaves a moment for the exchange.
+    lab.define(
+        f"devices:\n  heavy:\n    uri: {server.uri}\n  light:\n    uri: {file_server(lab, '/root/other.img').uri}\n"
+        "    connections: 3\n"
+    )
+    for name, load in (("heavy", "--iodepth=8"), ("light", "--thinktime=20ms")):
+        lab.attach(name)
+        lab.guest.write(
+            f"/run/{name}.sh",
+            "#!/bin/sh\nwhile [ ! -e /run/renewed ]; do n=$((n + 1));"
+            f" fio --name={name} --filename=/dev/disk/by-nbd/{name} --rw=randwrite --bs=4k --size=2M --ioengine=libaio"
+            f" --direct=1 --verify=crc32c --verify_fatal=1 {load} --output-format=json --output=/run/{name}.$n.json"
+            " || exit 1; done\n",
+            0o755,
+        )
+    lab.guest.run(
+        "rm -f /run/renewed /run/*.json; for n in heavy light; do systemd-run -q --unit=fio-$n /run/$n.sh; done"
+    )
+    # An attach for which the kernel is short of threads, at first, leaves errors of its own.
+    lab.mark()
+    for _ in range(3):
+        for name in ("heavy", "light"):
+            lab.guest.run(f"nbdctl reconnect {name}")
+    assert [lab.device(name)["Reconnects"] for name in ("heavy", "light")] == [3, 9]
+    assert [lab.device(name)["State"] for name in ("heavy", "light")] == ["attached", "attached"]
+    lab.guest.run("truncate -s 48M /root/disk.img")
+    assert lab.guest.run("nbdctl resize heavy").stdout == "heavy has 48 MiB (50331648 bytes)\n"
+    lab.guest.run("touch /run/renewed")
+    lab.until("! systemctl -q is-active fio-heavy && ! systemctl -q is-active fio-light", 120)
+    assert lab.guest.run("systemctl is-failed fio-heavy fio-light || :").stdout == "inactive\ninactive\n"
+    for name in ("heavy", "light"):
+        told = lab.guest.run(f"cat /run/{name}.*.json").stdout
+        longest = max(map(int, re.findall(r'"clat_ns" : \{\s*"min" : \d+,\s*"max" : (\d+)', told))) / 1e9
+        show(f"links exchanged three times under I/O, {name}: the longest request took {longest:.2f} s")
+    assert lab.device("heavy")["Size"] == 48 * MIB
+    lab.guest.run("dd if=/dev/disk/by-nbd/heavy of=/dev/null bs=1M skip=47 iflag=direct status=none")
+    # The size is what mending goes by, and shrinking is refused, with every byte in its place.
+    lab.guest.run(f"{kill(server)} KILL; {again(server)}")
+    lab.wait_for("heavy", "State", 's "attached"')
+    lab.guest.run("truncate -s 32M /root/disk.img")
+    done = lab.guest.run("nbdctl resize heavy", check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "33554432 bytes now, less than the 50331648 of the device" in done.stderr
+    lab.guest.run("truncate -s 48M /root/disk.img")
+    assert [line for line in lab.kernel_log() if "I/O error" in line] == []
+    for name in ("heavy", "light"):
         lab.detach(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""nbdd as a part of the system: units, boot, mounts, and the package from its installation to its purge."""
+"""nbdd as a part of the system: units, and the package from its installation to its purge."""
 
 from __future__ import annotations
 
@@ -63,33 +63,6 @@ def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(la
     assert lab.guest.run("systemctl show -P ExecMainStatus nbdd").stdout.strip() == "78"
     assert "/etc/nbdd/devices.d/test.yaml:" in lab.guest.journal("nbdd", 20)
     lab.guest.run("rm /etc/nbdd/devices.d/test.yaml; systemctl start nbdd", timeout=ATTACH_SECONDS)
-
-
-def test_boot_attaches_and_mounts_what_fstab_says_and_a_reboot_is_clean(clean_guest: CleanGuest) -> None:
-    guest = clean_guest()
-    guest.run("truncate -s 64M /root/disk.img && mkfs.ext4 -q /root/disk.img && mkdir -p /srv/backup")
-    guest.write(
-        "/etc/systemd/system/nbdkit.service",
-        # Late on purpose: nbdd has to keep trying.
-        "[Service]\nExecStartPre=/bin/sleep 5\nExecStart=nbdkit -f -i 127.0.0.1 file /root/disk.img\n"
-        "[Install]\nWantedBy=multi-user.target\n",
-    )
-    guest.write("/etc/nbdd/devices.d/t.yaml", "devices:\n  backup:\n    uri: nbd://127.0.0.1/\n    attach: boot\n")
-    guest.run(
-        "systemctl enable -q nbdkit; echo '/dev/disk/by-nbd/backup /srv/backup ext4 "
-        "_netdev,nofail,x-systemd.requires=nbdd-attach@backup.service 0 0' >> /etc/fstab"
-    )
-    guest.reboot()
-    Lab(guest).until("mountpoint -q /srv/backup", 120)
-    guest.run("echo kept > /srv/backup/file; sync")
-    guest.reboot()
-    Lab(guest).until("mountpoint -q /srv/backup", 120)
-    assert guest.run("cat /srv/backup/file").stdout == "kept\n"
-    log = guest.run("journalctl -b -1 --no-pager -o cat").stdout
-    assert "Unmounted srv-backup.mount" in log
-    assert log.index("Unmounted srv-backup.mount") < log.index("Stopped nbdd.service")
-    assert "timed out" not in log.split("Unmounted srv-backup.mount")[1].lower()
-    assert ": clean" in guest.run("umount /srv/backup; e2fsck -n /dev/disk/by-nbd/backup 2>&1").stdout
 
 
 def test_the_package_from_installation_to_purge(clean_guest: CleanGuest, nbdd_deb: Path) -> None:

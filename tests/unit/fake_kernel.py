@@ -210,6 +210,9 @@ class FakeKernel:
     def _stuck(self, _question: Message, _sockets: list[socket.socket]) -> Any:
         return None
 
+    def _size(self, question: Message, _sockets: list[socket.socket]) -> Any:
+        self.bound[question["name"]]["size"] = question["detail"]
+
     def _timeout(self, _question: Message, _sockets: list[socket.socket]) -> Any:
         return None
 
@@ -272,8 +275,20 @@ class FakeReports:
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def read(self) -> list[int]:
         return list(self._sock.recv(64))
+
+    def wait(self, seconds: float) -> list[int]:
+        self._sock.settimeout(seconds)
+        with suppress(TimeoutError):
+            return self.read()
+        return []
 
     def close(self) -> None:
         self._sock.close()
@@ -314,6 +329,9 @@ class FakeClient:
 
     def set_timeout(self, seconds: int) -> None:
         self._ask("timeout", seconds)
+
+    def set_size(self, size: int) -> None:
+        self._ask("size", size)
 
     def disconnect(self, *, seconds: float, force: bool = False) -> list[str]:
         return cast(list[str], self._ask("disconnect", {"force": force, "seconds": seconds}))
@@ -364,7 +382,7 @@ def main() -> None:
                 setattr(module, name, fake)
     for module, name, value in (
         (nbdd.bound, "MEND_WAITS", (0.0, 0.01)),
-        (nbdd.jobs, "_look_same", lambda _node, _links: None),
+        (nbdd.jobs, "_look_same", lambda *_: None),
         (nbdd.forkserver, "work", prepared),
     ):
         setattr(module, name, value)

@@ -17,7 +17,7 @@ from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
-from nbdd.bus.service import PatientSocket
+from nbdd.bus.patient import PatientSocket
 
 T = TypeVar("T")
 
@@ -28,6 +28,7 @@ ABSENT: dict[str, Any] = {
     "Name": "", "URI": "nbd://storage.example/backup", "State": "detached", "Node": "", "Size": 0, "BlockSize": 0,
     "ReadOnly": False, "Timeout": 0, "DeadTimeout": 300, "Connections": 1, "LiveConnections": 0, "Encryption": "none",
     "WorkerPID": 0, "Reconnects": 0, "AttachedSince": 0, "FailsAt": 0, "Configured": True, "LastError": ["", ""],
+    "Desktop": False, "DisplayName": "", "IconName": "",
 }  # fmt: skip
 
 PRESENT = ABSENT | {
@@ -38,6 +39,7 @@ PRESENT = ABSENT | {
 CONFIG = """<busconfig>
   <listen>unix:path={path}</listen>
   <auth>EXTERNAL</auth>
+  <servicedir>{path}-services</servicedir>
   <policy context="default">
     <allow own="*"/><allow send_destination="*"/><allow receive_type="method_call"/>
     <allow receive_type="method_return"/><allow receive_type="error"/><allow receive_type="signal"/>
@@ -87,6 +89,8 @@ def private_bus(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def typed(values: dict[str, Any]) -> dict[str, Variant]:
+    if "DisplayName" in values:
+        values = values | {"DisplayName": values["DisplayName"] or values["Name"]}
     return {key: Variant(TYPES[key], value) for key, value in values.items()}
 
 
@@ -103,13 +107,15 @@ async def _end_of(bus: Any) -> None:
 class FakeManager:
     """Answers on org.nbdd1, in a thread of its own, for use in ``with``."""
 
+    NAME = "org.nbdd1"
+
     def __init__(self, address: str) -> None:
         self.address = address
         self.devices: dict[str, dict[str, Any]] = {}
         self.errors: dict[str, tuple[str, str]] = {}
-        self.replies: dict[str, tuple[str, list[Any]]] = {}
+        self.replies: dict[str, tuple[str, list[Any]]] = {"Get": ("v", [Variant("s", "0.1.0")])}
         self.held: set[str] = set()
-        """Members that are not answered."""
+        """Members that are not answered, and paths of objects that answer nothing."""
         self.calls: list[Message] = []
         self.called = threading.Condition()
         self._loop = asyncio.new_event_loop()
@@ -135,7 +141,7 @@ class FakeManager:
         await self.bus.connect()
         self.end: asyncio.Future[None] = asyncio.ensure_future(_end_of(self.bus))
         self.bus.add_message_handler(self._serve)
-        await self.bus.request_name("org.nbdd1")
+        await self.bus.request_name(self.NAME)
 
     async def _stop(self) -> None:
         if not self.end.done():
@@ -165,6 +171,12 @@ class FakeManager:
         bus = "org.freedesktop.DBus"
         call = self.bus.call(Message(bus, "/org/freedesktop/DBus", bus, "ListNames"))
         return [name for name in self.do(call).body[0] if name.startswith(":")]
+
+    def owner(self, name: str) -> str:
+        """The unique name of whoever owns a name."""
+        bus = "org.freedesktop.DBus"
+        message = Message(bus, "/org/freedesktop/DBus", bus, "GetNameOwner", signature="s", body=[name])
+        return str(self.do(self.bus.call(message)).body[0])
 
     def signal(self, path: str, name: str, signature: str, body: list[Any], to: str | None = None) -> None:
         """Send a signal; `name` is its interface, a dot and its member."""
@@ -207,9 +219,9 @@ class FakeManager:
         takes = TAKES.get(str(call.member), call.signature)
         if call.signature != takes:
             return Message.new_error(call, "org.freedesktop.DBus.Error.InvalidArgs", f"{call.member} takes {takes}")
-        return True if call.member in self.held else self._answer(call)
+        return True if {call.member, call.path} & self.held else self._answer(call)
 
-    def _answer(self, call: Message) -> Message:
+    def _answer(self, call: Message) -> Message:  # noqa: PLR0911 - a table
         member = str(call.member)
         if member in self.errors:
             return Message.new_error(call, *self.errors[member])
@@ -227,7 +239,9 @@ class FakeManager:
                 return Message.new_method_return(call, "a{oa{sa{sv}}}", [{"/org/nbdd1": {}} | found])
             case "GetAll" if call.path in paths:
                 return Message.new_method_return(call, "a{sv}", [typed(self.devices[paths[call.path]])])
-            case "Detach" | "SetTimeout":
+            case "Resize":
+                return Message.new_method_return(call, "t", [2 << 30])
+            case "Detach" | "SetTimeout" | "Reconnect":
                 return Message.new_method_return(call)
             case _:
                 return Message.new_error(call, "org.freedesktop.DBus.Error.UnknownObject", f"no {call.path}")

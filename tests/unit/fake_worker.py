@@ -107,7 +107,8 @@ class FakeWorker:
                 work.cancel()
 
     def say(self, event: str, fds: Sequence[int] = (), **fields: Any) -> None:
-        self.on_event({"event": event, **fields}, list(fds))
+        told = {"size": 1 << 20, "export": EXPORT} if event == "links" else {}
+        self.on_event({"event": event, **told, **fields}, list(fds))
 
 
 def _unheard(work: asyncio.Task[tuple[Message, list[int]]]) -> None:
@@ -138,6 +139,8 @@ class FakeSpawner:
         self.connections = 1
         self.exports: dict[str, str] = {}
         """Device name to the export on the server, where they differ."""
+        self.waited = 0
+        """Seconds that I/O has waited, as a worker sees it."""
         self.before: dict[str, asyncio.Event] = {}
         self.after: dict[str, asyncio.Event] = {}
         self.outcomes: dict[str, list[NbddError | str]] = defaultdict(list)
@@ -233,6 +236,20 @@ class FakeSpawner:
         if not worker.client:
             raise NotAttached(f"{worker.name!r} is not attached.")
         return {}
+
+    def _reconnect(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
+        return self._set_timeout(worker, {})
+
+    def _resize(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
+        grown = {"size": 3 << 20, "export": {**EXPORT, "size": 3 << 20}, "uri": "nbd://storage.example/disk"}
+        fds = [os.open("/dev/null", os.O_RDONLY)]
+        worker.say("links", fds, live=1, reconnects=1, lost=0, failing=False, **grown)
+        return {"size": 3 << 20}
+
+    def _hasten(self, worker: FakeWorker, arguments: dict[str, Any]) -> Message:
+        if not worker.client:
+            raise NotAttached(f"{worker.name!r} is not attached.")
+        return {"dead-timeout": self.waited + arguments["seconds"]}
 
     def _statistics(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
         if not worker.client:

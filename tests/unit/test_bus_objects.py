@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager
@@ -33,7 +34,16 @@ from nbdd.bus.service import Caller as Asker
 from nbdd.bus.service import ServiceBus
 from nbdd.definition import NAME_PATTERN
 from nbdd.device import Device
-from nbdd.errors import AccessDenied, InvalidArgs, InvalidConfig, NbddError, NoSuchDevice, NotAttached, OtherExport
+from nbdd.errors import (
+    AccessDenied,
+    InvalidArgs,
+    InvalidConfig,
+    NbddError,
+    NoSuchDevice,
+    NotAttached,
+    NotRead,
+    OtherExport,
+)
 from nbdd.manager import Changes, Manager
 from nbdd.schema import Schema
 from nbdd.status import State, Status
@@ -86,6 +96,9 @@ ATTACHED = replace(
     reconnects=3,
     attached_since=1_700_000_000_000_000,
     last_error=("org.nbdd1.Error.ConnectFailed", "It refused."),
+    desktop=True,
+    display_name="Photos",
+    icon_name="folder-pictures",
 )
 
 
@@ -134,6 +147,13 @@ class FakeManager:
 
     async def set_timeout(self, name: str, seconds: int) -> None:
         self._asked("set_timeout", name, seconds)
+
+    async def reconnect(self, name: str) -> None:
+        self._asked("reconnect", name)
+
+    async def resize(self, name: str) -> int:
+        self._asked("resize", name)
+        return 2 << 20
 
     async def reload(self) -> Changes:
         self._asked("reload")
@@ -280,6 +300,9 @@ def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, stat
                 "FailsAt": 0,
                 "Configured": True,
                 "LastError": list(status.last_error),
+                "Desktop": status.desktop,
+                "DisplayName": status.display_name or "backup",
+                "IconName": status.icon_name,
             }
             objects = await here.client.ask(to, ROOT, OBJECT_MANAGER, "GetManagedObjects")
             assert objects == {BACKUP: {DEVICE: told}}
@@ -366,6 +389,8 @@ def test_arguments_reach_the_manager_and_its_answers_the_caller(address: str) ->
             options = variants({"force": ("b", True), "wait": ("u", 7)})
             assert await here.call("Detach", "backup", options, types="sa{sv}") is None
             assert await here.call("SetTimeout", "backup", 30, types="su") is None
+            assert await here.call("Reconnect", "backup", {}, types="sa{sv}") is None
+            assert await here.call("Resize", "backup", {}, types="sa{sv}") == 2 << 20
             assert await here.call("Reload") == [["new"], ["other", "another"], []]
             assert here.manager.calls == [
                 ("attach", "backup", {}),
@@ -373,6 +398,8 @@ def test_arguments_reach_the_manager_and_its_answers_the_caller(address: str) ->
                 ("detach", "backup", False, 0),
                 ("detach", "backup", True, 7),
                 ("set_timeout", "backup", 30),
+                ("reconnect", "backup"),
+                ("resize", "backup"),
                 ("reload",),
             ]
 
@@ -437,8 +464,9 @@ def test_a_list_too_long_for_the_bus_is_an_error_and_not_the_end_of_our_connecti
 # Options
 
 
-VALUES: dict[str, list[Any]] = {"s": ["text"], "b": [True, False], "u": [0, 4294967295]}
-WRONG = {"s": Variant("u", 1), "b": Variant("u", 1), "u": Variant("i", 1)}
+MAPPING = {"name": Variant("s", "Photos"), "user-mountable": Variant("b", False)}
+VALUES: dict[str, list[Any]] = {"s": ["text"], "b": [True, False], "u": [0, 4294967295], "a{sv}": [{}, MAPPING]}
+WRONG = {"s": Variant("u", 1), "b": Variant("u", 1), "u": Variant("i", 1), "a{sv}": Variant("a{ss}", {})}
 TAKES = {"Attach": ATTACH_OPTIONS, "AttachURI": ATTACH_URI_OPTIONS, "Detach": DETACH_OPTIONS, "ListExports": {}}
 FIRST = {"Attach": "backup", "AttachURI": "nbd://x/y", "Detach": "backup", "ListExports": "nbd://x"}
 
@@ -454,7 +482,8 @@ def test_every_option_of_its_type_gets_through(address: str, member: str) -> Non
                     if member == "Detach":
                         assert call[2:] == {"force": (value, 0), "wait": (False, value)}[key]
                     else:
-                        assert call[2] == {key: value}
+                        plain = {"name": "Photos", "user-mountable": False} if value is MAPPING else value
+                        assert call[2] == {key: plain}
             everything = {key: Variant(kind, VALUES[kind][0]) for key, kind in TAKES[member].items()}
             await here.call(member, FIRST[member], everything, types="sa{sv}")
 
@@ -494,7 +523,8 @@ def test_what_an_option_must_be_is_said_and_what_options_there_are() -> None:
 
 def test_the_options_are_the_keys_of_the_yaml_files() -> None:
     """What attaches by hand can be written down, under the same name."""
-    assert set(ATTACH_OPTIONS) == set(Schema().device_keys) - {"uri", "attach", "tls"}
+    assert set(ATTACH_URI_OPTIONS) - {"name"} == set(Schema().device_keys) - {"uri", "attach", "tls"}
+    assert set(ATTACH_OPTIONS) == set(ATTACH_URI_OPTIONS) - {"name", "desktop"}
 
 
 def test_the_xml_documents_every_option_with_its_type() -> None:
@@ -506,16 +536,50 @@ def test_the_xml_documents_every_option_with_its_type() -> None:
 # Who may
 
 
+DEVICE_TOLD = {"device": "backup", "configured": "yes"}
 ASKS: list[tuple[str, tuple[Any, ...], str, str, Mapping[str, str]]] = [
-    ("Attach", ("backup", {}), "sa{sv}", "org.nbdd1.attach", {"device": "backup"}),
-    ("AttachURI", ("nbd://x/y", {}), "sa{sv}", "org.nbdd1.attach-uri", {"uri": "nbd://x/y"}),
-    ("Detach", ("backup", {}), "sa{sv}", "org.nbdd1.detach", {"device": "backup"}),
-    ("Detach", ("backup", {"force": Variant("b", False)}), "sa{sv}", "org.nbdd1.detach", {"device": "backup"}),
-    ("Detach", ("backup", {"force": Variant("b", True)}), "sa{sv}", "org.nbdd1.force-detach", {"device": "backup"}),
-    ("SetTimeout", ("backup", 1), "su", "org.nbdd1.set-timeout", {"device": "backup"}),
+    ("Attach", ("backup", {}), "sa{sv}", "org.nbdd1.attach", DEVICE_TOLD),
+    ("AttachURI", ("nbd://x/y", {}), "sa{sv}", "org.nbdd1.attach-uri", {"uri": "nbd://x/y", "server": "x:10809"}),
+    ("Detach", ("backup", {}), "sa{sv}", "org.nbdd1.detach", DEVICE_TOLD),
+    ("Detach", ("backup", {"force": Variant("b", False)}), "sa{sv}", "org.nbdd1.detach", DEVICE_TOLD),
+    ("Detach", ("backup", {"force": Variant("b", True)}), "sa{sv}", "org.nbdd1.force-detach", DEVICE_TOLD),
+    ("SetTimeout", ("backup", 1), "su", "org.nbdd1.set-timeout", DEVICE_TOLD),
+    ("Reconnect", ("backup", {}), "sa{sv}", "org.nbdd1.reconnect", DEVICE_TOLD),
+    ("Resize", ("backup", {}), "sa{sv}", "org.nbdd1.resize", DEVICE_TOLD),
     ("Reload", (), "", "org.nbdd1.reload", {}),
-    ("ListExports", ("nbd://x", {}), "sa{sv}", "org.nbdd1.list-exports", {"uri": "nbd://x"}),
+    ("ListExports", ("nbd://x", {}), "sa{sv}", "org.nbdd1.list-exports", {"uri": "nbd://x/", "server": "x:10809"}),
 ]
+
+
+@pytest.mark.parametrize("member", ["AttachURI", "ListExports"])
+def test_polkit_is_never_shown_a_text_that_is_no_uri(address: str, member: str) -> None:
+    """A person reads it and types a password."""
+
+    async def main() -> None:
+        async with world(address) as here:
+            for text in ("nbd://x/\nAll is well", "nbd://a:secret@x/", "x" * 70000, ""):
+                name, told = await here.fails(member, text, {}, types="sa{sv}")
+                assert name == ("org.freedesktop.DBus.Error.LimitsExceeded" if len(text) > 65536 else
+                                "org.nbdd1.Error.InvalidURI")  # fmt: skip
+                assert "secret" not in told
+            assert here.authority.asked == []
+            await here.call(member, "NBD://X.Example:7/ä?", {}, types="sa{sv}")
+            details = here.authority.asked[-1][-1]
+            assert details == {"uri": "nbd://x.example:7/%C3%A4", "server": "x.example:7"}
+
+    run(main())
+
+
+def test_the_messages_of_polkit_name_only_what_each_call_tells() -> None:
+    told: dict[str, set[str]] = {}
+    for _, _, _, action, details in ASKS:
+        told.setdefault(action, set()).update(details)
+    root = ET.parse(TREE / "dbus" / "org.nbdd1.policy").getroot()
+    for element in root.iterfind("action"):
+        named = set(re.findall(r"\$\((\w+)\)", element.findtext("message") or ""))
+        known = told[element.attrib["id"]]
+        assert named <= known
+        assert bool(named) == bool(known), "it says which"
 
 
 @pytest.mark.parametrize(("member", "body", "types", "action", "details"), ASKS)
@@ -581,9 +645,9 @@ def test_every_error_crosses_the_bus_by_its_name_and_text(address: str, kind: ty
         async with world(address) as here:
             here.manager.error = kind("First line.\nSecond, über\0 lines.")
             name, text = await here.fails("Attach", "backup", {}, types="sa{sv}")
-            if kind is OtherExport:
+            if kind in (OtherExport, NotRead):
                 # For callers it is what it is derived from.
-                assert name == "org.nbdd1.Error.NegotiationFailed"
+                assert name == f"org.nbdd1.Error.{kind.__mro__[1].__name__}"
             elif kind.__name__ in CONTRACT:
                 assert name == f"org.nbdd1.Error.{kind.__name__}"
             else:
@@ -624,7 +688,7 @@ def test_the_texts_of_the_xml_speak_of_errors_that_there_are(field: int) -> None
         for word in chunk.split("-->")[0].split(".")[0].replace(",", " ").split()
         if word[0].isupper()
     }
-    assert named <= CONTRACT | {"Attach"}
+    assert named <= CONTRACT | {"Attach", "Reconnect"}
 
 
 # Object paths

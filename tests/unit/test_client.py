@@ -23,8 +23,9 @@ import nbdd
 import nbdd.client
 from nbdd import Client, Connection, NbddError, connect
 from nbdd.client import largest_block_size
-from nbdd.errors import ConnectFailed, InvalidArgs, InvalidURI, NegotiationFailed, NotAttached
+from nbdd.errors import ConnectFailed, InvalidArgs, InvalidURI, KernelError, NegotiationFailed, NotAttached, NotRead
 from nbdd.kernel import Node
+from nbdd.protocol import Flags
 from tests.unit.fake_worker import open_fds
 from tests.unit.servers import GO, HAS_FLAGS, MIB, Server, ack, greeting, info_blocks, info_export, offers, says
 
@@ -70,6 +71,44 @@ def refused(call: Callable[[], object], *words: str, error: type[NbddError] = In
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_links_that_the_kernel_leaves_unread_are_told_and_the_device_is_freed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
+    asked: list[str] = []
+
+    class Kernel:
+        def connect(self, **_: object) -> int:
+            asked.append("connect")
+            return 7
+
+        def disconnect(self, _index: int) -> None:
+            asked.append("disconnect")
+
+        def close(self) -> None:
+            pass
+
+    def settle(node: Node, _seconds: float, *, nudge: Callable[[], None]) -> bool:
+        nudge()
+        assert asked == ["connect"], "what is read is left in peace"
+        theirs[1].send(b"an answer")
+        nudge()
+        # As whoever waits for that answer hears it, when the device is ended.
+        raise KernelError(f"{node.path} can't be read.")
+
+    monkeypatch.setattr(nbdd.client, "NetlinkNBD", Kernel)
+    monkeypatch.setattr(nbdd.client, "settle", settle)
+    monkeypatch.setattr(nbdd.client, "release", lambda *_, **__: asked.append("release"))
+    monkeypatch.setattr(Node, "bound", property(lambda _: True))
+    client = Client(socket=ours, size=MIB, flags=int(Flags.NBD_FLAG_CAN_MULTI_CONN))
+    refused(client.bind, "does not read from all 3 links of /dev/nbd7", error=NotRead)
+    assert asked == ["connect", "disconnect", "release"]
+    for sock in theirs:
+        assert sock.recv(1) == b"", "the links are shut down, which ends the work items that wait"
+    for sock in ours + theirs:
+        sock.close()
 
 
 # How it is found

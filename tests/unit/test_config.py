@@ -30,7 +30,7 @@ from nbdd.config import (
     load,
     options_with,
 )
-from nbdd.definition import Attach, Definition
+from nbdd.definition import Attach, Definition, Desktop
 from nbdd.errors import InvalidArgs, InvalidConfig, InvalidURI, NbddError, TLSFailed
 from nbdd.uri import URI
 from nbdd.yamlsource import MAX_BYTES, MAX_DEPTH
@@ -90,6 +90,7 @@ devices:
     timeout: 30
     dead-timeout: 0
     block-size: 4096
+    desktop: {name: Eve's photos (2026), icon: folder-pictures, user-mountable: false}
 """
         )
     )
@@ -104,8 +105,15 @@ devices:
             timeout=30,
             dead_timeout=0,
             block_size=4096,
+            desktop=Desktop("Eve's photos (2026)", "folder-pictures", user_mountable=False),
         )
     }
+
+
+def test_an_empty_desktop_is_a_desktop_and_none_is_none(write: Write) -> None:
+    devices = load(write("devices:\n  a: {uri: nbd://h/x, desktop: {}}\n  b: {uri: nbd://h/y}\n")).devices
+    assert devices["a"].desktop == Desktop()
+    assert devices["b"].desktop is None
 
 
 def test_a_uri_alone_makes_a_device(write: Write) -> None:
@@ -300,6 +308,14 @@ def test_what_another_yaml_writer_writes_is_read_as_it_was_meant(
         ({"uri": "[nbd://h/x, 'nbd://h:no/']"}, "3:22: device 'a': key 'uri': 'nbd://h:no/' is not a URI"),
         ({"uri": "nbds://h/x"}, "3:10: device 'a': key 'uri': TLS is not supported by this version of nbdd"),
         ({"uri": "nbds+unix:///x?socket=/s"}, "never connects in the clear where encryption was asked for"),
+        ({"desktop": ""}, "key 'desktop': must be a mapping such as {name: Photos}, or {}, but it has no value."),
+        ({"desktop": "yes"}, "key 'desktop': must be a mapping such as {name: Photos}, or {}, but 'yes' means true"),
+        ({"desktop": "{name: 3}"}, "4:21: device 'a': key 'desktop.name': must be a text of 1 to 64 characters"),
+        ({"desktop": "{name: ''}"}, "key 'desktop.name': must be a text of 1 to 64 characters"),
+        ({"desktop": "{nam: x}"}, "4:15: device 'a': key 'desktop.nam': is not known; did you mean name?"),
+        ({"desktop": "{timeout: 3}"}, "key 'desktop.timeout': is not known; known are name, icon, user-mountable."),
+        ({"desktop": "{icon: a/b}"}, "key 'desktop.icon': must be the name of an icon such as drive-harddisk, of"),
+        ({"desktop": "{user-mountable: 1}"}, "key 'desktop.user-mountable': must be true or false, but 1 is a number."),
         ({"tls": "{certificates: /etc/pki}"}, "4:5: device 'a': key 'tls': TLS is not supported by this version"),
         ({"tls": "off"}, "4:5: device 'a': key 'tls': TLS is not supported"),
     ],
@@ -633,6 +649,7 @@ def test_options_make_the_definition_that_yaml_would(write: Write) -> None:
         "timeout": 4,
         "dead-timeout": 5,
         "block-size": 1024,
+        "desktop": {"name": "Photos"},
     }
     directory = write(yaml.safe_dump({"devices": {"a": options}}))
     assert definition_from_options("a", options) == load(directory).devices["a"]
@@ -667,6 +684,8 @@ def test_defaults_stand_in_for_options_that_are_not_given_but_nothing_attaches_a
         ({"uri": "nbd://h/x", "device": 3}, InvalidArgs, "must be auto or a device such as /dev/nbd3"),
         ({"uri": "nbd://h/x", "block-size": 777}, InvalidArgs, "must be auto or a power of two"),
         ({"uri": "nbd://h/x", "attach": "boot"}, InvalidArgs, "Option 'attach' can't be set here."),
+        ({"uri": "nbd://h/x", "desktop": {"name": 3}}, InvalidArgs, "Option 'desktop.name' must be a text of 1 to 64"),
+        ({"uri": "nbd://h/x", "desktop": {"uri": "x"}}, InvalidArgs, "Option 'desktop.uri' is not known; known are"),
         ({"uri": "nbd://h/x", "timout": 3}, InvalidArgs, "Option 'timout' is not known; did you mean timeout?"),
         ({"uri": "nbd://h/x", "x\ny" * 99: 3}, InvalidArgs, "Option 'x\\nyx\\ny"),
     ],
@@ -699,7 +718,7 @@ def test_options_of_an_attach_change_what_they_name_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"uri": "nbd://h/y"}, {"attach": "boot"}, {"name": "b"}, {"timeout": -1}, {"x": 1}]
+    "options", [{"uri": "nbd://h/y"}, {"attach": "boot"}, {"desktop": {}}, {"name": "b"}, {"timeout": -1}, {"x": 1}]
 )
 def test_options_of_an_attach_that_can_not_be_are_refused(options: dict[str, object]) -> None:
     definition = Definition(name="a", uri=(URI.parse("nbd://h/x"),))

@@ -191,6 +191,15 @@ def test_detach_if_needed_is_content_with_a_device_that_is_gone(fake: FakeManage
     assert run("detach", "--if-needed", "backup")[0] == 0
 
 
+def test_reconnect_and_resize_say_what_was_done(fake: FakeManager, run: Run) -> None:
+    assert run("reconnect", "backup") == (0, "backup is connected anew\n", "")
+    assert fake.wait_for("Reconnect").body == ["backup", {}]
+    assert json.loads(run("reconnect", "backup", "--json")[1]) == {"name": "backup", "reconnected": True}
+    assert run("resize", "backup") == (0, "backup has 2 GiB (2147483648 bytes)\n", "")
+    assert fake.wait_for("Resize").body == ["backup", {}]
+    assert json.loads(run("resize", "backup", "--json")[1]) == {"name": "backup", "size": 2 << 30}
+
+
 def test_set_timeout_sends_seconds(fake: FakeManager, run: Run) -> None:
     assert run("set-timeout", "backup", "30") == (0, "backup: a request may take 30 s\n", "")
     assert fake.wait_for("SetTimeout").body == ["backup", 30]
@@ -266,6 +275,7 @@ DOCUMENT = {
     "read-only": False, "uri": "nbd://storage.example/backup", "timeout": 0, "dead-timeout": 300, "connections": 1,
     "live-connections": 1, "encryption": "none", "worker-pid": 4711, "reconnects": 0,
     "attached-since": 1_700_000_000_000_000, "fails-at": 0, "configured": True, "last-error": None,
+    "desktop": False, "display-name": "backup", "icon-name": "",
 }  # fmt: skip
 
 
@@ -590,7 +600,7 @@ def test_monitor_as_json_prints_an_object_for_each_event(fake: FakeManager) -> N
     assert abs(changed.pop("time") / 1e6 - time.time()) < 60
     failure = {"name": "org.x.Y", "message": "a"}
     assert changed == {"event": "changed", "name": "backup", "changes": {"state": "degraded", "last-error": failure}}
-    assert added["device"] == DOCUMENT | {"name": "1st"}
+    assert added["device"] == DOCUMENT | {"name": "1st", "display-name": "1st"}
     assert (removed["event"], removed["name"]) == ("removed", "1st")
 
 

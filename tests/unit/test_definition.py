@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from nbdd.definition import NAME_PATTERN, Attach, Definition, check_name
+from nbdd.definition import NAME_PATTERN, Attach, Definition, Desktop, check_name
 from nbdd.errors import InvalidArgs, InvalidURI
 from nbdd.uri import URI
 
@@ -65,6 +65,7 @@ def test_a_definition_survives_the_way_to_the_worker_and_back() -> None:
         timeout=30,
         dead_timeout=0,
         block_size=4096,
+        desktop=Desktop("Photos", "folder-pictures", user_mountable=False),
     )
     assert Definition.from_wire(json.loads(json.dumps(definition.to_wire()))) == definition
 
@@ -72,6 +73,12 @@ def test_a_definition_survives_the_way_to_the_worker_and_back() -> None:
 def test_a_definition_of_defaults_survives_too() -> None:
     definition = Definition(name="a", uri=(URI.parse("nbd://h/"),))
     assert Definition.from_wire(json.loads(json.dumps(definition.to_wire()))) == definition
+
+
+def test_a_record_of_an_earlier_version_is_a_definition_without_what_came_later() -> None:
+    wire = Definition(name="a", uri=(URI.parse("nbd://h/"),)).to_wire()
+    del wire["desktop"], wire["network-timeout"]
+    assert Definition.from_wire(wire) == Definition(name="a", uri=(URI.parse("nbd://h/"),))
 
 
 def test_a_bad_uri_on_the_wire_is_an_error_with_a_name() -> None:

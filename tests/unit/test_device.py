@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import nbdd.device
-from nbdd.definition import Attach
+from nbdd.definition import Attach, Desktop
 from nbdd.errors import (
     AlreadyAttached,
     Busy,
@@ -95,6 +95,19 @@ def test_attach_goes_from_detached_over_connecting_to_attached_and_detach_back(b
             assert (idle.node, idle.size, idle.worker_pid, idle.attached_since) == ("", 0, 0, 0)
             assert not it.spawner.bound
             assert it.device.idle
+
+    play(script)
+
+
+def test_a_device_of_the_desktop_is_told_as_that_attached_or_not(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench(desktop=Desktop("Photos", "folder-pictures")) as it:
+            for step in (it.device.attach, it.device.detach):
+                await step()
+                told = it.device.status
+                assert (told.desktop, told.display_name, told.icon_name) == (True, "Photos", "folder-pictures")
+            it.device.redefine(definition(desktop=None))
+            assert (it.device.status.desktop, it.device.status.display_name) == (False, "")
 
     play(script)
 
@@ -702,6 +715,23 @@ def test_set_timeout_is_live_noted_and_forgotten_with_the_attachment(bench: Make
     play(script)
 
 
+def test_a_device_is_reconnected_and_resized_by_its_worker_and_the_new_size_is_told_and_noted(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            for work in (it.device.reconnect(), it.device.resize()):
+                assert isinstance(await refused(work), NotAttached)
+            await it.device.attach()
+            await it.device.reconnect()
+            assert await it.device.resize() == 3 << 20
+            assert it.device.status.size == 3 << 20
+            binding = it.records.load()[0].binding
+            assert binding is not None
+            assert binding["size"] == binding["export"]["size"] == 3 << 20
+            assert it.spawner.names() == ["attach", "reconnect", "resize"]
+
+    play(script)
+
+
 @pytest.mark.parametrize("moment", ["die", "die late"])
 def test_set_timeout_goes_to_the_successor_of_a_worker_that_dies_under_it(bench: MakeBench, moment: str) -> None:
     async def script() -> None:
@@ -812,6 +842,45 @@ def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: MakeBe
             it.spawner.worker.say("links", [], **links, failing=True, **TimedOut("Too long.").to_wire())
             await it.device.detach()
             assert (it.now(), it.device.status.fails_at) == (State.DETACHED, 0)
+
+    play(script)
+
+
+def test_a_device_in_a_hurry_waits_no_longer_than_it_is_told_to_and_says_so(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench(dead_timeout=300) as it:
+            await it.device.hasten(30)
+            assert it.spawner.names() == [], "nothing is attached"
+            await it.device.attach()
+            await it.device.hasten(30)
+            assert (it.device.status.dead_timeout, it.device.status.fails_at) == (30, 0)
+            assert it.records.load()[0].definition.dead_timeout == 30, "the next worker is in the same hurry"
+            await it.device.hasten(40)
+            assert it.spawner.names() == ["attach", "hasten"], "it never waits longer for that"
+            await it.device.detach()
+            assert it.device.status.dead_timeout == 300
+
+            await it.device.attach()
+            links = {"live": 0, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": time.monotonic() - 100}
+            it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
+            it.spawner.waited = 100
+            await it.device.hasten(30)
+            assert it.device.status.dead_timeout == 130
+            assert abs(it.device.status.fails_at / 1e6 - (time.time() + 30)) < 5
+
+    play(script)
+
+
+def test_a_device_that_can_not_be_hurried_is_told_in_the_journal(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            await it.device.attach()
+            it.spawner.outcomes["hasten"] = ["die"] * 3
+            await it.device.hasten(30)
+            assert it.device.status.dead_timeout == 300
+        assert "disk: its dead timeout can't be shortened: " in caplog.text
 
     play(script)
 

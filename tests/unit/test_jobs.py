@@ -26,7 +26,7 @@ def look(monkeypatch: pytest.MonkeyPatch, found: Identity | Exception) -> None:
 
     monkeypatch.setattr(identity, "of_device", lambda *_: Identity("one"))
     monkeypatch.setattr(identity, "of_export", of_export)
-    jobs._look_same(NODE, LINKS)
+    jobs._look_same(NODE, LINKS, 1)
 
 
 @pytest.mark.parametrize("found", [Identity("one"), Identity()])

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +21,12 @@ from nbdd import __main__ as nbdd
 from nbdd import errors
 from nbdd.ctl import __main__ as nbdctl
 from nbdd.ctl.cli import cli
+from nbdd.desktop import notifier, opener
+from nbdd.metrics import __main__ as nbdd_metrics
 
 TREE = Path(__file__).resolve().parents[2]
-PAGES = generate.PAGES
+BY_HAND = ("nbdd-metrics.8", "nbdd-notify.1", "nbdd-open.1")
+PAGES = (*generate.PAGES, *BY_HAND)
 LINTERS = (("mandoc", "-Tlint", "-Wwarning"), ("groff", "-ww", "-z", "-mdoc", "-Tutf8"))
 
 
@@ -85,14 +90,16 @@ def test_nbdctl_has_the_commands_and_options_of_its_page_and_no_others() -> None
             current = in_page.setdefault(item.tag, set())
         elif item.section == "COMMANDS":
             current.add(item.tag)
-    common = {"--json", "-h, --help"}
+    host, common = {"-H, --host [USER@]HOST"}, {"--json", "-h, --help"}
     in_program = {}
     for name, command in cli.commands.items():
         arguments = [str(one.metavar) for one in command.params if isinstance(one, click.Argument)]
         assert common <= options(command), name
-        in_program[" ".join([name, *arguments])] = options(command) - common
+        # What is about this machine is not done on another.
+        assert (host <= options(command)) == (name not in {"doctor", "import"}), name
+        in_program[" ".join([name, *arguments])] = options(command) - common - host
     assert in_page == in_program
-    assert section("nbdctl.1", "OPTIONS").keys() == options(cli) | common
+    assert section("nbdctl.1", "OPTIONS").keys() == options(cli) | common | host
 
 
 def test_nbdd_has_the_options_of_its_page_and_no_others() -> None:
@@ -100,6 +107,34 @@ def test_nbdd_has_the_options_of_its_page_and_no_others() -> None:
     in_page = section("nbdd.8", "OPTIONS")
     assert in_page.keys() == in_program
     assert f"(default: {nbdd.DEFAULT_DIRECTORY})" in in_page["DIR"]
+
+
+def arguments_of(main: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The options of a program that argparse reads for, and what its other arguments are called."""
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parse_args(self: argparse.ArgumentParser, _arguments: object = None) -> None:
+        parsers.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    return {", ".join(action.option_strings) or str(action.metavar) for action in parsers[0]._actions}
+
+
+def test_nbdd_metrics_has_the_options_of_its_page_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_page = {
+        head.partition(" ")[0] if head.startswith("--") else head for head in section("nbdd-metrics.8", "OPTIONS")
+    }
+    assert in_page == arguments_of(nbdd_metrics.main, monkeypatch)
+
+
+def test_the_desktops_programs_have_the_options_of_their_pages_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert section("nbdd-notify.1", "OPTIONS").keys() == arguments_of(notifier.main, monkeypatch)
+    assert section("nbdd-open.1", "OPTIONS").keys() | {"URI"} == arguments_of(opener.main, monkeypatch)
+    assert section("nbdd-notify.1", "EXIT STATUS").keys() == {"0", "1", "2"}
+    assert section("nbdd-open.1", "EXIT STATUS").keys() == {"0", "1", "2", str(opener.INTERRUPTED)}
 
 
 def test_the_exit_codes_are_those_of_the_pages() -> None:
@@ -127,7 +162,8 @@ def test_defaults_and_limits_of_keys_are_those_of_the_schema() -> None:
     definitions = schema()["definitions"]
     for key, body in section("nbdd.yaml.5", "KEYS OF A DEVICE").items():
         facts = definitions["device-node" if key == "device" else key]
-        default = re.search(r"^The default is\n\.Ql (\S+)", body, re.MULTILINE)
+        own = body.partition("\n.Bl ")[0]  # keys below this one have theirs
+        default = re.search(r"^The default is\n\.Ql (\S+)", own, re.MULTILINE)
         assert (default and default[1]) == (str(facts["default"]) if "default" in facts else None), key
         lists = [value for value in facts.get("enum", ()) if isinstance(value, int)]
         low, high = (min(lists), max(lists)) if lists else (facts.get("minimum"), facts.get("maximum"))
@@ -135,13 +171,14 @@ def test_defaults_and_limits_of_keys_are_those_of_the_schema() -> None:
 
 
 def test_every_page_that_a_unit_names_is_there() -> None:
-    named = re.findall(r"man:(\S+)\((\d)\)", "".join(path.read_text() for path in (TREE / "systemd").glob("*.service")))
-    assert {f"{name}.{number}" for name, number in named} == set(PAGES)
-    sources = {f"{page}.in" for page in PAGES} | {"generate.py"}
+    units = [path.read_text() for folder in ("systemd", "desktop") for path in (TREE / folder).glob("*.service")]
+    named = re.findall(r"man:(\S+)\((\d)\)", "".join(units))
+    assert {f"{name}.{number}" for name, number in named} == set(PAGES) - {"nbdd-open.1"}  # a click starts that
+    sources = {f"{page}.in" for page in generate.PAGES} | {"generate.py"}
     assert {path.name for path in (TREE / "man").iterdir() if path.is_file()} == {*PAGES, *sources}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", generate.PAGES)
 def test_a_page_is_what_its_source_and_the_programs_make_of_it(page: str) -> None:
     assert (TREE / "man" / page).read_text() == generate.page(page), "run `make man`"
 

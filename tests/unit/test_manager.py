@@ -614,6 +614,27 @@ def test_stop_with_detach_frees_what_is_idle_and_tells_what_it_left(tmp_path: Pa
     play(tmp_path, script)
 
 
+@pytest.mark.parametrize("live", [0, 1])
+def test_stop_waits_for_the_users_of_a_device_without_a_server_and_for_no_others(
+    tmp_path: Path, live: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbdd.device, "MEND_INTERVAL", 0.01)
+
+    async def script(it: Desk) -> None:
+        await it.start(boot("a"), definition("idle"))
+        await it.until(lambda: it.state("a") is State.ATTACHED)
+        if not live:
+            it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
+        await it.manager.hasten(30)
+        assert it.manager.device("a").status.dead_timeout == 30
+        it.spawner.outcomes["detach"] = [Busy("in use")] * 3
+        left = await it.manager.stop(detach=True, wait=60)
+        assert left == (["a stays attached: in use"] if live else [])
+        assert list(it.spawner.bound) == (["a"] if live else [])
+
+    play(tmp_path, script)
+
+
 def test_stop_with_detach_right_after_the_start_frees_nothing_that_is_in_use(tmp_path: Path) -> None:
     async def script(it: Desk) -> None:
         it.was_bound(boot("a"))

@@ -11,18 +11,31 @@ import shutil
 import subprocess
 import tomllib
 import xml.etree.ElementTree as ET
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from nbdd import __version__
 
 TREE = Path(__file__).resolve().parents[2]
 SYSTEMD = TREE / "systemd"
 DBUS = TREE / "dbus"
 HOST_UNITS = Path("/usr/lib/systemd/system")
 
-HIGHEST_EXPOSURE = 3.0
-ACTIONS = {"attach", "attach-uri", "detach", "force-detach", "set-timeout", "reload", "list-exports"}
+HIGHEST_EXPOSURE = {"nbdd.service": 3.0, "nbdd-metrics.service": 1.0}
+ACTIONS = {
+    "attach",
+    "attach-uri",
+    "detach",
+    "force-detach",
+    "set-timeout",
+    "reconnect",
+    "resize",
+    "reload",
+    "list-exports",
+}
 
 needs_systemd_analyze = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None or not HOST_UNITS.is_dir(), reason="needs systemd-analyze and its units"
@@ -53,11 +66,11 @@ def installed_units(tmp_path: Path) -> Path:
     units = tmp_path / "usr/lib/systemd/system"
     shutil.copytree(HOST_UNITS, units, symlinks=True)
     (tmp_path / "lib").symlink_to("usr/lib")
-    for path in SYSTEMD.glob("*.service"):
+    for path in [*SYSTEMD.glob("*.service"), *SYSTEMD.glob("*.socket")]:
         shutil.copy(path, units)
     programs = tmp_path / "usr/bin"
     programs.mkdir(parents=True)
-    for name in ("nbdd", "nbdctl", "busctl"):
+    for name in ("nbdd", "nbdctl", "nbdd-metrics", "busctl"):
         (programs / name).write_text("#!/bin/sh\n")
         (programs / name).chmod(0o755)
     return tmp_path
@@ -65,7 +78,7 @@ def installed_units(tmp_path: Path) -> Path:
 
 @needs_systemd_analyze
 def test_systemd_finds_nothing_to_complain_about_in_the_units(installed_units: Path) -> None:
-    names = ["nbdd.service", "nbdd-attach@my-disk.service"]
+    names = ["nbdd.service", "nbdd-attach@my-disk.service", "nbdd-metrics.socket", "nbdd-metrics.service"]
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", f"--root={installed_units}", *names],
         capture_output=True,
@@ -79,17 +92,18 @@ def test_systemd_finds_nothing_to_complain_about_in_the_units(installed_units: P
 
 
 @needs_systemd_analyze
-def test_the_daemon_is_exposed_no_more_than_promised() -> None:
+@pytest.mark.parametrize("name", HIGHEST_EXPOSURE)
+def test_a_service_is_exposed_no_more_than_promised(name: str) -> None:
     done = subprocess.run(
-        ["systemd-analyze", "security", "--no-pager", "--offline=true", str(SYSTEMD / "nbdd.service")],
+        ["systemd-analyze", "security", "--no-pager", "--offline=true", str(SYSTEMD / name)],
         capture_output=True,
         text=True,
         check=False,
         timeout=60,
     )
-    found = re.search(r"exposure level for nbdd.service: ([0-9.]+)", done.stdout)
+    found = re.search(rf"exposure level for {re.escape(name)}: ([0-9.]+)", done.stdout)
     assert found is not None, done.stderr
-    assert float(found[1]) <= HIGHEST_EXPOSURE
+    assert float(found[1]) <= HIGHEST_EXPOSURE[name]
 
 
 def test_everything_for_the_system_is_in_the_wheel() -> None:
@@ -101,6 +115,7 @@ def test_everything_for_the_system_is_in_the_wheel() -> None:
 def test_files_are_installed_under_the_names_that_their_readers_expect() -> None:
     places = {
         "systemd/*.service": "lib/systemd/system/{name}",
+        "systemd/*.socket": "lib/systemd/system/{name}",
         "systemd/*.rules": "lib/udev/rules.d/{name}",
         "dbus/*.conf": "share/dbus-1/system.d/{name}",
         "dbus/*.service": "share/dbus-1/system-services/{name}",
@@ -119,11 +134,26 @@ def test_what_the_program_reads_at_run_time_is_inside_the_package() -> None:
     assert inside == {source: f"nbdd/_data/{Path(source).name}" for source in wanted}
 
 
-def test_the_version_is_the_same_everywhere() -> None:
-    version = pyproject()["project"]["version"]
-    first = (TREE / "debian/changelog").read_text().splitlines()[0]
-    assert first.startswith(f"nbdd ({version}) ")
-    assert f"## {version}" in (TREE / "CHANGELOG.md").read_text()
+def test_the_version_and_whether_it_is_released_are_the_same_everywhere() -> None:
+    debian = (TREE / "debian/changelog").read_text()
+    version, distribution = re.findall(r"^nbdd \((.+)\) (.+); urgency=", debian, re.MULTILINE)[0]
+    assert version == __version__
+    assert pyproject()["tool"]["hatch"]["version"]["path"] == "nbdd/__init__.py"
+    title, when = re.findall(r"^## (\S+), (.+)$", (TREE / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert title == version
+    if distribution == "UNRELEASED":
+        assert when == "not released yet"
+    else:
+        signed = re.findall(r"^ -- .*>  (.+)$", debian, re.MULTILINE)[0]
+        assert when == parsedate_to_datetime(signed).date().isoformat()
+
+
+def test_the_recipe_of_a_release_names_what_there_is() -> None:
+    recipe = (TREE / "docs/releasing.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (TREE / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", recipe)) <= targets
+    for place in ("nbdd/__init__.py", "CHANGELOG.md", "debian/changelog"):
+        assert f"`{place}`" in recipe
 
 
 def test_the_bus_starts_the_daemon_through_systemd() -> None:
@@ -173,6 +203,26 @@ def test_an_upgrade_restarts_the_daemon_alone() -> None:
     rules = (TREE / "debian/rules").read_text()
     assert "dh_installsystemd --restart-after-upgrade nbdd.service\n" in rules
     assert "nbdd-attach" not in "".join((TREE / f"debian/nbdd.{name}").read_text() for name in ("postinst", "prerm"))
+
+
+def test_metrics_are_off_until_somebody_wants_them_and_then_for_this_machine_only() -> None:
+    rules = (TREE / "debian/rules").read_text()
+    assert (
+        "dh_installsystemd --no-enable --no-start --restart-after-upgrade nbdd-metrics.socket nbdd-metrics.service\n"
+        in rules
+    )
+    assert unit("nbdd-metrics.socket")["Socket"]["ListenStream"].startswith("127.0.0.1:")
+
+
+def test_the_user_of_the_metrics_is_made_when_the_package_is_installed() -> None:
+    user = unit("nbdd-metrics.service")["Service"]["User"]
+    assert f"\nu {user} - " in (SYSTEMD / "sysusers.conf").read_text()
+    assert "\n\tdh_installsysusers\n" in (TREE / "debian/rules").read_text()
+
+
+def test_a_scrape_does_not_start_the_daemon() -> None:
+    section = unit("nbdd-metrics.service")["Unit"]
+    assert "nbdd.service" not in " ".join(section.values()).split()
 
 
 def link_patterns() -> list[tuple[bool, str]]:

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdd.bus import systemd1
-from nbdd.bus.systemd1 import job_type
+from nbdd.bus.systemd1 import is_going_down, job_type, shutdown
 from nbdd.definition import NAME_PATTERN
 from nbdd.systemd import Notifier, _from_fdname, _to_fdname
 from tests.unit.busd import DEADLINE, PROPERTIES, BusDaemon, Caller, NotifySocket, caller, private_bus, run
 
 # isort: split
+from dbus_next.constants import MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
 
@@ -234,36 +235,6 @@ def test_what_was_kept_for_another_or_does_not_add_up_is_not_taken(environment: 
     assert kept(1, **environment) == [{}, [], {}, []]
 
 
-# The journal
-
-
-def test_every_line_for_the_journal_begins_with_its_priority() -> None:
-    code = (
-        "import logging; from nbdd.systemd import log_to_stderr; log_to_stderr(logging.DEBUG)\n"
-        "log = logging.getLogger('x')\n"
-        "log.critical('a'); log.error('b\\nc'); log.warning('d'); log.info('e'); log.debug('f')\n"
-        "try: 1 / 0\n"
-        "except ZeroDivisionError: log.exception('g')\n"
-    )
-
-    def stderr(**more: str) -> list[str]:
-        process = subprocess.run(
-            [sys.executable, "-c", code],
-            check=True,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=DEADLINE,
-            env={**{key: value for key, value in os.environ.items() if key != "JOURNAL_STREAM"}, **more},
-        )
-        return process.stderr.splitlines()
-
-    lines = stderr(JOURNAL_STREAM="1:2")
-    assert lines[:7] == ["<3>a", "<3>b", "<3>c", "<4>d", "<6>e", "<7>f", "<3>g"]
-    assert all(line.startswith("<3>") for line in lines[7:])
-    assert "ZeroDivisionError" in lines[-1]
-    assert stderr()[0].endswith(" CRITICAL a")
-
-
 # Why are we being stopped?
 
 
@@ -335,5 +306,102 @@ def test_the_question_ends_with_the_bus(bus: BusDaemon) -> None:
             await asked.wait()
             bus.kill()
             assert await question == ""
+
+    run(main())
+
+
+# Does the machine go down?
+
+
+SHUTDOWN = "/org/freedesktop/systemd1/unit/shutdown_2etarget"
+
+
+class FakeShutdown:
+    """A systemd that is asked about shutdown.target, which has a job or is not even loaded."""
+
+    def __init__(self, caller: Caller, *, loaded: bool = True, job: bool = False) -> None:
+        self.job = job
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
+        self._caller = caller
+        self._loaded = loaded
+
+    async def start(self) -> None:
+        self._caller.serve(self._answer)
+        await self._caller.own(SYSTEMD)
+
+    async def tell(self, unit: str, *, to: Any = None) -> None:
+        """Send JobNew; with `to`, to one connection, as anybody can."""
+        await self._caller.bus.send(
+            Message(
+                destination=to,
+                message_type=MessageType.SIGNAL,
+                path="/org/freedesktop/systemd1",
+                interface=f"{SYSTEMD}.Manager",
+                member="JobNew",
+                signature="uos",
+                body=[77, JOB, unit],
+            )
+        )
+
+    def _answer(self, call: Message) -> Message:
+        self.asked.put_nowait(call.member)
+        asked = (call.path, call.interface, call.member, *call.body)
+        if asked == ("/org/freedesktop/systemd1", f"{SYSTEMD}.Manager", "Subscribe"):
+            return Message.new_method_return(call)
+        if asked == ("/org/freedesktop/systemd1", f"{SYSTEMD}.Manager", "GetUnit", "shutdown.target"):
+            if self._loaded:
+                return Message.new_method_return(call, "o", [SHUTDOWN])
+            return Message.new_error(call, f"{SYSTEMD}.NoSuchUnit", "Unit shutdown.target not loaded.")
+        if asked == (SHUTDOWN, PROPERTIES, "Get", f"{SYSTEMD}.Unit", "Job"):
+            return Message.new_method_return(call, "v", [Variant("(uo)", [77, JOB] if self.job else [0, "/"])])
+        raise AssertionError(asked)
+
+
+def test_the_way_down_is_noticed_when_it_begins_and_when_it_has_begun(bus: BusDaemon) -> None:
+    async def main() -> None:
+        async with caller(bus.address) as ours, caller(bus.address) as fake:
+            systemd = FakeShutdown(fake)
+            await systemd.start()
+            waiting = asyncio.create_task(shutdown(ours.bus))
+            while await systemd.asked.get() != "Get":
+                pass
+            assert not await is_going_down(ours.bus)
+            systemd.job = True
+            await systemd.tell("shutdown.target")
+            await waiting
+            assert await is_going_down(ours.bus)
+            await shutdown(ours.bus)
+
+    run(main())
+
+
+def test_nobody_but_systemd_can_make_nbdd_believe_that_the_machine_goes_down(bus: BusDaemon) -> None:
+    async def main() -> None:
+        async with (
+            caller(bus.address) as ours,
+            caller(bus.address) as fake,
+            caller(bus.address) as stranger,
+        ):
+            systemd = FakeShutdown(fake, loaded=False)
+            await systemd.start()
+            waiting = asyncio.create_task(shutdown(ours.bus))
+            while await systemd.asked.get() != "GetUnit":
+                pass
+            await FakeShutdown(stranger).tell("shutdown.target", to=ours.name)
+            assert await systemd.asked.get() == "GetUnit", "systemd is asked"
+            assert not await is_going_down(ours.bus)
+            assert not waiting.done()
+            waiting.cancel()
+
+    run(main())
+
+
+def test_without_systemd_no_machine_goes_down(bus: BusDaemon) -> None:
+    async def main() -> None:
+        async with caller(bus.address) as ours:
+            assert not await is_going_down(ours.bus)
+            waiting = asyncio.create_task(shutdown(ours.bus))
+            assert await asyncio.wait({waiting}, timeout=0.2) == (set(), {waiting})
+            waiting.cancel()
 
     run(main())

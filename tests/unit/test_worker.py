@@ -33,6 +33,8 @@ from nbdd.errors import (
     NegotiationFailed,
     NoSuchExport,
     NotAttached,
+    NotRead,
+    TimedOut,
     WorkerFailed,
 )
 from nbdd.jobs import DETACH_SECONDS, FORCE_SECONDS
@@ -542,6 +544,17 @@ def test_what_the_server_could_not_give_is_told(boss: Boss) -> None:
         assert "one is used instead of 3" in boss.event()[0]["message"]
 
 
+def test_links_that_the_kernel_does_not_read_are_made_anew_once_for_each_of_them(
+    boss: Boss, kernel: FakeKernel
+) -> None:
+    kernel.refusals["bind"] = NotRead("not read")
+    with Server(offers({b"": MIB}, MULTI)) as server:
+        with pytest.raises(NotRead):
+            boss.order("attach", definition=wire(server, connections=3), resume=False)
+        assert len(server._conns) == 9
+    assert [event["message"] for event, _ in boss.events] == 2 * ["not read They are connected anew."]
+
+
 def test_a_name_that_is_bound_by_somebody_else_is_refused(boss: Boss, kernel: FakeKernel) -> None:
     kernel.bound[NAME] = node(3, MIB, 512)
     with Server(offers({b"": MIB})) as server, pytest.raises(Busy, match="/dev/nbd3 is bound under the name 'disk'"):
@@ -679,6 +692,7 @@ def test_a_device_whose_links_nobody_kept_is_watched_by_the_kernels_reports_and_
         boss.order("ping")
         # What died unseen is replaced by a link offered at once; the kernel drops it where nothing had died.
         kernel.wait_for("replace")
+        until(lambda: not boss.errands())
         kernel.report(5)  # somebody else's
         kernel.report(0)
         assert boss.event_with(live=0)["error"] == "ConnectFailed"
@@ -695,6 +709,207 @@ def test_a_link_that_died_while_nobody_watched_is_mended(boss: Boss, notes: Note
         one.close()
         assert boss.event_with(live=0)["error"] == "ConnectFailed"
         assert boss.event_with(live=1)["reconnects"] == 1
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_successor_offers_all_links_that_there_can_be_where_some_died_unseen(
+    boss: Boss, kernel: FakeKernel, notes: Notes, held: int
+) -> None:
+    with Server(offers({b"": MIB}, MULTI)) as server:
+        binding = notes(server, connections=3, live=3)
+        pairs = [socket.socketpair() for _ in range(3)]
+        for _, far in pairs[held:]:
+            far.close()
+        fds = [near.fileno() for near, _ in pairs]
+        boss.order("adopt", fds, definition=wire(server, connections=3), binding=binding)
+        for near, _ in pairs:
+            near.close()
+        assert boss.event_with(live=held)["error"] == "ConnectFailed"
+        # The predecessor may have replaced any of the dead ones, and said nothing any more.
+        assert boss.event_with(live=3)["reconnects"] == 3 - held
+        assert ("replace", 3) in kernel.asked
+        # From here on the kernel says what dies, and what it is given is its own for certain.
+        for _ in range(3 - held):
+            kernel.report(0)
+        assert boss.event_with(live=3, reconnects=2 * (3 - held))
+        until(lambda: kernel.listeners() == 0)
+        for _, far in pairs[:held]:
+            far.close()
+
+
+def test_a_link_that_the_kernel_loses_while_it_is_offered_one_on_suspicion_is_replaced_too(
+    boss: Boss, kernel: FakeKernel, notes: Notes
+) -> None:
+    with Server(offers({b"": MIB})) as server:
+        held = kernel.after["replace"] = threading.Event()
+        boss.order("adopt", definition=wire(server), binding=notes(server))
+        kernel.wait_for("replace")
+        kernel.report(0)
+        assert boss.event_with(live=0)
+        held.set()
+        assert boss.event_with(live=1)["reconnects"] == 1
+        kernel.wait_for("replace", 2)
+
+
+# Renewal
+
+
+def _reported(kernel: FakeKernel, links: int = 1) -> None:
+    """As the kernel does when its links are shut down."""
+    until(lambda: kernel.links[NAME] and kernel.live(NAME) == 0)
+    for _ in range(links):
+        kernel.report(0)
+
+
+@pytest.fixture
+def _hasty(kernel: FakeKernel) -> None:
+    kernel.settings["QUIET_SECONDS"] = 0.01
+    kernel.settings["DEAD_SECONDS"] = 1.0
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_reconnect_has_the_new_links_before_the_old_ones_end(hire: Callable[[], Boss], kernel: FakeKernel) -> None:
+    boss = hire()
+    with Server(offers({b"": MIB}, MULTI)) as server:
+        boss.order("attach", definition=wire(server, connections=2), resume=False)
+        number = boss.send("reconnect")
+        _reported(kernel, 2)
+        assert len(server._conns) == 4
+        assert boss.event_with(live=0)["lost"]
+        told, fds = boss.event()
+        assert (told["live"], told["reconnects"], told["lost"], fds) == (2, 2, 0, 2)
+        boss.reply(number)
+        assert kernel.asked[-1] == ("replace", 2)
+        assert kernel.live(NAME) == 2
+        cut(server)
+        assert boss.event_with(live=1)
+        assert boss.event_with(live=2), "the new ones are watched"
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_reconnect_goes_back_to_the_first_server_that_has_the_same_data(
+    hire: Callable[[], Boss], kernel: FakeKernel
+) -> None:
+    boss = hire()
+    with Server(offers({b"": 2 * MIB})) as other, Server(offers({b"": MIB})) as first:
+        with Server(offers({b"": MIB})) as second:
+            servers = [str(server.uri()) for server in (other, first, second)]
+            boss.order("attach", definition={**wire(second), "uri": servers[2:]}, resume=False)
+            number = boss.send("reconnect")
+            _reported(kernel)
+            boss.reply(number)
+        assert boss.event_with(live=1)["uri"] == servers[2], "the definition names no other"
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_reconnect_to_a_server_that_is_away_or_other_costs_no_link(
+    hire: Callable[[], Boss], kernel: FakeKernel
+) -> None:
+    boss = hire()
+    with Server(in_turn(offers({b"": MIB}), offers({b"": 2 * MIB}), SILENT)) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        with pytest.raises(NegotiationFailed, match="came back as something else"):
+            boss.order("reconnect")
+        assert kernel.live(NAME) == 1
+        assert boss.events == []
+        cut(server, 0)
+        assert boss.event_with(live=0), "it is watched on"
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_links_that_the_kernel_does_not_let_go_of_are_mended(hire: Callable[[], Boss], kernel: FakeKernel) -> None:
+    boss = hire()
+    with Server(offers({b"": MIB})) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        with pytest.raises(TimedOut, match="did not let go of the old links"):
+            boss.order("reconnect")
+        assert boss.event_with(live=1)["reconnects"] == 1
+        assert kernel.live(NAME) == 1
+
+
+@pytest.mark.usefixtures("_hasty")
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_errand_that_is_killed_over_the_exchange_leaves_a_device_that_is_mended(
+    hire: Callable[[], Boss], kernel: FakeKernel, moment: str
+) -> None:
+    boss = hire()
+    with Server(offers({b"": MIB})) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        held = getattr(kernel, moment)["replace"] = threading.Event()
+        number = boss.send("reconnect")
+        _reported(kernel)
+        until(lambda: "replace" in kernel.askers)
+        if moment == "after":
+            kernel.wait_for("replace")
+        os.kill(kernel.askers["replace"], signal.SIGKILL)
+        with pytest.raises(WorkerFailed):
+            boss.reply(number)
+        held.set()
+        assert boss.event_with(live=1)["reconnects"] == 1
+        assert kernel.live(NAME) == 1
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_resize_takes_the_grown_size_over_new_links_and_mending_goes_by_it(
+    hire: Callable[[], Boss], kernel: FakeKernel
+) -> None:
+    boss = hire()
+    grown = offers({b"": 3 * MIB + 100})
+    with Server(in_turn(offers({b"": MIB}), offers({b"": MIB}), grown, grown, offers({b"": MIB}))) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        assert boss.order("resize")["size"] == MIB
+        assert "replace" not in dict(kernel.asked), "nothing to do"
+        number = boss.send("resize")
+        _reported(kernel)
+        reply, _ = boss.reply(number)
+        assert reply["size"] == 3 * MIB
+        assert kernel.asked[-2:] == [("replace", 1), ("size", 3 * MIB)]
+        told = boss.event_with(live=1)
+        assert (told["size"], told["export"]["size"]) == (3 * MIB, 3 * MIB + 100)
+        cut(server)
+        assert boss.event_with(live=0)
+        assert boss.event_with(live=1)["reconnects"] == 2
+        with pytest.raises(NegotiationFailed, match="has 1048576 bytes now, less than the 3145828"):
+            boss.order("resize")
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_a_server_that_came_back_grown_is_taken_by_a_resize(hire: Callable[[], Boss]) -> None:
+    boss = hire()
+    with Server(in_turn(offers({b"": MIB}), offers({b"": 2 * MIB}))) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        cut(server)
+        assert boss.event_with(error="OtherExport")
+        assert boss.order("resize")["size"] == 2 * MIB
+        assert boss.event_with(live=1)["size"] == 2 * MIB
+
+
+@pytest.mark.usefixtures("_hasty")
+def test_a_size_that_the_kernel_refuses_leaves_the_new_links(hire: Callable[[], Boss], kernel: FakeKernel) -> None:
+    boss = hire()
+    kernel.refusals["size"] = KernelError("no")
+    with Server(in_turn(offers({b"": MIB}), offers({b"": 2 * MIB}))) as server:
+        boss.order("attach", definition=wire(server), resume=False)
+        number = boss.send("resize")
+        _reported(kernel)
+        with pytest.raises(KernelError):
+            boss.reply(number)
+        told = boss.event_with(live=1)
+        assert (told["size"], told["reconnects"], kernel.live(NAME)) == (MIB, 1, 1)
+
+
+def test_links_that_are_the_kernels_alone_are_not_exchanged(boss: Boss, kernel: FakeKernel, notes: Notes) -> None:
+    with Server(offers({b"": MIB})) as server:
+        boss.order("adopt", definition=wire(server), binding=notes(server))
+        kernel.wait_for("replace")
+        with pytest.raises(Busy, match="are the kernel's alone"):
+            boss.order("reconnect")
+
+
+@pytest.mark.parametrize("order", ["reconnect", "resize"])
+def test_what_is_not_attached_is_not_renewed(boss: Boss, order: str) -> None:
+    with pytest.raises(NotAttached):
+        boss.order(order)
 
 
 # Links
@@ -819,6 +1034,21 @@ def test_a_successor_ends_the_waiting_when_it_would_have_ended(boss: Boss, hire:
         assert successor.event_with(failing=True)["error"] == "TimedOut"
 
 
+def test_a_worker_in_a_hurry_ends_the_waiting_sooner_now_or_after_the_next_death_of_a_link(boss: Boss) -> None:
+    good = offers({b"": MIB})
+    with pytest.raises(NotAttached):
+        boss.order("hasten", seconds=1)
+    with Server(in_turn(good, socket.socket.close)) as server:
+        boss.order("attach", definition=wire(server, dead_timeout=3600), resume=False)
+        assert boss.order("hasten", seconds=600) == {"dead-timeout": 600}
+        assert boss.order("hasten", seconds=900) == {"dead-timeout": 600}, "never later"
+        cut(server)
+        assert boss.event_with(error="ConnectFailed")["lost"] > 0
+        assert boss.order("hasten", seconds=1) == {"dead-timeout": 1}
+        assert boss.event_with(failing=True)["error"] == "TimedOut"
+        assert boss.order("hasten", seconds=1) == {"dead-timeout": 1}
+
+
 def test_a_detach_ends_the_mending(boss: Boss, kernel: FakeKernel) -> None:
     with Server(in_turn(offers({b"": MIB}), SILENT)) as server:
         boss.order("attach", definition=wire(server), resume=False)
@@ -888,20 +1118,14 @@ def test_an_errand_that_is_killed_over_mending_leaves_no_link_that_nobody_watche
 
 def test_a_link_that_is_offered_just_when_a_detach_comes_is_not_left_behind(boss: Boss, kernel: FakeKernel) -> None:
     kernel.refusals["disconnect"] = Busy("in use")
-    good, asked, gate = offers({b"": MIB}), threading.Event(), threading.Event()
-
-    def gated(conn: socket.socket) -> None:
-        asked.set()
-        assert gate.wait(SECONDS)
-        good(conn)
-
-    with Server(in_turn(good, gated, good)) as server:
+    with Server(offers({b"": MIB})) as server:
         boss.order("attach", definition=wire(server), resume=False)
+        held = kernel.before["replace"] = threading.Event()
         kernel.after["replace"] = threading.Event()
         cut(server)
-        assert asked.wait(SECONDS)
+        until(lambda: "replace" in kernel.askers)
         os.kill(boss.pid, signal.SIGSTOP)
-        gate.set()
+        held.set()
         kernel.wait_for("replace")
         number = boss.send("detach", binding=None, force=False)
         os.kill(boss.pid, signal.SIGCONT)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""A network disk from a link to a folder, and back: attach and mount, unmount and detach.
+
+nbdd attaches and UDisks mounts; polkit asks the person where either wants an administrator's consent.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nbdd.bus.client import Client
+from nbdd.bus.udisks import Block, UDisks
+from nbdd.ctl.record import Device
+from nbdd.desktop import notice
+from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice
+from nbdd.uri import URI
+
+KNOWN_SECONDS = 10.0
+"""How long UDisks may take to know a disk that udev knows."""
+
+LEAVE_SECONDS = 5
+"""How long those may take to leave a disk who had opened it for a moment, such as udev."""
+
+_SYS = Path("/sys/class/block")
+
+
+def link(text: str) -> URI:
+    """The URI in a link. Raises InvalidURI for what is none, and for one that no page may make a person open."""
+    uri = URI.parse(text)
+    if uri.user or uri.options:
+        # Whoever writes a link could choose which of this machine's keys are shown to which server.
+        raise InvalidURI(
+            "A link must not name a user or a file with keys; somebody who trusts it writes it into /etc/nbdd instead."
+        )
+    return uri
+
+
+class Disks:
+    """Network disks of this machine, as a person uses them. All methods raise NbddError."""
+
+    def __init__(self, client: Client, udisks: UDisks) -> None:
+        self._client = client
+        self._udisks = udisks
+
+    async def attach(self, uri: URI) -> Device:
+        """The device of an export: the one there is already, or else a new one for this desktop.
+
+        Two devices of one export, both mounted, would destroy the filesystem.
+        """
+        for device in await self._devices():
+            if not _same(device.uri, uri):
+                continue
+            if device.node:
+                if not notice.works(device):
+                    raise NbddError(
+                        f"{notice.title(device)} is attached as {device.node}, but {notice.server(device)} does not "
+                        "answer; nbdd keeps trying."
+                    )
+                return device
+            if device.configured or device.state == "connecting":
+                try:
+                    return Device.of(await self._client.device_at(await self._client.attach(device.name, {})))
+                except AlreadyAttached:
+                    return Device.of(await self._client.device(device.name))
+        path = await self._client.attach_uri(str(uri), {"desktop": {}})
+        return Device.of(await self._client.device_at(path))
+
+    async def mount(self, device: Device) -> Path:
+        """Mount every filesystem on the device; returns where the largest is."""
+        partitions = {f"/dev/{path.name}" for path in _SYS.joinpath(Path(device.node).name).glob("nbd*p*")}
+
+        def known(blocks: list[Block]) -> bool:
+            there = {block.node for block in blocks if block.size}
+            return {device.node, *partitions} <= there and any(block.usage for block in blocks)
+
+        blocks = await self._udisks.blocks_when(device.node, known, KNOWN_SECONDS)
+        wanted = [block for block in blocks if block.mountable and not block.ignored]
+        if not wanted:
+            raise NbddError(_nothing_to_mount(device, blocks))
+        wanted.sort(key=lambda block: block.size, reverse=True)
+        folders = [await self._udisks.mount(block) for block in wanted]
+        return Path(folders[0])
+
+    async def find(self, target: str) -> list[Device]:
+        """The devices that are meant by a name, a link, a node or a folder; by "", all that links opened."""
+        attached = [device for device in await self._devices() if device.node]
+        if not target:
+            return [device for device in attached if device.desktop and not device.configured]
+        place = os.path.realpath(target) if target.startswith("/") else ""  # noqa: ASYNC240 - one call, nothing waits
+        for device in attached:
+            if target == device.name or _same(device.uri, target) or (place and await self._holds(device, place)):
+                return [device]
+        raise NoSuchDevice(f"{notice.one_line(target)} is no network disk that is attached; 'nbdctl list' shows them.")
+
+    async def _holds(self, device: Device, place: str) -> bool:
+        """Whether that is a node of the device, or a folder where it is mounted."""
+        blocks = await self._udisks.blocks(device.node)
+        return place == device.node or any(place == block.node or place in block.mount_points for block in blocks)
+
+    async def detach(self, device: Device) -> None:
+        """Unmount what is mounted of the device, then detach it."""
+        for block in await self._udisks.blocks(device.node):
+            await self._udisks.unmount(block)
+        await self._client.detach(device.name, {"wait": LEAVE_SECONDS})
+
+    async def _devices(self) -> list[Device]:
+        return [Device.of(properties) for properties in await self._client.devices()]
+
+
+def _nothing_to_mount(device: Device, blocks: list[Block]) -> str:
+    name, node = notice.title(device), device.node
+    if not any(block.size for block in blocks):
+        return f"{name} is attached as {node}, but UDisks does not know it, so it can't be mounted."
+    if any(block.usage == "crypto" for block in blocks):
+        return f"{name} is attached as {node}, and encrypted: unlock it in the file manager."
+    return (
+        f"{name} is attached as {node}, but has no filesystem that could be opened; 'nbdd-open --detach {device.name}' "
+        "takes it away again."
+    )
+
+
+def _same(one: str, other: str | URI) -> bool:
+    """Whether two URIs mean the same export."""
+    try:
+        return URI.parse(one) == (URI.parse(other) if isinstance(other, str) else other)
+    except InvalidURI:
+        return False

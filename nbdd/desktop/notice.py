@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""What there is to say about a device, and when: a judgement from what the bus tells of it and the clock.
+
+    nothing ── no link for GRACE seconds ──> LOST ── soon over ──> FAILING ── too late ──> FAILED
+                                               │                      │                      │
+                                               └────── a link ────────┴──> BACK <────────────┘
+
+GONE is a device that the kernel had and has no more, though nobody detached it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+
+from nbdd.bus.notifications import Notification, Urgency
+from nbdd.ctl.record import Device
+from nbdd.errors import InvalidURI
+from nbdd.uri import URI
+
+GRACE = 5.0
+"""Seconds without any link before it is worth a word: a restart of a server takes less."""
+
+WARNING = 60.0
+"""Seconds before the end of the waiting that it is called near; half of the waiting where that is less."""
+
+MAX_TEXT = 300
+"""Characters of an error that are shown."""
+
+DETACH, DETACH_ANYWAY, ATTACH = "detach", "detach-anyway", "attach"
+"""What a person can do about it: the keys of actions."""
+
+_LABELS = {DETACH: "Detach", DETACH_ANYWAY: "Detach anyway", ATTACH: "Attach again"}
+
+_WORKS = frozenset({"attached", "degraded"})
+_UNDECIDED = frozenset({"connecting", "detaching", "unknown"})
+
+
+class Kind(StrEnum):
+    """What is said."""
+
+    LOST = "lost"
+    FAILING = "failing"
+    FAILED = "failed"
+    GONE = "gone"
+    BACK = "back"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something to say about a device."""
+
+    kind: Kind
+    notification: Notification
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How things stand."""
+
+    notice: Notice | None = None
+    """The trouble there is."""
+    decided: bool = True
+    """False: what was said before stands, until more is known."""
+    look_at: float | None = None
+    """When the clock alone may change it; seconds since 1970."""
+
+
+def judge(device: Device, *, now: float, lost_since: float, was_bound: bool) -> Verdict:
+    """What is wrong with the device at `now`; times in seconds since 1970.
+
+    `lost_since` is when it was first seen without a link, for where the service does not tell; `was_bound` whether the
+    kernel had the device before, and nobody has detached it since.
+    """
+    if device.state in _WORKS or device.state == "detached":
+        return Verdict()
+    if not device.node and was_bound and device.state in {"failed", "connecting"}:
+        return Verdict(_gone(device))
+    if device.state in _UNDECIDED:
+        return Verdict(decided=False)
+    if device.state == "failed":
+        return Verdict(_failed(device) if device.node else None)
+    # reconnecting
+    fails = device.fails_at / 1e6
+    patience = (fails - device.dead_timeout if fails else lost_since) + GRACE
+    if now < patience:
+        return Verdict(look_at=patience)
+    if not fails:
+        return Verdict(_lost(device, fails))
+    near = fails - min(WARNING, device.dead_timeout / 2)
+    return Verdict(_lost(device, fails), look_at=near) if now < near else Verdict(_failing(device, fails))
+
+
+def works(device: Device) -> bool:
+    """Whether reading and writing works."""
+    return device.state in _WORKS
+
+
+def back(device: Device, before: Kind) -> Notice:
+    """The end of the trouble that was told as `before`."""
+    name = title(device)
+    if before in {Kind.LOST, Kind.FAILING}:
+        body = f"{server(device)} answers again. What waited has gone on, and nothing was lost."
+    else:
+        body = "Reading and writing works again. What failed meanwhile was not written; look what is missing."
+    icon = device.icon_name or "drive-harddisk"
+    shown = Notification(f"{name} is back", body, icon, category="network.connected", lasting=False)
+    return Notice(Kind.BACK, shown)
+
+
+def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notice:
+    """What a person asked for by an action was not done."""
+    name = title(device)
+    detach = action in {DETACH, DETACH_ANYWAY}
+    body = one_line(problem)
+    actions = [action]
+    if action == DETACH and in_use:
+        body += " To detach it anyway loses what was not written yet."
+        actions = [DETACH_ANYWAY]
+    return Notice(
+        Kind.REFUSED,
+        Notification(
+            f"{name} was not {'detached' if detach else 'attached'}",
+            body,
+            "dialog-warning",
+            category="device.error",
+            actions=_actions(actions),
+        ),
+    )
+
+
+def title(device: Device) -> str:
+    """What people call the device."""
+    return device.display_name or device.name
+
+
+def server(device: Device) -> str:
+    """Where its data is, for people: a host, or a socket's path."""
+    try:
+        uri = URI.parse(device.uri)
+    except InvalidURI:
+        return "The server"
+    return uri.host or uri.address
+
+
+def one_line(text: str) -> str:
+    """An error as a notification has room for it."""
+    # Marks that turn the writing direction, of a server that means no good, do not print either.
+    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"
+
+
+def _lost(device: Device, fails: float) -> Notice:
+    until = f", until {clock(fails)} at most" if fails else ""
+    return Notice(
+        Kind.LOST,
+        Notification(
+            f"{title(device)} has lost its server",
+            f"{server(device)} does not answer. Programs that use the disk wait{until}. Nothing is lost so far.",
+            "network-offline",
+            category="network.disconnected",
+            actions=_actions([DETACH]),
+        ),
+    )
+
+
+def _failing(device: Device, fails: float) -> Notice:
+    return Notice(
+        Kind.FAILING,
+        Notification(
+            f"{title(device)} is about to fail",
+            f"{server(device)} still does not answer. At {clock(fails)} reading and writing begins to fail. "
+            "Save elsewhere what is open.",
+            "dialog-warning",
+            Urgency.CRITICAL,
+            "network.error",
+            _actions([DETACH]),
+        ),
+    )
+
+
+def _failed(device: Device) -> Notice:
+    why = f" {one_line(device.last_error.message)}" if device.last_error is not None else ""
+    return Notice(
+        Kind.FAILED,
+        Notification(
+            f"{title(device)} has failed",
+            f"Reading and writing fails until the server is back.{why}",
+            "dialog-error",
+            Urgency.CRITICAL,
+            "device.error",
+            _actions([DETACH]),
+        ),
+    )
+
+
+def _gone(device: Device) -> Notice:
+    why = f" {one_line(device.last_error.message)}" if device.last_error is not None else ""
+    return Notice(
+        Kind.GONE,
+        Notification(
+            f"{title(device)} is gone",
+            f"The disk is not attached any more, and what was not written is lost.{why}",
+            "dialog-error",
+            Urgency.CRITICAL,
+            "device.removed",
+            _actions([ATTACH] if device.configured and device.state == "failed" else []),
+        ),
+    )
+
+
+def clock(when: float) -> str:
+    """A time of this day, or a time and its day; `when` in seconds since 1970."""
+    there, here = time.localtime(when), time.localtime()
+    same_day = there[:3] == here[:3]
+    return time.strftime("%H:%M:%S" if same_day else "%H:%M on %-d %B", there)
+
+
+def _actions(keys: list[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((key, _LABELS[key]) for key in keys)

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: MIT
+"""nbdd-notify: tells the person at the machine when a network disk is in trouble, and when that is over.
+
+Events of both buses and the clock come together in one loop, `Notifier.run`. What a person asks for by an action runs
+beside it, since a password may have to be typed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from nbdd import __version__
+from nbdd.bus.callerbus import session_bus
+from nbdd.bus.calls import CallError
+from nbdd.bus.client import Client, Event, Kind, Properties
+from nbdd.bus.notifications import Closed, Invoked, Notifications, NotShown, Renewed
+from nbdd.bus.notifications import Event as Answer
+from nbdd.ctl.record import Device
+from nbdd.desktop import notice
+from nbdd.desktop.notice import Notice
+from nbdd.errors import Busy, NbddError
+
+log = logging.getLogger(__name__)
+
+NAME = "org.nbdd1.Notify"
+"""Owned on the session bus: one notifier is enough, however many ways a desktop has to start it."""
+
+_LONGEST_SLEEP = 60.0
+"""Seconds; the clock may be set while we wait for a time of day."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unable:
+    """What a person asked for by an action was not done."""
+
+    name: str
+    action: str
+    problem: NbddError
+
+
+News: TypeAlias = Event | Answer | Unable | NbddError | None
+"""What keeps the notifier busy; an error is the end of the system bus, None the end of the work."""
+
+
+@dataclass
+class Watched:
+    """One device, and what was said about it."""
+
+    properties: Properties = field(default_factory=dict)
+    lost_since: float = 0.0
+    """When it was first seen without a link, seconds since 1970; 0 while it has one."""
+    was_bound: bool = False
+    told: notice.Kind | None = None
+    """The trouble that was said last and is not over, whether the notification is still open or not."""
+    open: Notice | None = None
+    """What the person can see now."""
+    number: int = 0
+    """Of the notification that is about this device; 0 where another one would have to be made."""
+    shower: str = ""
+    """Who gave it that number."""
+    look_at: float | None = None
+
+    @property
+    def device(self) -> Device:
+        """The device as the bus tells of it."""
+        return Device.of({key: value for key, value in self.properties.items() if value is not None})
+
+
+class Notifier:
+    """Watches nbdd's devices on one bus and speaks on the other."""
+
+    def __init__(self, client: Client, notifications: Notifications, *, everything: bool) -> None:
+        self._client = client
+        self._notifications = notifications
+        self._everything = everything
+        self._watched: dict[str, Watched] = {}
+        self._running = False
+        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def stop(self) -> None:
+        """Have `run` return, between two words: of one that is half said nobody knows the number."""
+        self._news.put_nowait(None)
+
+    async def run(self) -> None:
+        """Watch until `stop`, and take away in the end what is shown: nobody would keep it true.
+
+        Raises NbddError when the system bus ends.
+        """
+        await self._notifications.subscribe()
+        if await self._client.subscribe():
+            await self._started()
+        self._start(self._collect(self._client.event))
+        self._start(self._collect(self._notifications.event))
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._pause()):
+                        news = await self._news.get()
+                    if news is None:
+                        break
+                    await self._hear(news)
+                await self._look()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            for watched in self._watched.values():
+                await self._close(watched)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _collect(self, source: Callable[[], Coroutine[Any, Any, Event | Answer]]) -> None:
+        try:
+            while True:
+                self._news.put_nowait(await source())
+        except NbddError as problem:
+            self._news.put_nowait(problem)
+
+    async def _hear(self, news: Event | Answer | Unable | NbddError) -> None:
+        match news:
+            case Event():
+                await self._happened(news)
+            case Unable(name=name, action=action, problem=problem) if name in self._watched:
+                watched = self._watched[name]
+                in_use = isinstance(problem, Busy)
+                await self._show(watched, notice.refused(watched.device, action, str(problem), in_use=in_use))
+            case Renewed():
+                await self._renewed(news.shower)
+            case Closed() | Invoked():
+                self._answered(news)
+            case NbddError():
+                raise news
+
+    def _pause(self) -> float | None:
+        times = [one.look_at for one in self._watched.values() if one.look_at is not None]
+        return min(max(min(times) - time.time(), 0), _LONGEST_SLEEP) if times and self._running else None
+
+    # nbdd
+
+    async def _happened(self, event: Event) -> None:
+        match event.kind:
+            case Kind.STARTED:
+                await self._started()
+            case Kind.STOPPED:
+                # A restart, mostly: what is shown is as true as it was, and what is next is said when it is back.
+                self._running = False
+            case Kind.REMOVED:
+                if event.name in self._watched:
+                    await self._close(self._watched.pop(event.name))
+            case Kind.ADDED | Kind.CHANGED:
+                await self._changed(event.name, event.properties)
+
+    async def _started(self) -> None:
+        """It runs, for the first time or again: look at everything anew."""
+        try:
+            found = {properties["Name"]: properties for properties in await self._client.devices()}
+        except NbddError as problem:
+            log.warning("%s", problem)  # It has just gone; it is heard of when it is back.
+            return
+        self._running = True
+        for name in self._watched.keys() - found.keys():
+            await self._close(self._watched.pop(name))
+        for name, properties in found.items():
+            await self._changed(name, properties)
+
+    async def _changed(self, name: str, properties: Properties) -> None:
+        watched = self._watched.setdefault(name, Watched())
+        watched.properties |= properties
+        device = watched.device
+        if device.node:
+            watched.was_bound = True
+        elif device.state == "detached":
+            watched.was_bound = False
+        watched.lost_since = (watched.lost_since or time.time()) if device.state == "reconnecting" else 0.0
+        await self._update(watched)
+
+    # What is to be said
+
+    async def _look(self) -> None:
+        """The clock has gone on."""
+        now = time.time()
+        for watched in list(self._watched.values()):
+            if self._running and watched.look_at is not None and watched.look_at <= now:
+                await self._update(watched)
+
+    async def _update(self, watched: Watched) -> None:
+        device = watched.device
+        watched.look_at = None
+        if not device.desktop and not self._everything:
+            await self._over(watched, device)
+            return
+        verdict = notice.judge(device, now=time.time(), lost_since=watched.lost_since, was_bound=watched.was_bound)
+        watched.look_at = verdict.look_at
+        if not verdict.decided:
+            return
+        if verdict.notice is None:
+            # Without a link again, but not for long: what was told before that stands.
+            if watched.look_at is None or watched.told is None:
+                await self._over(watched, device)
+        elif verdict.notice.kind != watched.told:
+            watched.told = verdict.notice.kind
+            await self._show(watched, verdict.notice)
+
+    async def _over(self, watched: Watched, device: Device) -> None:
+        told, watched.told = watched.told, None
+        if told is not None and notice.works(device):
+            await self._show(watched, notice.back(device, told))
+        elif told is not None or (watched.open is not None and watched.open.kind is notice.Kind.REFUSED):
+            await self._close(watched)
+
+    async def _show(self, watched: Watched, what: Notice) -> None:
+        try:
+            watched.number = await self._notifications.show(what.notification, watched.number)
+        except NotShown as problem:
+            # Nobody shows notifications now. Whoever does next is told what is true then.
+            log.warning("not shown: %s (%s)", what.notification.summary, problem)
+            watched.number = 0
+        watched.shower = self._notifications.shower
+        watched.open = what
+
+    async def _close(self, watched: Watched) -> None:
+        if watched.open is not None and watched.number:
+            await self._notifications.close(watched.number)
+        watched.open, watched.number = None, 0
+
+    async def _renewed(self, shower: str) -> None:
+        """Another one shows notifications now."""
+        for watched in self._watched.values():
+            if watched.number and watched.shower == shower:
+                continue  # It was started by the bus for this very notification.
+            watched.number = 0
+            if watched.open is not None and watched.open.kind is not notice.Kind.BACK:
+                await self._show(watched, watched.open)
+
+    # What the person does
+
+    def _answered(self, answer: Closed | Invoked) -> None:
+        found = next((item for item in self._watched.items() if item[1].number == answer.number), None)
+        if found is None:
+            return
+        name, watched = found
+        if isinstance(answer, Closed):
+            watched.open, watched.number = None, 0
+        elif watched.open is not None and answer.action in dict(watched.open.notification.actions):
+            self._start(self._order(name, answer.action))
+
+    async def _order(self, name: str, action: str) -> None:
+        """Do what an action says; polkit may ask for a password, so this may take long."""
+        try:
+            async with Client() as client:
+                if action == notice.ATTACH:
+                    await client.attach(name, {})
+                else:
+                    await client.detach(name, {"force": True} if action == notice.DETACH_ANYWAY else {})
+        except NbddError as problem:
+            log.warning("%s: %s: %s", name, action, problem)
+            self._news.put_nowait(Unable(name, action, problem))
+
+
+async def watch(*, everything: bool) -> int:
+    """Run until SIGTERM or SIGINT: 0. Raises NbddError where a bus can't be reached, or ends."""
+    async with session_bus() as session:
+        if not await session.own(NAME):
+            log.info("another one runs in this session already")
+            return 0
+        # Not to start nbdd: where it does not run, there is nothing to tell.
+        async with Client(activate=False) as client:
+            notifier = Notifier(client, Notifications(session), everything=everything)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, notifier.stop)
+            work = asyncio.ensure_future(notifier.run())
+            lost = asyncio.ensure_future(session.ended())
+            await asyncio.wait({work, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                work.cancel()
+                raise NbddError("The session bus has ended.")
+            lost.cancel()
+            work.result()
+            return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run nbdd-notify; 0 done, 1 failed, 2 usage."""
+    parser = argparse.ArgumentParser(
+        prog="nbdd-notify", description="Tell the person at this machine when a network block device is in trouble."
+    )
+    parser.add_argument("--version", action="version", version=f"nbdd-notify {__version__}")
+    parser.add_argument(
+        "--all", action="store_true", help="tell of every device, not only of those with the key 'desktop'"
+    )
+    everything: bool = parser.parse_args(arguments).all
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
+    try:
+        return asyncio.run(watch(everything=everything))
+    except NbddError as problem:
+        log.error("nbdd-notify: %s", problem)
+    except (CallError, EOFError, OSError) as problem:
+        # It ended, or refused us, in the first moment.
+        log.error("nbdd-notify: The session bus can't be used (%s).", str(problem).rstrip(".") or "it hung up")
+    return 1

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""The log: entries of the journal, which have the device's name as a field; lines on stderr for anybody else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import struct
+import sys
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter
+
+FIELD = "NBDD_DEVICE"
+"""The field that holds a device's name: ``journalctl NBDD_DEVICE=backup``."""
+
+SOCKET = "/run/systemd/journal/socket"
+"""Where journald takes entries with fields of their own (systemd's JOURNAL_NATIVE_PROTOCOL)."""
+
+_PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
+
+
+class DeviceLog(_Adapter):
+    """What is said of one device: each line begins with its name, and has it as a field."""
+
+    def __init__(self, logger: logging.Logger, name: str) -> None:
+        super().__init__(logger, {"device": name})
+        self._name = name
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        """Put the name in front; a device's name holds no percent sign."""
+        kwargs["extra"] = self.extra
+        return f"{self._name}: {msg}", kwargs
+
+
+class JournalHandler(logging.Handler):
+    """Sends entries to journald. What it does not take, a full or an absent socket, goes to stderr."""
+
+    def __init__(self, path: str = SOCKET) -> None:
+        super().__init__()
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        # No journald, however slow, keeps the manager's loop waiting.
+        self._socket.setblocking(False)
+        self._stderr = stderr_handler()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one entry."""
+        try:
+            self._socket.sendto(_entry(record, self.format(record)), self._path)
+        except OSError:
+            self._stderr.emit(record)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        super().close()
+
+
+class _Prefixed(logging.Formatter):
+    """Every line begins with its priority, as sd-daemon(3) has it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(f"<{_priority(record)}>{line}" for line in super().format(record).splitlines())
+
+
+def stderr_handler() -> logging.Handler:
+    """Lines on stderr: with priorities for the journal, with times for a person."""
+    handler = logging.StreamHandler(sys.stderr)
+    if "JOURNAL_STREAM" in os.environ:
+        handler.setFormatter(_Prefixed("%(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+def log_to_journal(level: int) -> None:
+    """Log to the journal where stderr leads there, else to stderr."""
+    handler = JournalHandler() if _stderr_is_the_journal() else stderr_handler()
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def _stderr_is_the_journal() -> bool:
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+def _priority(record: logging.LogRecord) -> int:
+    return next((number for level, number in _PRIORITIES if record.levelno >= level), 7)
+
+
+def _entry(record: logging.LogRecord, message: str) -> bytes:
+    fields = {"MESSAGE": message, "PRIORITY": str(_priority(record)), "SYSLOG_IDENTIFIER": "nbdd"}
+    device = getattr(record, "device", None)
+    if device is not None:
+        fields[FIELD] = device
+    parts = []
+    for key, value in fields.items():
+        # With its length in front a value may hold line breaks.
+        octets = value.encode(errors="replace")
+        parts.append(key.encode() + b"\n" + struct.pack("<Q", len(octets)) + octets + b"\n")
+    return b"".join(parts)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: MIT
+"""The nbdd-metrics command: argv to one of its ways out; what goes wrong becomes one sentence here."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nbdd import __version__
+from nbdd.errors import NbddError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run nbdd-metrics with `arguments` (default: those of the process); return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="nbdd-metrics",
+        description="Tell what nbdd's devices do, as metrics for Prometheus: on standard output, or as asked.",
+    )
+    parser.add_argument("--version", action="version", version=f"nbdd-metrics {__version__}")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument(
+        "--textfile",
+        type=Path,
+        metavar="PATH",
+        help="write a file for the textfile collector of the node exporter; its name ends in .prom",
+    )
+    way.add_argument(
+        "--serve", action="store_true", help="answer GET /metrics on the sockets that systemd passes; see the unit"
+    )
+    chosen = parser.parse_args(arguments)
+    # dbus-next logs tracebacks when a bus goes away; we have a sentence for that.
+    logging.getLogger("dbus_next").addHandler(logging.NullHandler())
+    logging.getLogger("dbus_next").propagate = False
+    try:
+        _run(chosen)
+    except NbddError as error:
+        _complain(str(error))
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "prometheus_client":
+            raise
+        _complain("The Prometheus client library is missing: apt install python3-prometheus-client.")
+        return 1
+    except BrokenPipeError:
+        _give_up_stdout()
+        return 1
+    except OSError as error:
+        _complain(f"The output can't be written: {error.strerror or error}.")
+        _give_up_stdout()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    # Here, not above: --help and --version need none of it, and the library may be missing.
+    from nbdd.metrics.families import text  # noqa: PLC0415
+    from nbdd.metrics.gather import gather  # noqa: PLC0415
+
+    if chosen.serve:
+        from nbdd.journal import stderr_handler  # noqa: PLC0415
+        from nbdd.metrics.server import Server  # noqa: PLC0415
+
+        logging.basicConfig(level=logging.INFO, handlers=[stderr_handler()])
+        listeners = _listeners()
+
+        async def serve() -> None:
+            server = Server(gather)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, server.stop)
+            await server.run(listeners)
+
+        asyncio.run(serve())
+        return
+    snapshot = asyncio.run(gather())
+    if snapshot.problem:
+        _complain(snapshot.problem)
+    if chosen.textfile is not None:
+        from nbdd.metrics.textfile import write  # noqa: PLC0415
+
+        write(chosen.textfile, text(snapshot))
+    else:
+        sys.stdout.write(text(snapshot).decode())
+        sys.stdout.flush()
+
+
+def _listeners() -> list[socket.socket]:
+    """The sockets that systemd listens on for us."""
+    from nbdd.systemd import kept_sockets  # noqa: PLC0415
+
+    found = [socket.socket(fileno=fd) for fds in kept_sockets().values() for fd in fds]
+    if not found or not all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in found):
+        raise NbddError("systemd passed no listening socket; --serve is for nbdd-metrics.socket.")
+    return found
+
+
+def _complain(problem: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"nbdd-metrics: {problem}", file=sys.stderr)
+
+
+def _give_up_stdout() -> None:
+    """Keep Python from trying once more, and from telling that it failed, at the end of the process."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

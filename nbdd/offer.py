@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: MIT
+"""An offer: one errand that gives the kernel links, and our hold of those, whatever becomes of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from nbdd.channel import Message
+from nbdd.errand import Errand, Job, Tell
+from nbdd.loop import Loop
+
+
+class Offer:
+    """The errand, and the links that it has told of; they are the owner's to take out of `links` when it is done."""
+
+    def __init__(
+        self, loop: Loop, name: str, job: Job, *, heard: Tell, done: Callable[[Offer, Message | None], None]
+    ) -> None:
+        """Send it; raises WorkerFailed. `heard` gets all but the links; `done` the answer, or None where it is lost."""
+        self.links: list[int] = []
+        self.unsure = False
+        """Whether the kernel is offered more than it may need, and does not say what it took."""
+        self.offered: Callable[[Message], None] | None = None
+        """What to do as soon as links are offered, before the kernel gets them; takes what the server said of the
+        export."""
+        self._heard = heard
+        self._abandoned = False
+        self._errand = Errand(loop, name, job, heard=self._told, done=lambda answer, _fds: done(self, answer))
+
+    def kill(self) -> None:
+        """End the errand; `done` is called."""
+        self._errand.kill()
+
+    def abandon(self) -> None:
+        """Make sure that no link comes of it: nobody knows whether the kernel has taken one."""
+        self._abandoned = True
+        self._errand.kill()
+        self._shut_down()
+
+    def let_go(self) -> None:
+        """Close our copies."""
+        while self.links:
+            os.close(self.links.pop())
+
+    def _told(self, message: Message, fds: Sequence[int]) -> None:
+        if message["event"] != "offered":
+            self._heard(message, fds)
+            return
+        self.links += fds
+        if self._abandoned:
+            self._shut_down()
+        elif self.offered is not None:
+            self.offered(message["export"])
+
+    def _shut_down(self) -> None:
+        while self.links:
+            with socket.socket(fileno=self.links.pop()) as sock, suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)

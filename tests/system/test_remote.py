@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""nbdctl --host with a real ssh, sshd, systemd-stdio-bridge and nbdd; the other machine is this one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.system.lab import Lab
+
+PREPARE = """
+set -e
+rm -rf /root/far; mkdir -m 700 /root/far
+cp --archive /root/.ssh /root/far/kept
+ssh-keygen -q -t ed25519 -N '' -f /root/far/key
+cat /root/far/key.pub >>/root/.ssh/authorized_keys
+cat >/root/.ssh/config <<'END'
+Host far
+  HostName 127.0.0.1
+  IdentityFile /root/far/key
+  StrictHostKeyChecking accept-new
+  UserKnownHostsFile /root/far/known
+END
+home=$(getent passwd visitor | cut -d: -f6)
+install -d -o visitor -m 700 "$home/.ssh"
+install -o visitor -m 600 /root/far/key.pub "$home/.ssh/authorized_keys"
+usermod --password '*' visitor
+"""
+CLEAN_UP = "rm -rf /root/.ssh && mv /root/far/kept /root/.ssh && rm -rf /root/far ~visitor/.ssh && passwd -q -l visitor"
+
+
+@pytest.fixture
+def far(lab: Lab) -> Iterator[Lab]:
+    """The guest with a way to itself: `far` in ssh's configuration, for root and for `visitor`."""
+    lab.guest.run(PREPARE)
+    yield lab
+    lab.guest.run(CLEAN_UP)
+
+
+def test_a_device_is_attached_seen_and_detached_on_another_machine(far: Lab) -> None:
+    server = far.nbdkit("memory 32M")
+    done = far.guest.run(f"nbdctl --host root@far attach {server.uri} --name there --json", timeout=180)
+    assert json.loads(done.stdout)["name"] == "there"
+    assert far.device("there")["State"] == "attached"
+    listed = json.loads(far.guest.run("nbdctl list --host far --json").stdout)
+    assert [(device["name"], device["state"]) for device in listed["devices"]] == [("there", "attached")]
+    words = "_NBDCTL_COMPLETE=bash_complete COMP_WORDS='nbdctl -H far detach t' COMP_CWORD=4"
+    assert far.guest.run(f"{words} nbdctl").stdout == "plain,there\n"
+    assert far.guest.run("nbdctl -H far detach there", timeout=180).stdout == "there is detached\n"
+    assert far.bound() == []
+
+
+def test_a_user_there_looks_but_needs_more_to_attach(far: Lab) -> None:
+    assert json.loads(far.guest.run("nbdctl --host visitor@far list --json").stdout) == {"devices": []}
+    done = far.guest.run("nbdctl --host visitor@far attach nbd://127.0.0.1:1/", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nbdctl: ")
+    assert done.stderr.count("\n") == 1
+    assert "not " in done.stderr
+
+
+def test_a_machine_that_is_not_there_or_does_not_let_us_in_is_one_sentence(far: Lab) -> None:
+    reasons = {
+        "nowhere.invalid": "ssh: Could not resolve hostname nowhere.invalid: ",
+        "nobody@far": "nobody@127.0.0.1: Permission denied (publickey)",
+        "ssh://far:1": "ssh: connect to host 127.0.0.1 port 1: Connection refused",
+    }
+    for host, reason in reasons.items():
+        done = far.guest.run(f"nbdctl --host {host} list", check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith(f"nbdctl: The system bus of {host} can't be reached with ssh: {reason}")
+        assert done.stderr.count("\n") == 1

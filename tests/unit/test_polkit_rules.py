@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: MIT
+"""The example of a rule for polkit, run as polkitd runs it, by an engine for JavaScript that is at hand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+RULE = Path(__file__).resolve().parents[2] / "desktop" / "60-nbdd-group.rules"
+ENGINES = ("duk", "node", "qjs", "js")
+
+# What polkitd gives to a rule (polkit(8), "AUTHORIZATION RULES"), as far as a rule like this one can see it.
+POLKITD = """
+var rules = [];
+var polkit = {
+    Result: { NO: "no", YES: "yes", AUTH_ADMIN_KEEP: "auth_admin_keep", NOT_HANDLED: null },
+    addRule: function(rule) { rules.push(rule); },
+    log: function() {}
+};
+"""
+ASK = """
+var say = typeof print === "function" ? print : console.log;
+say(JSON.stringify(questions.map(function(question) {
+    var action = { id: question.action, lookup: function(key) { return question.details[key]; } };
+    var subject = {
+        user: "eve", groups: question.groups, local: question.local, active: question.active,
+        isInGroup: function(group) { return question.groups.indexOf(group) >= 0; }
+    };
+    return rules.map(function(rule) { return rule(action, subject); });
+})));
+"""
+
+
+def answers(tmp_path: Path, questions: list[dict[str, object]]) -> list[object]:
+    """What the rule says to each question: "yes", or None where it leaves that to others."""
+    engine = next(filter(shutil.which, ENGINES), None)
+    if engine is None:
+        pytest.skip(f"needs one of {', '.join(ENGINES)}: apt-get install duktape")
+    script = tmp_path / "rule.js"
+    script.write_text(POLKITD + RULE.read_text() + f"var questions = {json.dumps(questions)};" + ASK)
+    done = subprocess.run([engine, str(script)], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert all(len(one) == 1 for one in found), "it is one rule"
+    return [one[0] for one in found]
+
+
+def question(
+    action: str, *, configured: str | None = "yes", groups: str = "eve disks", **seat: bool
+) -> dict[str, object]:
+    details = {"device": "photos"} | ({"configured": configured} if configured else {})
+    there = {"local": True, "active": True} | seat
+    return {"action": f"org.nbdd1.{action}", "details": details, "groups": groups.split(), **there}
+
+
+def test_the_group_may_attach_and_detach_what_is_configured_and_nothing_else(tmp_path: Path) -> None:
+    allowed = [question("attach"), question("detach")]
+    left = [
+        question("attach-uri", configured=None),
+        question("force-detach"),
+        question("set-timeout"),
+        question("reload", configured=None),
+        question("list-exports", configured=None),
+        question("attach", configured="no"),
+        question("detach", configured=None),
+        question("attach", groups="eve"),
+        question("attach", groups="eve disk"),
+        question("attach", local=False),
+        question("attach", active=False),
+        {**question("attach"), "action": "org.freedesktop.udisks2.filesystem-mount"},
+        {**question("attach"), "action": "org.nbdd1.attach.evil"},
+    ]
+    assert answers(tmp_path, allowed + left) == ["yes"] * len(allowed) + [None] * len(left)
