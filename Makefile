@@ -19,7 +19,7 @@ export SOURCE_DATE_EPOCH := $(shell date --date="$$(sed -n 's/^ -- .*>  //p;T;q'
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
 CHECK_TESTS := tests/unit tests/interop
 # What the package is made from; the build sees nothing else of the tree.
-DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus desktop systemd man debian docs/metrics.md
+DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus desktop systemd completions man debian docs/metrics.md
 SOURCES = tar --create --sort=name --owner=0 --group=0 --mtime=@0 --exclude=__pycache__ --exclude=.mypy_cache $(DEB_SOURCES)
 
 # $(call apt,PACKAGES,WHAT FOR): a no-op where they are there already. Another apt may hold the lock for a while, and a fresh
@@ -84,6 +84,10 @@ host-tools:
 	@command -v node >/dev/null || command -v duk >/dev/null || (($$(id -u) != 0)) || { $(call apt,duktape,the example of a polkit rule is run); }
 	@command -v desktop-file-validate >/dev/null || (($$(id -u) != 0)) || { $(call apt,desktop-file-utils,desktop entries are checked); }
 	@command -v appstreamcli >/dev/null || (($$(id -u) != 0)) || { $(call apt,appstream,the description for software centres is checked); }
+
+.PHONY: man
+man: deps ## the manual pages, from man/*.in and from what the programs say of themselves
+	@$(PY) man/generate.py
 
 # A screen without a monitor, and a program that shows notifications on it.
 .PHONY: desktop-tools

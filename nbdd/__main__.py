@@ -20,13 +20,20 @@ EXIT_CONFIG = 78
 
 def main() -> None:
     """Run nbdd; exit 0 done, 1 failed, 2 usage, 78 bad configuration."""
+    sys.exit(_run(arguments().parse_args()))
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The parser of the command line; the manual is made from it, too."""
     parser = argparse.ArgumentParser(
         prog="nbdd",
         description="Keep remote disks attached: read device definitions, attach them as /dev/nbdX, serve org.nbdd1.",
     )
-    parser.add_argument("--version", action="version", version=f"nbdd {__version__}")
+    parser.add_argument("--version", action="version", version=f"nbdd {__version__}", help="print the version")
     parser.add_argument(
-        "--check", action="store_true", help="only check the configuration; exit 0 if it is good, 1 if not"
+        "--check",
+        action="store_true",
+        help="only check the configuration: print each fault with file, line and column, or how many devices there are",
     )
     parser.add_argument("--debug", action="store_true", help="log more")
     parser.add_argument(
@@ -37,22 +44,21 @@ def main() -> None:
         metavar="DIR",
         help=f"where nbdd.yaml and devices.d are (default: {DEFAULT_DIRECTORY})",
     )
-    arguments = parser.parse_args()
-    sys.exit(_run(arguments))
+    return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.check:
+def _run(given: argparse.Namespace) -> int:
+    if given.check:
         from nbdd.config import check  # noqa: PLC0415 - without the daemon's parts
 
-        return check(arguments.directory, sys.stdout)
+        return check(given.directory, sys.stdout)
     # Here, not above, so that --check and --version need neither a bus nor its library.
     from nbdd.daemon import run  # noqa: PLC0415
     from nbdd.journal import log_to_journal  # noqa: PLC0415
 
-    log_to_journal(logging.DEBUG if arguments.debug else logging.INFO)
+    log_to_journal(logging.DEBUG if given.debug else logging.INFO)
     try:
-        return asyncio.run(run(arguments.directory))
+        return asyncio.run(run(given.directory))
     except InvalidConfig as error:
         print(f"nbdd: the configuration is bad, nothing was started:\n{error}", file=sys.stderr)
         return EXIT_CONFIG

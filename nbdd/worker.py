@@ -220,6 +220,8 @@ class Worker:
             "discarded-bytes": since.get("discard-sectors", 0) * SECTOR,
             "in-flight": counted["in-flight"],
             "io-time": since["busy-milliseconds"],
+            "read-time": since["read-milliseconds"],
+            "write-time": since["write-milliseconds"],
         }
 
 

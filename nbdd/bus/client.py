@@ -226,6 +226,12 @@ class Client:
             raise _no_device(name) from None
         return dict(counts)
 
+    async def names(self) -> tuple[set[str], set[str]]:
+        """The well-known names that are on the bus, and those that it can start."""
+        (there,) = await self._call("/org/freedesktop/DBus", _BUS, "ListNames", reply="as", to=_BUS)
+        (startable,) = await self._call("/org/freedesktop/DBus", _BUS, "ListActivatableNames", reply="as", to=_BUS)
+        return {name for name in there if not name.startswith(":")}, set(startable)
+
     # Events
 
     async def subscribe(self) -> bool:

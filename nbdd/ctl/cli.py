@@ -3,98 +3,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import os
-import re
 import sys
-import time
-from collections.abc import Awaitable, Callable
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdd.ctl import complete, remote, show
-from nbdd.ctl.record import Device, changes
+from nbdd.ctl import complete, find, remote, show, users
+from nbdd.ctl.common import (
+    as_json,
+    call,
+    count,
+    device_argument,
+    document,
+    elsewhere,
+    number,
+    order,
+    say,
+    terminal,
+    text,
+)
+from nbdd.ctl.doctor import doctor
+from nbdd.ctl.importing import import_
+from nbdd.ctl.monitor import monitor
+from nbdd.ctl.record import Device
+from nbdd.ctl.top import top
 from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client, Event
-
-T = TypeVar("T")
-
-LARGEST = 2_000_000
-"""No option and no argument takes more: 23 days, in seconds."""
-
-
-def text(value: str) -> str:
-    """A text that can go over the bus, which carries UTF-8 only."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise click.BadParameter("it is not valid UTF-8.") from None
-    return value
-
-
-def number(value: str | int, least: int = 0) -> int:
-    """A whole number that the bus can carry."""
-    digits = str(value)
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or not least <= int(digits) <= LARGEST:
-        raise click.BadParameter(f"{show.clean(digits)} is not a whole number from {least} to {LARGEST}.")
-    return int(digits)
-
-
-def count(value: str | int) -> int:
-    """A number of things of which there is one at least."""
-    return number(value, 1)
-
-
-def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every command takes: --json, and --host."""
-    return remote.option(click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")(command))
-
-
-def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
-    """The argument NAME, completed with the devices that are `wanted`."""
-    return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
-
-
-def call(action: Callable[[Client], Awaitable[T]]) -> T:
-    """Connect to the service, do one thing there, and return what came of it."""
-    # Imported here: it takes longer than all else together, and --help needs none of it.
-    from nbdd.bus.client import Client  # noqa: PLC0415
-
-    host = remote.host(click.get_current_context())
-
-    async def run() -> T:
-        async with Client(host=host) as client:
-            return await action(client)
-
-    return asyncio.run(run())
-
-
-def order(name: str) -> list[tuple[int, str]]:
-    """A key that sorts disk10 after disk2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def document(value: Any) -> None:
-    """Print one JSON document. It is pure ASCII, so nothing in it can upset a terminal."""
-    print(json.dumps(value, indent=2))
-
-
-def say(text: str) -> None:
-    """Print one line for a person, on stderr; where that can't be, there is nobody to tell."""
-    with contextlib.suppress(OSError):
-        if sys.stderr is not None:
-            print(f"nbdctl: {text}", file=sys.stderr)
-
-
-def terminal() -> IO[str] | None:
-    """Stderr if it is a terminal that can rewrite a line."""
-    able = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-    return sys.stderr if able else None
+    from nbdd.bus.client import Client
 
 
 def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -110,14 +47,20 @@ def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -
     context.exit()
 
 
-@click.group(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=version, help="Show the version.")
 @remote.option
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Attach network block devices and look after them, with the service nbdd.
 
     Exit status: 0 done, 1 failed (stderr says why), 2 wrong usage, 130 interrupted.
     """
+    if context.invoked_subcommand is None:
+        # Not click's no_args_is_help: before click 8.2, which Debian 12 does not have, that is a success.
+        with contextlib.suppress(OSError):
+            click.echo(context.get_help(), err=True)
+        context.exit(2)
 
 
 @cli.command(short_help="Attach a defined device, or an export by its URI.")
@@ -127,14 +70,38 @@ def cli() -> None:
     type=text,
     shell_complete=complete.names(lambda device: device.state in {"detached", "failed"}),
 )
-@click.option("--name", metavar="NAME", type=text, help="What to call the device; only with a URI.")
-@click.option("--device", metavar="NODE", type=text, help="The block device to take, as /dev/nbd3, or auto.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    type=text,
+    help="What to call the device; only with a URI. By default it is made from the name of the export.",
+)
+@click.option(
+    "--device", metavar="NODE", type=text, help="The block device to take, as /dev/nbd3, or auto for a free one."
+)
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
-@click.option("--connections", metavar="N", type=count, help="How many links to open to the server.")
-@click.option("--timeout", metavar="SECONDS", type=number, help="How long a request may take; 0 is no limit.")
-@click.option("--dead-timeout", metavar="SECONDS", type=number, help="How long I/O waits while there is no link.")
-@click.option("--network-timeout", metavar="SECONDS", type=count, help="How long the server's machine may be silent.")
-@click.option("--block-size", metavar="BYTES", type=count, help="The logical block size.")
+@click.option("--connections", metavar="N", type=count, help="How many links to open to the server, from 1 to 16.")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=number,
+    help="How long a request may take before its link is given up; 0 is no limit.",
+)
+@click.option(
+    "--dead-timeout",
+    metavar="SECONDS",
+    type=number,
+    help="How long I/O waits while there is no link before it fails.",
+)
+@click.option(
+    "--network-timeout",
+    metavar="SECONDS",
+    type=count,
+    help="How long the server's machine may give no sign of life before its link is given up.",
+)
+@click.option(
+    "--block-size", metavar="BYTES", type=count, help="The logical block size, a power of two from 512 to 65536."
+)
 @click.option("--if-needed", is_flag=True, help="Succeed if it is attached already.")
 @as_json
 def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
@@ -181,11 +148,19 @@ def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
 @cli.command()
 @device_argument(lambda device: device.state != "detached")
 @click.option("--force", is_flag=True, help="Detach although it is in use; what was not yet written is lost.")
-@click.option("--wait", metavar="SECONDS", type=number, help="How long to wait for those who use it to leave.")
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=number,
+    help="How long to wait for those who use it to leave; 0 by default.",
+)
 @click.option("--if-needed", is_flag=True, help="Succeed if it is not attached.")
 @as_json
 def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: bool) -> None:
-    """Detach the device NAME, or end an attach that is under way."""
+    """Detach the device NAME, or end an attach that is under way.
+
+    Ends when the kernel's device is free. Refused while somebody uses the device, with the names of those who do.
+    """
     options: dict[str, bool | int | str] = {}
     if force:
         options["force"] = True
@@ -212,19 +187,30 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
         print(show.clean(f"{name} is detached" if done else f"{name} was not attached"))
 
 
-@cli.command("list")
+@cli.command("list", short_help="List all devices, attached or not.")
 @as_json
 def list_(as_json: bool) -> None:
-    """List all devices, attached or not."""
+    """List all devices, attached or not, with their servers.
 
-    async def action(client: Client) -> list[Device]:
-        return [Device.of(properties) for properties in await client.devices()]
+    The last column tells what is mounted, used as swap or stacked on them; of another machine that is not known.
+    """
+    here = not elsewhere()
 
-    found = sorted(call(action), key=lambda device: order(device.name))
+    async def action(client: Client) -> tuple[list[Device], dict[str, list[str]] | None]:
+        import asyncio  # noqa: PLC0415 - comes with the bus
+
+        # While nbdd answers, we look at the machine.
+        looking = asyncio.to_thread(users.claims) if here else asyncio.sleep(0)
+        answer, claims = await asyncio.gather(client.devices(), looking)
+        return [Device.of(properties) for properties in answer], claims
+
+    found, claims = call(action)
+    found.sort(key=lambda device: order(device.name))
     if as_json:
-        document({"devices": [device.to_json() for device in found]})
+        known = [None if claims is None else claims.get(device.node, []) for device in found]
+        document({"devices": [each.to_json() | {"users": using} for each, using in zip(found, known, strict=True)]})
     elif found:
-        print(show.devices(found, show.Look.of(sys.stdout)))
+        print(show.devices(found, claims or {}, show.Look.of(sys.stdout)))
     else:
         say(
             "There are no devices. Define some in /etc/nbdd/devices.d/ and `nbdctl reload`, or try: "
@@ -232,24 +218,33 @@ def list_(as_json: bool) -> None:
         )
 
 
-@cli.command()
-@device_argument()
+@cli.command(short_help="Show all about one device: who uses it, too.")
+@click.argument("target", metavar="NAME|NODE", type=text, shell_complete=complete.names(nodes=True))
 @as_json
-def status(name: str, as_json: bool) -> None:
-    """Show all about the device NAME."""
+def status(target: str, as_json: bool) -> None:
+    """Show all about one device: its state, who uses it, its links, what was read and written, the last error.
+
+    It is told by its NAME or by its NODE: /dev/nbd5, a partition of it, a link to it, or just nbd5. The processes of
+    other users are shown to root only; where some may be missing, that is said. Of another machine, who uses a device
+    is not known.
+    """
+    here = not elsewhere()
 
     async def action(client: Client) -> tuple[Device, dict[str, int] | None]:
-        device = Device.of(await client.device(name))
+        device = await find.device(client, target, here=here)
         try:
-            return device, await client.statistics(name)
+            return device, await client.statistics(device.name)
         except (NotAttached, NoSuchDevice):
             return device, None
 
     device, statistics = call(action)
+    using = users.users_of(device.node) if device.node and here else None
     if as_json:
-        document(device.to_json() | {"statistics": statistics})
+        seen = {"users": list(using.found), "users-complete": using.complete} if using is not None else {}
+        unseen: dict[str, Any] = {"users": [] if here else None, "users-complete": here}
+        document(device.to_json() | unseen | seen | {"statistics": statistics})
     else:
-        print(show.status(device, statistics, show.Look.of(sys.stdout)))
+        print(show.status(device, statistics, using, show.Look.of(sys.stdout)))
 
 
 # "-1" is a number out of range here, not an option.
@@ -260,7 +255,8 @@ def status(name: str, as_json: bool) -> None:
 def set_timeout(name: str, seconds: int, as_json: bool) -> None:
     """Set how long a request of the attached device NAME may take.
 
-    A request that takes longer ends its link, not the I/O. 0 is no limit. It holds until the device is detached.
+    It is done live, under I/O. A request that takes longer ends its link, not the I/O; 0 is no limit. It holds until
+    the device is detached.
     """
     call(lambda client: client.set_timeout(name, seconds))
     if as_json:
@@ -315,10 +311,13 @@ def exports(uri: str, as_json: bool) -> None:
         say("The server lists no exports. It may still have some, for those who know their names.")
 
 
-@cli.command()
+@cli.command(short_help="Make nbdd read its configuration again.")
 @as_json
 def reload(as_json: bool) -> None:
-    """Make nbdd read its configuration again. A bad file changes nothing."""
+    """Make nbdd read its configuration again, and tell what is added, changed and removed.
+
+    A bad file changes nothing.
+    """
     try:
         done = call(lambda client: client.reload())
     except InvalidConfig as error:
@@ -333,44 +332,7 @@ def reload(as_json: bool) -> None:
             print(show.clean(f"{label}: {', '.join(sorted(names, key=order))}"))
 
 
-@cli.command(short_help="Print what happens, a line for each event.")
-@as_json
-def monitor(as_json: bool) -> None:
-    """Print what happens to the devices, a line for each event, until Ctrl-C."""
-
-    async def action(client: Client) -> None:
-        running = await client.subscribe()
-        if terminal():
-            say("Watching; Ctrl-C ends it." if running else "Watching; nbdd is not running now. Ctrl-C ends it.")
-        while True:
-            event = await client.event()
-            print(json.dumps(_event(event)) if as_json else _event_line(event), flush=True)
-
-    try:
-        call(action)
-    except KeyboardInterrupt:
-        return
-
-
-def _event(event: Event) -> dict[str, Any]:
-    """The JSON object of an event; `time` is in microseconds since 1970, as everywhere in nbdd."""
-    found: dict[str, Any] = {"time": time.time_ns() // 1000, "event": str(event.kind)}
-    if event.name:
-        found["name"] = event.name
-    if event.kind == "added":
-        found["device"] = Device.of(event.properties).to_json()
-    if event.kind == "changed":
-        found["changes"] = changes(event.properties)
-    return found
-
-
-def _event_line(event: Event) -> str:
-    what = f"{event.name}: " if event.name else "nbdd "
-    if event.kind == "added":
-        device = Device.of(event.properties)
-        line = show.clean(f"{what}added, {device.state}, {device.uri}")
-    elif event.kind == "changed":
-        line = show.clean(what) + show.changed(changes(event.properties))
-    else:
-        line = show.clean(f"{what}{event.kind}")
-    return f"{time.strftime('%H:%M:%S')} {line}"
+cli.add_command(monitor)
+cli.add_command(doctor)
+cli.add_command(import_)
+cli.add_command(top)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Completion of device names in the shell: it asks a running nbdd, briefly, and says nothing when that fails.
 
-Bash: ``eval "$(_NBDCTL_COMPLETE=bash_source nbdctl)"``; zsh and fish alike.
+The rest is click's: completions/ has what bash, zsh and fish load for it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import Callable
 
@@ -23,24 +22,29 @@ _REMOTE_SECONDS = 4
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
-def names(wanted: Callable[[Device], bool] = lambda _: True) -> Completer:
-    """A completer for the names of the devices that are `wanted`."""
+def names(wanted: Callable[[Device], bool] = lambda _: True, *, nodes: bool = False) -> Completer:
+    """A completer for the names of the devices that are `wanted`; with `nodes` for a begun /dev/nbdX as well."""
 
     def complete(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
+        import asyncio  # noqa: PLC0415 - as below
+
         found: list[Device] = []
         with contextlib.suppress(Exception):
             found = asyncio.run(_devices(remote.host(context)))
+        by_node = nodes and begun.startswith("/")
         return [
-            CompletionItem(device.name, help=device.state)
+            CompletionItem(word, help=device.name if by_node else device.state)
             for device in sorted(found, key=lambda device: device.name)
-            if device.name.startswith(begun) and wanted(device)
+            if (word := device.node if by_node else device.name).startswith(begun) and word and wanted(device)
         ]
 
     return complete
 
 
 async def _devices(host: str | None) -> list[Device]:
-    # Imported here: it takes longer than all else together, and --help needs none of it.
+    # Imported here: they take longer than all else together, and --help needs neither.
+    import asyncio  # noqa: PLC0415
+
     from nbdd.bus.client import Client  # noqa: PLC0415
 
     seconds = _SECONDS if host is None else _REMOTE_SECONDS

@@ -78,17 +78,27 @@ class Device:
     @classmethod
     def of(cls, properties: Mapping[str, Any]) -> Self:
         """A device from its D-Bus properties; those that nbdctl does not know are left out."""
-        return cls(**{_FIELDS[key]: _value(key, value) for key, value in properties.items() if key in _FIELDS})
+        return cls(**fields(properties))
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object. Each key always has the same type, except that no last-error is null."""
-        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
+        return _document({field: getattr(self, field) for field in _FIELDS.values()})
 
 
 def changes(properties: Mapping[str, Any]) -> dict[str, Any]:
     """Changed properties as a JSON object, with the keys of `Device.to_json`."""
-    found = {_FIELDS[key].replace("_", "-"): _value(key, value) for key, value in properties.items() if key in _FIELDS}
-    return {key: asdict(value) if isinstance(value, Failure) else value for key, value in found.items()}
+    return _document(fields(properties))
+
+
+def fields(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a Device that some of its D-Bus properties give; None stands for a value that was not told."""
+    return {_FIELDS[key]: _value(key, value) for key, value in properties.items() if key in _FIELDS}
+
+
+def _document(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key.replace("_", "-"): asdict(value) if isinstance(value, Failure) else value for key, value in values.items()
+    }
 
 
 def _value(key: str, value: Any) -> Any:

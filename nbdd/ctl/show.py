@@ -12,11 +12,14 @@ import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
 from nbdd.ctl.record import Device
+
+if TYPE_CHECKING:
+    from nbdd.ctl.users import Users
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -28,6 +31,10 @@ _COLOURS = {
     "detaching": "yellow",
     "failed": "red",
 }
+
+MODEST = 16
+"""Columns in which a name or a server can still be told from others."""
+_LEAST = 4
 
 # Transmission flags, "NBD protocol: Transmission flags": bit 0 says that the others mean something.
 _HAS_FLAGS = 1 << 0
@@ -58,6 +65,11 @@ class Look:
     def paint(self, text: str, **style: Any) -> str:
         """The text in a style of click.style, or plain."""
         return click.style(text, **style) if self.colour and text else text
+
+    def coloured(self, text: str, state: str) -> str:
+        """The text in the colour of a device's state."""
+        colour = _COLOURS.get(state)
+        return self.paint(text, fg=colour) if colour else text
 
 
 def clean(text: str) -> str:
@@ -108,29 +120,57 @@ def fit(text: str, columns: int | None) -> str:
     return text + "…"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], look: Look, *, right: Sequence[str] = ()) -> str:
-    """Aligned columns, two spaces apart; only the last one is cut, and only on a terminal.
+def table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    look: Look,
+    *,
+    right: Sequence[str] = (),
+    flexible: Sequence[str] = (),
+    spare: Sequence[str] = (),
+) -> str:
+    """Aligned columns, two spaces apart; an empty cell is "-", so that a script finds each column in its place.
 
-    An empty cell is shown as "-", so that a script finds each column in its place. `right` names the columns that are
-    aligned to the right. The column STATE has its colours.
+    On a terminal it is made to fit: columns that are `spare` go, the first one first, until the `flexible` ones have
+    MODEST columns each, and those are cut. `right` names the columns that are aligned to the right. The column STATE
+    has its colours.
     """
     lines = [list(head), *([cell or "-" for cell in row] for row in rows)]
-    widths = [max(width(line[column]) for line in lines) for column in range(len(head))]
-    last = len(head) - 1
-    room = None if look.width is None else max(look.width - sum(widths[:last]) - 2 * last, 8)
+    widths = {name: max(width(line[column]) for line in lines) for column, name in enumerate(head)}
+    if look.width is not None:
+        _narrow(widths, look.width, flexible, spare)
     out = []
     for number, line in enumerate(lines):
         cells = []
-        for column, cell in enumerate(line):
-            shown = fit(cell, room) if column == last else cell
-            padding = " " * (widths[column] - width(shown))
-            painted = look.paint(shown, bold=True) if number == 0 else _painted(head[column], shown, look)
-            if head[column] in right:
-                cells.append(padding + painted)
-            else:
-                cells.append(painted if column == last else painted + padding)
-        out.append("  ".join(cells))
+        for name, cell in zip(head, line, strict=True):
+            if name not in widths:
+                continue
+            shown = fit(cell, widths[name])
+            padding = " " * (widths[name] - width(shown))
+            painted = look.paint(shown, bold=True) if number == 0 else _painted(name, shown, look)
+            cells.append(padding + painted if name in right else painted + padding)
+        out.append("  ".join(cells).rstrip(" "))
     return "\n".join(out)
+
+
+def _narrow(widths: dict[str, int], room: int, flexible: Sequence[str], spare: Sequence[str]) -> None:
+    """Make columns go and shrink until all of them fit into `room`, or nothing more can be done."""
+
+    def excess(floor: int) -> int:
+        least = sum(min(taken, floor) if name in flexible else taken for name, taken in widths.items())
+        return least + 2 * (len(widths) - 1) - room
+
+    for name in spare:
+        if excess(MODEST) <= 0:
+            break
+        del widths[name]
+    over = excess(max(widths.values()))
+    while over > 0:
+        widest = max((name for name in flexible if name in widths), key=lambda name: widths[name], default="")
+        if not widest or widths[widest] <= _LEAST:
+            break
+        widths[widest] -= 1
+        over -= 1
 
 
 def _painted(column: str, cell: str, look: Look) -> str:
@@ -143,8 +183,11 @@ def state(word: str, look: Look) -> str:
     return look.paint(word, fg=colour) if colour else look.paint(word, dim=True)
 
 
-def devices(found: Iterable[Device], look: Look) -> str:
-    """The table of `nbdctl list`; on a terminal, below it, what went wrong with those that are not well."""
+def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]], look: Look) -> str:
+    """The table of `nbdctl list`; on a terminal, below it, what went wrong with those that are not well.
+
+    `claims` are sentences about who uses a device, by its node.
+    """
     known = list(found)
     rows = [
         (
@@ -155,15 +198,28 @@ def devices(found: Iterable[Device], look: Look) -> str:
             "ro" if device.read_only else "rw",
             f"{device.live_connections}/{device.connections}",
             clean(device.uri),
+            clean(", ".join(_use(claim) for claim in claims.get(device.node, ()))),
         )
         for device in known
     ]
-    text = table(("NAME", "NODE", "STATE", "SIZE", "MODE", "LINKS", "SERVER"), rows, look, right=("SIZE",))
+    text = table(
+        ("NAME", "NODE", "STATE", "SIZE", "MODE", "LINKS", "SERVER", "USE"),
+        rows,
+        look,
+        right=("SIZE",),
+        flexible=("NAME", "SERVER", "USE"),
+        spare=("LINKS", "MODE", "SIZE") if any(row[-1] for row in rows) else ("USE", "LINKS", "MODE", "SIZE"),
+    )
     if look.terminal:
         ill = [device for device in known if device.last_error and device.state not in {"attached", "detached"}]
         notes = [clean(f"{device.name}: {device.last_error.message}") for device in ill if device.last_error]
         text = "\n".join([text, "", *notes] if notes else [text])
     return text
+
+
+def _use(claim: str) -> str:
+    """A claim in a few words: "/dev/nbd0p1 is mounted on /srv" without the node, which the table has."""
+    return claim.partition(" is ")[2] or claim
 
 
 def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
@@ -183,7 +239,9 @@ def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
                 clean(export.get("description", "")),
             )
         )
-    text = table(("NAME", "SIZE", "MODE", "LINKS", "DESCRIPTION"), rows, look, right=("SIZE",))
+    text = table(
+        ("NAME", "SIZE", "MODE", "LINKS", "DESCRIPTION"), rows, look, right=("SIZE",), flexible=("NAME", "DESCRIPTION")
+    )
     problems = dict.fromkeys(clean(export["problem"]) for export in known if export.get("problem"))
     return "\n".join([text, "", *problems]) if problems and look.terminal else text
 
@@ -194,9 +252,9 @@ def attached(device: Device) -> str:
     return clean(f"{device.name} is {device.node}, {size(device.size)}{mode}, from {device.uri}")
 
 
-def status(device: Device, statistics: Mapping[str, int] | None, look: Look) -> str:
+def status(device: Device, statistics: Mapping[str, int] | None, users: Users | None, look: Look) -> str:
     """All about one device, a line for each thing."""
-    lines = {"State": state(clean(device.state), look)}
+    lines: dict[str, str | list[str]] = {"State": state(clean(device.state), look)}
     if device.fails_at:
         left = int(device.fails_at / 1e6 - time.time())
         lines["I/O"] = f"waits for a link, and fails in {duration(left)}" if left > 0 else "fails until there is a link"
@@ -205,13 +263,14 @@ def status(device: Device, statistics: Mapping[str, int] | None, look: Look) -> 
     if device.node:
         lines["Node"] = device.node
         lines["Size"] = f"{size(device.size)} ({device.size} bytes, blocks of {device.block_size})"
+    if users is not None:
+        lines["Used by"] = _used(users)
     lines["Server"] = device.uri
     lines["Mode"] = "read-only" if device.read_only else "read and write"
-    lines["Links"] = f"{device.live_connections} of {device.connections}"
-    if device.reconnects:
-        lines["Links"] += f", {device.reconnects} replaced"
-    lines["Timeout"] = f"{device.timeout} s" if device.timeout else "none"
-    lines["Timeout"] += f"; without any link I/O fails after {device.dead_timeout} s"
+    replaced = f", {device.reconnects} replaced" if device.reconnects else ""
+    lines["Links"] = f"{device.live_connections} of {device.connections}{replaced}"
+    timeout = f"{device.timeout} s" if device.timeout else "none"
+    lines["Timeout"] = f"{timeout}; without any link I/O fails after {device.dead_timeout} s"
     lines["Encryption"] = device.encryption
     lines["Worker"] = f"PID {device.worker_pid}" if device.worker_pid else "none"
     lines["Defined"] = "in the configuration" if device.configured else "ad hoc, until it is detached"
@@ -221,10 +280,18 @@ def status(device: Device, statistics: Mapping[str, int] | None, look: Look) -> 
         lines["Last error"] = f"{device.last_error.message} ({device.last_error.name})"
     longest = max(map(len, lines))
     out = [look.paint(clean(device.name), bold=True)]
-    for label, text in lines.items():
+    for label, texts in lines.items():
+        first, *more = [texts] if isinstance(texts, str) else texts
         # The state carries colours of ours and was cleaned before it got them.
-        out.append(f"  {label:>{longest}}: {text if label == 'State' else clean(text)}")
+        out.append(f"  {label:>{longest}}: {first if label == 'State' else clean(first)}")
+        out += [f"  {'':>{longest}}  {clean(text)}" for text in more]
     return "\n".join(out)
+
+
+def _used(users: Users) -> list[str]:
+    if users.complete:
+        return list(users.found) or ["nobody"]
+    return [*(users.found or ["nobody whom you may see"]), "(the processes of other users are shown to root only)"]
 
 
 def _since(start: float) -> str:
@@ -233,7 +300,7 @@ def _since(start: float) -> str:
 
 
 def _traffic(counts: Mapping[str, int]) -> dict[str, str]:
-    lines = {}
+    lines: dict[str, str] = {}
     for label, requests, amount in (
         ("Read", "reads", "read-bytes"),
         ("Written", "writes", "written-bytes"),
@@ -246,22 +313,3 @@ def _traffic(counts: Mapping[str, int]) -> dict[str, str]:
     if counts.get("in-flight"):
         lines["In flight"] = f"{counts['in-flight']} requests"
     return lines
-
-
-def changed(changes: Mapping[str, Any]) -> str:
-    """Changed properties on one line."""
-    return ", ".join(f"{key.replace('-', ' ')} {_changed(key, value)}" for key, value in changes.items())
-
-
-def _changed(key: str, value: Any) -> str:
-    if value is None:
-        return "none" if key == "last-error" else "changed"
-    if key == "size":
-        return size(value) if value else "-"
-    if key == "last-error":
-        return clean(f"{value['message']} ({value['name']})")
-    if key == "attached-since":
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value / 1e6)) if value else "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return clean(str(value)) or "-"

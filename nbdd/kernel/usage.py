@@ -25,6 +25,7 @@ _PAUSE = 0.05
 # udev's workers open each device they hear of for a moment. They own nothing on it.
 _PASSING = {"systemd-udevd", "(udev-worker)"}
 _OCTAL = re.compile(r"\\([0-7]{3})")
+_DISK = re.compile(r"nbd\d+")
 _BLOCK_LINK = re.compile(r"/dev/|.*nbd")
 
 
@@ -48,11 +49,31 @@ class Usage:
         if not devices:
             return []
         found = self._mounts(devices)
-        found += self._btrfs(devices, bool(found))
+        found += self._btrfs(devices, found)
         found += self._swaps(devices)
         found += self._holders(node, os.path.dirname(node.path))
         found += self._loops(devices)
         return found
+
+    def all_claims(self, dev: str = "/dev") -> dict[str, list[str]]:
+        """The claims on every NBD device of the machine by the path of its disk, in the words of `claims`.
+
+        It looks once, however many devices there are, and at what is stacked from above.
+        """
+        names = {number: name for number, name in self._all_devices() if name.startswith("nbd")}
+        devices = {number: f"{dev}/{name}" for number, name in names.items()}
+        mounts = self._mounts(devices)
+        found = mounts + self._btrfs(devices, mounts) + self._swaps(devices) + self._stacked(devices)
+        claims: dict[str, list[str]] = {}
+        for claim in found + self._loops(devices):
+            disk = _DISK.match(claim.removeprefix(f"{dev}/"))
+            if disk is not None:
+                claims.setdefault(f"{dev}/{disk[0]}", []).append(claim)
+        return claims
+
+    def sees_all(self) -> bool:
+        """Whether this process may look into all others; without that, users can be missing from what is found."""
+        return os.access(f"{self._proc}/1/fd", os.R_OK)
 
     def written(self, node: Node) -> bool:
         """Whether a program has the disk or a partition open for writing, as mkfs does. Who mounts it does not."""
@@ -149,14 +170,15 @@ class Usage:
                 seen.add(namespace)
                 yield f"{self._proc}/{pid}/mountinfo"
 
-    def _btrfs(self, devices: dict[str, str], mounted: bool) -> list[str]:
-        """A btrfs of several devices names only one of them as its source."""
+    def _btrfs(self, devices: dict[str, str], mounts: list[str]) -> list[str]:
+        """A btrfs of several devices names only one of them as its source, which is among the `mounts`."""
+        mounted = {claim.partition(" ")[0] for claim in mounts}
         names = {os.path.basename(path): path for path in devices.values()}
         return [
             f"{names[member]} is part of the mounted btrfs {identifier}"
             for identifier in listing(f"{self._sysfs}/fs/btrfs")
             for member in listing(f"{self._sysfs}/fs/btrfs/{identifier}/devices")
-            if member in names and not mounted
+            if member in names and names[member] not in mounted
         ]
 
     def _swaps(self, devices: dict[str, str]) -> list[str]:
@@ -165,12 +187,34 @@ class Usage:
         return [f"{path} is used as swap" for path in paths if path]
 
     def _holders(self, node: Node, dev: str) -> list[str]:
-        found = []
-        for name in (node.name, *node.partitions()):
-            for holder in listing(f"{node.block_directory(name)}/holders"):
-                label = read(f"{self._sysfs}/block/{holder}/dm/name")
-                found.append(f"{dev}/{name} is held by {holder}" + (f" ({label})" if label else ""))
-        return found
+        return [
+            self._held(f"{dev}/{name}", holder)
+            for name in (node.name, *node.partitions())
+            for holder in listing(f"{node.block_directory(name)}/holders")
+        ]
+
+    def _all_devices(self) -> Iterator[tuple[str, str]]:
+        """The "major:minor" and the name of each disk and partition that has a size."""
+        for line in (read(f"{self._proc}/partitions") or "").splitlines():
+            # major minor #blocks name
+            words = line.split()
+            if len(words) == 4 and words[0].isdecimal():
+                yield f"{words[0]}:{words[1]}", words[3]
+
+    def _stacked(self, devices: dict[str, str]) -> list[str]:
+        """As `_holders`, for all devices."""
+        names = {os.path.basename(path): path for path in devices.values()}
+        return [
+            self._held(names[name], holder)
+            for holder in listing(f"{self._sysfs}/block")
+            if not holder.startswith("nbd")  # there may be hundreds, and none of them stands on another
+            for name in listing(f"{self._sysfs}/block/{holder}/slaves")
+            if name in names
+        ]
+
+    def _held(self, path: str, holder: str) -> str:
+        label = read(f"{self._sysfs}/block/{holder}/dm/name")
+        return f"{path} is held by {holder}" + (f" ({label})" if label else "")
 
     def _loops(self, devices: dict[str, str]) -> list[str]:
         found = []

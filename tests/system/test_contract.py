@@ -312,7 +312,7 @@ def test_statistics_count_what_was_done_since_the_attach(scene: Scene) -> None:
         after = counted()
         lab.detach("idle")
         keys = {"reads", "writes", "discards", "flushes", "read-bytes", "written-bytes", "discarded-bytes"}
-        assert after.keys() == keys | {"in-flight", "io-time"}
+        assert after.keys() == keys | {"in-flight", "io-time", "read-time", "write-time"}
         assert (before["writes"], before["written-bytes"], before["discarded-bytes"]) == (0, 0, 0)
         assert after["written-bytes"] == 1 << 20
         assert after["discarded-bytes"] == 1 << 20

@@ -32,7 +32,7 @@ PLACE = "NBDD_FAKE_KERNEL"
 
 COUNTED = {
     "read-requests": 10, "write-requests": 20, "read-sectors": 30, "write-sectors": 40,
-    "busy-milliseconds": 50, "in-flight": 1,
+    "busy-milliseconds": 50, "in-flight": 1, "read-milliseconds": 60, "write-milliseconds": 70,
 }  # fmt: skip
 
 

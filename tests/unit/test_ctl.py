@@ -7,18 +7,14 @@ import asyncio
 import gc
 import json
 import os
-import pty
-import select
 import signal
 import socket
 import subprocess
 import sys
-import termios
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from dbus_next.signature import Variant
@@ -28,47 +24,15 @@ from hypothesis import strategies as st
 import nbdd.errors
 from nbdd.bus.client import Client, _classes, device_name, device_path
 from nbdd.ctl import show
-from nbdd.ctl.__main__ import main
 from nbdd.ctl.attempt import is_uri
+from nbdd.ctl.cli import cli
 from nbdd.ctl.record import _FIELDS, Device
 from nbdd.errors import NbddError
 from tests.unit.fake_manager import ABSENT, DEADLINE, PRESENT, FakeManager, private_bus, properties
+from tests.unit.terminal import NBDCTL, Run, Terminal, Watching
 
-NBDCTL = [sys.executable, "-m", "nbdd.ctl"]
 INTERACTIVE = 4
 NO_AUTOSTART = 2
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with private_bus(tmp_path_factory.mktemp("bus")) as (address, _):
-        yield address
-
-
-@pytest.fixture
-def no_service(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-
-
-@pytest.fixture
-def fake(address: str, no_service: None) -> Iterator[FakeManager]:  # noqa: ARG001
-    with FakeManager(address) as manager:
-        manager.devices["backup"] = PRESENT | {"Name": "backup"}
-        yield manager
-
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def nbdctl(*arguments: str) -> tuple[int, str, str]:
-        status = main(arguments)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return status, captured.out, captured.err
-
-    return nbdctl
 
 
 def options(fake: FakeManager, member: str) -> dict[str, tuple[str, Any]]:
@@ -163,46 +127,6 @@ def test_interrupting_an_attach_says_that_the_service_goes_on(fake: FakeManager)
         out, err = process.communicate(timeout=DEADLINE)
     assert (process.returncode, out) == (130, "")
     assert err == "nbdctl: Stopped waiting; nbdd goes on attaching backup. To end that: nbdctl detach backup\n"
-
-
-class Terminal:
-    """nbdctl on a terminal of 60 columns."""
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self.fd, end = pty.openpty()
-        termios.tcsetwinsize(end, (24, 60))
-        self.process = subprocess.Popen(
-            [*NBDCTL, *arguments], stdin=end, stdout=end, stderr=end, env=os.environ | {"TERM": "xterm"} | environment
-        )
-        os.close(end)
-        self.text = ""
-
-    def wait_for(self, wanted: str) -> None:
-        end = time.monotonic() + DEADLINE
-        while wanted not in self.text:
-            assert select.select([self.fd], [], [], max(end - time.monotonic(), 0))[0], self.text
-            assert self.read(), self.text
-
-    def read(self) -> bool:
-        try:
-            piece = os.read(self.fd, 4096)
-        except OSError:  # EIO: nobody has the other end any more
-            return False
-        self.text += piece.decode()
-        return bool(piece)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.fd)
-
-    def finish(self) -> tuple[int, str]:
-        while self.read():
-            pass
-        return self.process.wait(DEADLINE), self.text.replace("\r\n", "\n")
 
 
 def test_an_attach_that_takes_long_tells_on_a_terminal_what_it_waits_for(fake: FakeManager) -> None:
@@ -308,10 +232,10 @@ def test_list_is_a_table_in_the_order_a_person_expects(fake: FakeManager, run: R
     status, out, _ = run("list")
     assert status == 0
     assert out.splitlines() == [
-        "NAME    NODE       STATE        SIZE  MODE  LINKS  SERVER",
-        "backup  /dev/nbd0  attached   10 GiB  rw    1/1    nbd://storage.example/backup",
-        "disk9   /dev/nbd0  degraded  1.5 GiB  ro    1/4    nbd://storage.example/backup",
-        f"disk10  -          detached        -  rw    0/1    {long}",
+        f"NAME    NODE       STATE        SIZE  MODE  LINKS  {'SERVER':{len(long)}}  USE",
+        f"backup  /dev/nbd0  attached   10 GiB  rw    1/1    {'nbd://storage.example/backup':{len(long)}}  -",
+        f"disk9   /dev/nbd0  degraded  1.5 GiB  ro    1/4    {'nbd://storage.example/backup':{len(long)}}  -",
+        f"disk10  -          detached        -  rw    0/1    {long}  -",
     ]
 
 
@@ -323,7 +247,7 @@ def test_list_on_a_terminal_has_colours_no_wrapped_line_and_the_reason_of_what_f
         status, text = terminal.finish()
     assert status == 0
     assert "\x1b[31mfailed\x1b[0m" in text
-    assert "rw    0/1    nbd://sto…\n" in text
+    assert "       -  rw    nbd://storage.ex…\n" in text
     assert text.endswith("\n\nbad: storage.example refuses.\n")
     with Terminal("list", NO_COLOR="1") as terminal:
         _, text = terminal.finish()
@@ -356,7 +280,7 @@ DOCUMENT = {
 
 
 def test_list_as_json_has_keys_that_scripts_can_rely_on(fake: FakeManager, run: Run) -> None:
-    assert json.loads(run("list", "--json")[1]) == {"devices": [DOCUMENT]}
+    assert json.loads(run("list", "--json")[1]) == {"devices": [DOCUMENT | {"users": []}]}
     fake.devices["backup"]["LastError"] = ["org.nbdd1.Error.TimedOut", "slow"]
     found = json.loads(run("list", "--json")[1])["devices"][0]
     assert found["last-error"] == {"name": "org.nbdd1.Error.TimedOut", "message": "slow"}
@@ -643,41 +567,28 @@ def test_a_terminal_without_unicode_gets_escapes(fake: FakeManager) -> None:
 # monitor
 
 
-class Monitor:
-    def __init__(self, *arguments: str) -> None:
-        self.terminal = Terminal("monitor", *arguments)
-
-    def __enter__(self) -> Terminal:
-        self.terminal.wait_for("Ctrl-C ends it.\r\n")
-        return self.terminal
-
-    def __exit__(self, *_: object) -> None:
-        self.terminal.__exit__()
-
-
 def test_monitor_prints_a_line_for_each_event_until_it_is_interrupted(fake: FakeManager) -> None:
-    with Monitor() as terminal:
-        fake.change("backup", State="degraded", Size=1 << 30, ReadOnly=True, LastError=["org.x.Y", "a\nb"])
-        fake.change("backup", LastError=["", ""], Node="")
+    with Watching(NO_COLOR="1") as terminal:
+        fake.change("backup", State="degraded", Connections=2, LastError=["org.x.Y", "a\nb."])
+        fake.change("backup", LastError=["", ""])
         fake.add("1st", ABSENT)
         fake.remove("1st")
-        terminal.wait_for("removed")
+        terminal.wait_for("1st: no configuration")
         fake.leave()
         terminal.wait_for("nbdd stopped")
         terminal.process.send_signal(signal.SIGINT)
         status, text = terminal.finish()
     assert status == 0
     assert [line[9:] for line in text.splitlines()[1:] if line[2:3] == ":"] == [
-        "backup: state degraded, size 1 GiB, read only yes, last error a\\x0ab (org.x.Y)",
-        "backup: last error none, node -",
-        "1st: added, detached, nbd://storage.example/backup",
-        "1st: removed",
-        "nbdd stopped",
+        "backup: a\\x0ab; 1 of 2 links left; mending",
+        "1st: new in the configuration: nbd://storage.example/backup, detached",
+        "1st: no configuration defines it any more",
+        "nbdd stopped; what is attached stays so, but no lost link is mended now",
     ]
 
 
 def test_monitor_as_json_prints_an_object_for_each_event(fake: FakeManager) -> None:
-    with Monitor("--json") as terminal:
+    with Watching("--json") as terminal:
         fake.change("backup", State="degraded", LastError=["org.x.Y", "a"])
         fake.add("1st", PRESENT)
         fake.remove("1st")
@@ -694,25 +605,26 @@ def test_monitor_as_json_prints_an_object_for_each_event(fake: FakeManager) -> N
 
 
 def test_monitor_sees_the_service_come_and_does_not_start_it(address: str, no_service: None) -> None:  # noqa: ARG001
-    with Monitor() as terminal:
+    with Watching() as terminal:
         assert "not running now" in terminal.text
         with FakeManager(address) as fake:
             fake.add("backup", ABSENT)
-            terminal.wait_for("backup: added")
+            terminal.wait_for("backup: new in")
         terminal.wait_for("nbdd stopped")
     assert "nbdd started" in terminal.text
 
 
 def test_monitor_believes_nobody_but_the_service(address: str, fake: FakeManager) -> None:
-    with Monitor() as terminal, FakeManager(address) as liar:  # the name is taken, so this one only waits for it
+    with Watching() as terminal, FakeManager(address) as liar:  # the name is taken, so this one only waits for it
         liar.devices["backup"] = dict(PRESENT)
         for connection in liar.connections():
             liar.change("backup", to=connection, State="failed")
             liar.signal("/org/freedesktop/DBus", "org.freedesktop.DBus.NameOwnerChanged", "sss",
                         ["org.nbdd1", "", liar.bus.unique_name], to=connection)  # fmt: skip
         liar.connections()  # now the bus has passed on all of it
-        fake.change("backup", State="attached")
-        terminal.wait_for("state attached")
+        fake.change("backup", State="detaching")
+        terminal.wait_for("backup: detaching")
+    assert {call.flags for call in fake.calls} == {NO_AUTOSTART}
     assert "failed" not in terminal.text
     assert "started" not in terminal.text
 
@@ -763,10 +675,7 @@ def test_version_is_one_line(run: Run) -> None:
     assert out.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["", "attach", "detach", "list", "status", "set-timeout", "reconnect", "resize", "exports", "reload", "monitor"],
-)
+@pytest.mark.parametrize("command", ["", *cli.commands])
 def test_every_command_has_help_and_json(run: Run, command: str) -> None:
     status, out, _ = run(*command.split(), "--help")
     assert status == 0

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +16,17 @@ from typing import Any, NamedTuple
 import click
 import pytest
 
+from man import generate
 from nbdd import __main__ as nbdd
+from nbdd import errors
 from nbdd.ctl import __main__ as nbdctl
 from nbdd.ctl.cli import cli
 from nbdd.desktop import notifier, opener
 from nbdd.metrics import __main__ as nbdd_metrics
 
 TREE = Path(__file__).resolve().parents[2]
-PAGES = ("nbdd.8", "nbdctl.1", "nbdd.yaml.5", "nbdd-metrics.8", "nbdd-notify.1", "nbdd-open.1")
+BY_HAND = ("nbdd-metrics.8", "nbdd-notify.1", "nbdd-open.1")
+PAGES = (*generate.PAGES, *BY_HAND)
 LINTERS = (("mandoc", "-Tlint", "-Wwarning"), ("groff", "-ww", "-z", "-mdoc", "-Tutf8"))
 
 
@@ -44,7 +48,8 @@ def items(page: str) -> list[Item]:
     for line in (TREE / "man" / page).read_text().splitlines():
         macro, _, rest = line.partition(" ")
         if macro == ".It":
-            tag = re.sub(r"\b(Ar|Cm|Li|Ql|Pa|Dv|Ev) ", "", rest.replace("Fl Fl ", "--").replace("Fl ", "-"))
+            tag = re.sub(r"\bOp Ar (\w+)", r"[\1]", rest)
+            tag = re.sub(r"\b(Ar|Cm|Li|Ql|Pa|Dv|Ev) ", "", tag.replace("Fl Fl ", "--").replace("Fl ", "-"))
             found.append(Item(section, len(open_items), tag.replace(" , ", ", ").replace(" | ", "|"), []))
             open_items[-1] = found[-1]
             continue
@@ -85,14 +90,23 @@ def test_nbdctl_has_the_commands_and_options_of_its_page_and_no_others() -> None
             current = in_page.setdefault(item.tag, set())
         elif item.section == "COMMANDS":
             current.add(item.tag)
-    common = {"-H, --host [USER@]HOST", "--json", "-h, --help"}
+    host, common = {"-H, --host [USER@]HOST"}, {"--json", "-h, --help"}
     in_program = {}
     for name, command in cli.commands.items():
         arguments = [str(one.metavar) for one in command.params if isinstance(one, click.Argument)]
         assert common <= options(command), name
-        in_program[" ".join([name, *arguments])] = options(command) - common
+        # What is about this machine is not done on another.
+        assert (host <= options(command)) == (name not in {"doctor", "import"}), name
+        in_program[" ".join([name, *arguments])] = options(command) - common - host
     assert in_page == in_program
-    assert section("nbdctl.1", "OPTIONS").keys() == options(cli) | common
+    assert section("nbdctl.1", "OPTIONS").keys() == options(cli) | common | host
+
+
+def test_nbdd_has_the_options_of_its_page_and_no_others() -> None:
+    in_program = {", ".join(each.option_strings) or str(each.metavar) for each in nbdd.arguments()._actions}
+    in_page = section("nbdd.8", "OPTIONS")
+    assert in_page.keys() == in_program
+    assert f"(default: {nbdd.DEFAULT_DIRECTORY})" in in_page["DIR"]
 
 
 def arguments_of(main: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> set[str]:
@@ -107,12 +121,6 @@ def arguments_of(main: Callable[[], object], monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         main()
     return {", ".join(action.option_strings) or str(action.metavar) for action in parsers[0]._actions}
-
-
-def test_nbdd_has_the_options_of_its_page_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_page = section("nbdd.8", "OPTIONS")
-    assert in_page.keys() == arguments_of(nbdd.main, monkeypatch)
-    assert f".Pa {nbdd.DEFAULT_DIRECTORY} ." in in_page["DIR"]
 
 
 def test_nbdd_metrics_has_the_options_of_its_page_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +162,8 @@ def test_defaults_and_limits_of_keys_are_those_of_the_schema() -> None:
     definitions = schema()["definitions"]
     for key, body in section("nbdd.yaml.5", "KEYS OF A DEVICE").items():
         facts = definitions["device-node" if key == "device" else key]
-        default = re.search(r"^The default is\n\.Ql (\S+)", body, re.MULTILINE)
+        own = body.partition("\n.Bl ")[0]  # keys below this one have theirs
+        default = re.search(r"^The default is\n\.Ql (\S+)", own, re.MULTILINE)
         assert (default and default[1]) == (str(facts["default"]) if "default" in facts else None), key
         lists = [value for value in facts.get("enum", ()) if isinstance(value, int)]
         low, high = (min(lists), max(lists)) if lists else (facts.get("minimum"), facts.get("maximum"))
@@ -165,7 +174,72 @@ def test_every_page_that_a_unit_names_is_there() -> None:
     units = [path.read_text() for folder in ("systemd", "desktop") for path in (TREE / folder).glob("*.service")]
     named = re.findall(r"man:(\S+)\((\d)\)", "".join(units))
     assert {f"{name}.{number}" for name, number in named} == set(PAGES) - {"nbdd-open.1"}  # a click starts that
-    assert {path.name for path in (TREE / "man").iterdir()} == set(PAGES)
+    sources = {f"{page}.in" for page in generate.PAGES} | {"generate.py"}
+    assert {path.name for path in (TREE / "man").iterdir() if path.is_file()} == {*PAGES, *sources}
+
+
+@pytest.mark.parametrize("page", generate.PAGES)
+def test_a_page_is_what_its_source_and_the_programs_make_of_it(page: str) -> None:
+    assert (TREE / "man" / page).read_text() == generate.page(page), "run `make man`"
+
+
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [
+        ("nbdctl.1", "@command attach"),
+        ("nbdctl.1", "@options detach"),
+        ("nbdd.8", "@argument --check"),
+        ("nbdd.yaml.5", "@key timeout"),
+        ("nbdd.yaml.5", "@default timeout"),
+        ("org.nbdd1.5", "@interface org.nbdd1.Device"),
+    ],
+)
+def test_nothing_can_be_left_out_of_a_page(
+    page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (TREE / "man" / f"{page}.in").read_text()
+    assert f"{line}\n" in source
+    (tmp_path / "man").mkdir()
+    for folder in ("config", "dbus"):
+        (tmp_path / folder).symlink_to(TREE / folder)
+    (tmp_path / "man" / f"{page}.in").write_text(source.replace(f"{line}\n", ""))
+    monkeypatch.setattr(generate, "TREE", tmp_path)
+    with pytest.raises(generate.Incomplete, match=line.removeprefix("@")):
+        generate.page(page)
+
+
+def test_every_member_and_every_error_of_the_bus_is_on_its_page() -> None:
+    text = (TREE / "man/org.nbdd1.5").read_text()
+    interfaces = [ET.parse(path).getroot() for path in (TREE / "dbus").glob("*.xml")]
+    members = {
+        each.attrib["name"] for root in interfaces for kind in ("method", "property") for each in root.iter(kind)
+    }
+    arguments = {each.attrib["name"] for root in interfaces for each in root.iter("arg")}
+    assert members == set(re.findall(r"^\.It Cm (\w+)", text, re.MULTILINE))
+    assert arguments == set(re.findall(r"^\.Ar (\w+) :", text, re.MULTILINE))
+    assert set(re.findall(r"org\.nbdd1\.Error\.\w+", text)) == {
+        kind.dbus_name for kind in vars(errors).values() if getattr(kind, "dbus_name", "").startswith("org.nbdd1.")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("One. Two `a b`, and --json.", ["One.", "Two", '.Ql "a b" ,', "and", ".Fl Fl json ."]),
+        ("Give NAME, or N.", ["Give", ".Ar NAME ,", "or", ".Ar N ."]),
+        (".start 'and \\ end", ["\\&.start 'and \\e end"]),
+        ("NAMES are no NAME", ["NAMES are no", ".Ar NAME"]),
+    ],
+)
+def test_sentences_become_lines_of_mdoc(text: str, lines: list[str]) -> None:
+    assert generate.prose(text, ["NAME", "N"]) == lines
+
+
+def test_lines_are_as_long_as_mandoc_wants_them_but_for_examples() -> None:
+    long = "word " * 40
+    made = list(generate.wrapped([long, ".Bd -literal", long, ".Ed"]))
+    assert max(len(line) for line in made[:-3]) <= generate.WIDTH
+    assert made[-3:] == [".Bd -literal", long, ".Ed"]
 
 
 @pytest.mark.parametrize("linter", LINTERS, ids=lambda linter: linter[0])

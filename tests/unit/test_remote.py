@@ -21,6 +21,7 @@ import pytest
 
 from nbdd.ctl.__main__ import main
 from nbdd.ctl.cli import cli
+from nbdd.kernel.usage import Usage
 from tests.unit.fake_manager import DEADLINE, PRESENT, FakeManager, private_bus
 
 HOST = "root@storage.example"
@@ -122,7 +123,11 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "resize": (["backup"], "Resize"),
     "exports": (["nbd://storage.example"], "ListExports"),
     "reload": ([], "Reload"),
+    "top": (["-n", "1", "-d", "0.1"], "GetStatistics"),
 }
+
+HERE = {"doctor", "import"}
+"""Commands about the machine that they run on."""
 
 
 @pytest.mark.usefixtures("bridge")
@@ -131,13 +136,38 @@ def test_every_command_takes_a_host_before_and_after_its_name(fake: FakeManager,
     arguments, member = COMMANDS[command]
     assert run("-H", HOST, command, *arguments)[0] == 0
     assert run(command, *arguments, "--host", HOST)[0] == 0
-    assert [call.member for call in fake.calls].count(member) == 2
+    assert [call.member for call in fake.calls].count(member) == (4 if command == "top" else 2)  # which looks twice
 
 
 def test_no_command_is_without_a_host() -> None:
-    assert COMMANDS.keys() | {"monitor"} == cli.commands.keys()
-    for command in cli.commands.values():
-        assert any("--host" in option.opts for option in command.params if isinstance(option, click.Option))
+    assert COMMANDS.keys() | {"monitor"} | HERE == cli.commands.keys()
+    for name, command in cli.commands.items():
+        has = any("--host" in option.opts for option in command.params if isinstance(option, click.Option))
+        assert has == (name not in HERE)
+
+
+@pytest.mark.parametrize("command", sorted(HERE))
+def test_what_is_about_this_machine_is_refused_for_another(run: Run, command: str) -> None:
+    status, out, err = run("--host", HOST, command)
+    assert (status, out) == (2, "")
+    assert "run it there" in err
+
+
+@pytest.mark.usefixtures("bridge", "fake")
+def test_who_uses_a_device_of_another_machine_is_not_looked_for_on_this_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*_: object) -> None:
+        pytest.fail("looked at this machine")
+
+    for name in ("users", "all_claims"):
+        monkeypatch.setattr(Usage, name, look)
+    [device] = json.loads(run("--host", HOST, "list", "--json")[1])["devices"]
+    assert device["users"] is None
+    assert run("--host", HOST, "list")[0] == 0
+    status = json.loads(run("--host", HOST, "status", "/dev/nbd0", "--json")[1])
+    assert (status["name"], status["users"], status["users-complete"]) == ("backup", None, False)
+    assert "Used by" not in run("--host", HOST, "status", "backup")[1]
 
 
 @pytest.mark.usefixtures("bridge", "fake")
@@ -180,7 +210,7 @@ def test_monitor_tells_what_happens_there_until_ctrl_c_which_ssh_gets_too(fake: 
     with Monitor() as monitor:
         fake.change("backup", State="degraded")
         assert monitor.process.stdout is not None
-        assert monitor.process.stdout.readline().endswith("backup: state degraded\n")
+        assert monitor.process.stdout.readline().endswith("backup: a link is lost; 1 of 1 links left; mending\n")
         os.killpg(monitor.process.pid, signal.SIGINT)
         assert monitor.process.wait(DEADLINE) == 0
 

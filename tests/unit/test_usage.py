@@ -101,6 +101,40 @@ def test_a_loop_device_is_found(machine: Machine) -> None:
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0 is behind /dev/loop3"]
 
 
+def test_what_holds_any_device_is_found_in_one_look(machine: Machine) -> None:
+    (machine.proc / "partitions").write_text(
+        "major minor  #blocks  name\n\n 43 0 100 nbd0\n 43 1 50 nbd0p1\n 43 32 9 nbd1\n 8 0 9 sda\n"
+    )
+    machine.process("self", mountinfo=machine.mount("43:1", "/data") + machine.mount("8:0", "/"))
+    (machine.proc / "swaps").write_text(f"Filename Type Size Used Priority\n{machine.dev}/nbd1 partition 9 0 -2\n")
+    (machine.sysfs / "block" / "dm-3" / "slaves" / "nbd0").mkdir(parents=True)
+    assert machine.usage.all_claims(str(machine.dev)) == {
+        f"{machine.dev}/nbd0": [
+            f"{machine.dev}/nbd0p1 is mounted on /data",
+            f"{machine.dev}/nbd0 is held by dm-3",
+        ],
+        f"{machine.dev}/nbd1": [f"{machine.dev}/nbd1 is used as swap"],
+    }
+
+
+def test_one_look_and_a_look_at_one_device_agree(machine: Machine) -> None:
+    (machine.proc / "partitions").write_text("43 0 100 nbd0\n43 1 50 nbd0p1\n")
+    machine.process("self", mountinfo=machine.mount("0:42", "/data", f"{machine.dev}/nbd0"))
+    for member in ("nbd0", "nbd0p1"):
+        (machine.sysfs / "fs" / "btrfs" / "1234" / "devices" / member).mkdir(parents=True)
+    (machine.sysfs / "block" / "nbd0" / "nbd0p1" / "holders" / "md1").touch()
+    (machine.sysfs / "block" / "md1" / "slaves" / "nbd0p1").mkdir(parents=True)
+    found = machine.usage.claims(machine.node)
+    assert len(found) == 3
+    assert machine.usage.all_claims(str(machine.dev)) == {machine.node.path: found}
+
+
+def test_who_may_not_look_into_other_processes_is_told_so(machine: Machine) -> None:
+    assert not machine.usage.sees_all()
+    machine.process("1")
+    assert machine.usage.sees_all()
+
+
 def test_a_process_is_told_by_number_and_name_but_not_udev(machine: Machine) -> None:
     for pid, comm in (("77", "qemu"), ("78", "(udev-worker)")):
         (machine.process(pid, comm=comm) / "fd" / "5").symlink_to(machine.dev / "nbd0p1")

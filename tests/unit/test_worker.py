@@ -1204,7 +1204,9 @@ def test_statistics_count_from_the_attach(boss: Boss, kernel: FakeKernel) -> Non
         counted["read-requests"] += 3
         counted["write-sectors"] += 2
         counted["in-flight"] = 9
+        counted["write-milliseconds"] += 5
         told = boss.order("statistics")["statistics"]
+        assert (told["read-time"], told["write-time"]) == (0, 5)
         assert (told["reads"], told["writes"], told["written-bytes"], told["in-flight"]) == (3, 0, 1024, 9)
         counted.clear()
         with pytest.raises(NotAttached):

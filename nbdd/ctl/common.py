@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: MIT
+"""What every command of nbdctl is made of: the types of its arguments, the call, and where its words go."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from nbdd.ctl import complete, remote, show
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from nbdd.bus.client import Client
+    from nbdd.ctl.record import Device
+
+T = TypeVar("T")
+
+LARGEST = 2_000_000
+"""No option and no argument takes more: 23 days, in seconds."""
+
+
+def text(value: str) -> str:
+    """A text that can go over the bus, which carries UTF-8 only."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("it is not valid UTF-8.") from None
+    return value
+
+
+def number(value: str | int, least: int = 0) -> int:
+    """A whole number that the bus can carry."""
+    digits = str(value)
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or not least <= int(digits) <= LARGEST:
+        raise click.BadParameter(f"{show.clean(digits)} is not a whole number from {least} to {LARGEST}.")
+    return int(digits)
+
+
+def count(value: str | int) -> int:
+    """A number of things of which there is one at least."""
+    return number(value, 1)
+
+
+as_json_here = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+"""What a command takes that is about this machine: --json alone."""
+
+
+def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What every other command takes: --json, and --host."""
+    return remote.option(as_json_here(command))
+
+
+def elsewhere() -> bool:
+    """Whether another machine is meant, of which nothing is known but what its nbdd says."""
+    return remote.host(click.get_current_context()) is not None
+
+
+def only_here() -> None:
+    """Refuse --host, given to nbdctl itself, for a command that is about this machine."""
+    if elsewhere():
+        raise click.UsageError("this command is about the machine that it runs on; run it there.")
+
+
+def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
+    """The argument NAME, completed with the devices that are `wanted`."""
+    return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
+
+
+def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True) -> T:
+    """Connect to the service, do one thing there, and return what came of it; `activate` lets a call start it."""
+    # Imported here: they take longer than all else together, and --help needs neither.
+    with _no_ssl():
+        import asyncio  # noqa: PLC0415
+
+        from nbdd.bus.client import Client  # noqa: PLC0415
+
+    host = remote.host(click.get_current_context())
+
+    async def run() -> T:
+        async with Client(activate=activate, host=host) as client:
+            return await action(client)
+
+    return asyncio.run(run())
+
+
+@contextlib.contextmanager
+def _no_ssl() -> Iterator[None]:
+    """Let nothing find OpenSSL. asyncio loads it where it is there, for 6 ms of every command; a bus does without."""
+    there = "ssl" in sys.modules
+    if not there:
+        sys.modules["ssl"] = cast("ModuleType", None)  # an import of it fails then, as where Python was built without
+    try:
+        yield
+    finally:
+        if not there:
+            del sys.modules["ssl"]
+
+
+def order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts disk10 after disk2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def document(value: Any) -> None:
+    """Print one JSON document. It is pure ASCII, so nothing in it can upset a terminal."""
+    import json  # noqa: PLC0415 - most commands print text
+
+    print(json.dumps(value, indent=2))
+
+
+def say(text: str) -> None:
+    """Print one line for a person, on stderr; where that can't be, there is nobody to tell."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print(f"nbdctl: {text}", file=sys.stderr)
+
+
+def terminal() -> IO[str] | None:
+    """Stderr if it is a terminal that can rewrite a line."""
+    able = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    return sys.stderr if able else None

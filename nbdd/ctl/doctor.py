@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: MIT
+"""`nbdctl doctor`: everything that nbdd needs, looked at, with what to do where it is not there."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
+
+from nbdd.ctl.common import as_json_here, document, only_here
+from nbdd.ctl.record import Device
+from nbdd.ctl.show import Look, clean
+from nbdd.errors import NbddError
+
+if TYPE_CHECKING:
+    from nbdd.bus.client import Client
+    from nbdd.ctl.checks import Finding
+
+DIRECTORY = "/etc/nbdd"
+
+ANSWER_SECONDS = 5
+"""How long a healthy nbdd may take to answer; it never waits for a server or a device for that."""
+
+_COLOURS = {"ok": "green", "warning": "yellow", "fault": "red"}
+
+
+@click.command(short_help="Look whether all is there that nbdd needs.")
+@as_json_here
+def doctor(as_json: bool) -> None:
+    """Look whether all is there that nbdd needs, and say what to do where it is not: one line for each thing.
+
+    It starts nothing and changes nothing. Every user may run it; what only root can see is said. Ends with 1 if there
+    is a fault, and with 0 if there are warnings at most.
+    """
+    only_here()
+    found = findings()
+    faults = sum(finding.verdict == "fault" for finding in found)
+    if as_json:
+        document({"ok": not faults, "checks": [asdict(finding) for finding in found]})
+    else:
+        print(_text(found, Look.of(sys.stdout)))
+    if faults:
+        raise click.exceptions.Exit(1)
+
+
+def findings() -> list[Finding]:
+    """What all the checks find, in the order in which a person would mend it."""
+    import asyncio  # noqa: PLC0415 - comes with the bus
+    from pathlib import Path  # noqa: PLC0415
+
+    from nbdd.ctl import checks  # noqa: PLC0415 - brings much along that no other command needs
+
+    found = [checks.kernel_module(), checks.netlink_family(), checks.device_nodes(), checks.udev_rules()]
+    found += [checks.permissions(), checks.systemd_unit()]
+    spoken, devices = asyncio.run(_bus())
+    found += spoken
+    configured, told = checks.configuration(Path(DIRECTORY))
+    found += told
+    found += [*checks.states(devices), *checks.links(devices)]
+    if configured is not None:
+        found += checks.servers(configured, devices)
+    return found
+
+
+async def _bus() -> tuple[list[Finding], list[Device]]:
+    """What there is to say of the bus and of who is on it; and nbdd's devices, if it is there."""
+    from nbdd import __version__  # noqa: PLC0415
+    from nbdd.bus.client import NAME, Client  # noqa: PLC0415
+    from nbdd.ctl import checks  # noqa: PLC0415
+
+    try:
+        async with Client(activate=False) as client:
+            names, startable = await client.names()
+            found = [checks.ok("system bus", "it answers")]
+            version, devices, problem = await _service(client) if NAME in names else (None, [], None)
+            found.append(checks.running(version, __version__, problem))
+            if NAME not in startable:
+                found.append(checks.warning("activation", "D-Bus can't start nbdd; install the package again"))
+            return [*found, checks.polkit(names, startable)], devices
+    except NbddError as error:
+        return [checks.fault("system bus", str(error).rstrip("."))], []
+
+
+async def _service(client: Client) -> tuple[str | None, list[Device], NbddError | None]:
+    import asyncio  # noqa: PLC0415
+
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await client.version(), [Device.of(properties) for properties in await client.devices()], None
+    except TimeoutError:
+        return None, [], NbddError(f"It does not answer within {ANSWER_SECONDS} s; `systemctl restart nbdd` helps.")
+    except NbddError as error:
+        return None, [], error
+
+
+def _text(found: list[Finding], look: Look) -> str:
+    subjects = max(len(clean(finding.subject)) for finding in found)
+    verdicts = max(map(len, _COLOURS))
+    lines = []
+    for finding in found:
+        verdict = look.paint(f"{finding.verdict:{verdicts}}", fg=_COLOURS[finding.verdict])
+        lines.append(f"{verdict}  {clean(finding.subject):{subjects}}  {clean(finding.text)}")
+    return "\n".join(lines)

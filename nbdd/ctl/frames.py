@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Looks at what goes through the devices, again and again, and the places where that is shown."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import IO, TYPE_CHECKING, Any
+
+from nbdd.ctl.common import order
+from nbdd.ctl.rates import Rates, Sample, between
+from nbdd.ctl.record import Device
+from nbdd.ctl.show import Look, clean, table
+from nbdd.errors import NbddError
+
+if TYPE_CHECKING:
+    from nbdd.bus.client import Client
+
+HEAD = ("NAME", "NODE", "STATE", "LINKS", "rMB/s", "wMB/s", "r/s", "w/s", "r_await", "w_await", "INFLIGHT", "BUSY")
+"""The figures under the names that iostat gives them."""
+FIGURES = HEAD[3:]
+SPARE = ("BUSY", "LINKS", "NODE", "r/s", "w/s", "INFLIGHT")
+"""What a narrow terminal goes without, the first one first."""
+
+PATIENCE = 30.0
+"""Seconds that nbdd may be away once it was there: a restart takes a moment."""
+
+
+@dataclass(slots=True)
+class Frame:
+    """One look at all devices that have a node."""
+
+    span: float
+    """Seconds since the look before."""
+    rows: list[tuple[Device, Rates | None]] = field(default_factory=list)
+    problem: str = ""
+    """Why there is nothing to show."""
+
+    def cells(self) -> Iterator[tuple[str, ...]]:
+        """A row for each device, as HEAD has it; "" where there is no figure."""
+        for device, rates in self.rows:
+            start = (clean(device.name), clean(device.node), clean(device.state))
+            links = f"{device.live_connections}/{device.connections}"
+            yield (*start, links, *(_figures(rates) if rates is not None else [""] * (len(FIGURES) - 1)))
+
+    def sum(self) -> str:
+        """All of it on one line."""
+        known = [rates for _, rates in self.rows if rates is not None]
+        read, written = (sum(getattr(rates, key) for rates in known) / 1e6 for key in ("read_bytes", "written_bytes"))
+        attached = f"{len(self.rows)} attached" if self.rows else "nothing is attached"
+        return self.problem or f"{attached}, reading {read:.1f} MB/s, writing {written:.1f} MB/s"
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object; times are in seconds, but for `time`, in microseconds since 1970."""
+        devices = []
+        for device, rates in self.rows:
+            told = asdict(rates) if rates is not None else dict.fromkeys(Rates.__slots__)
+            known = {"name": device.name, "node": device.node, "state": device.state}
+            links = {"connections": device.connections, "live-connections": device.live_connections}
+            devices.append(known | links | {key.replace("_", "-"): value for key, value in told.items()})
+        return {"time": time.time_ns() // 1000, "seconds": round(self.span, 3), "devices": devices}
+
+
+def _figures(rates: Rates) -> list[str]:
+    latencies = [f"{each * 1000:.1f}" if each is not None else "" for each in (rates.read_latency, rates.write_latency)]
+    return [
+        f"{rates.read_bytes / 1e6:.1f}",
+        f"{rates.written_bytes / 1e6:.1f}",
+        f"{rates.reads:.0f}",
+        f"{rates.writes:.0f}",
+        *latencies,
+        str(rates.in_flight),
+        f"{rates.busy:.0%}",
+    ]
+
+
+class Looker:
+    """Looks at the devices again and again, and remembers the look before."""
+
+    def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = client
+        self._clock = clock
+        self._samples: dict[str, Sample] = {}
+        self._looked = self._answered = clock()
+        self._begun = False
+
+    async def look(self) -> Frame:
+        """What happened since the look before. Raises NbddError where nbdd is not there, or stays away."""
+        now = self._clock()
+        frame = Frame(span=now - self._looked)
+        self._looked = now
+        try:
+            devices = [Device.of(properties) for properties in await self._client.devices()]
+            frame.rows = await self._rows([device for device in devices if device.node])
+        except NbddError as error:
+            if not self._begun or now - self._answered > PATIENCE:
+                raise
+            frame.problem = clean(" ".join(str(error).split()))
+            return frame
+        self._begun, self._answered = True, now
+        return frame
+
+    async def _rows(self, devices: list[Device]) -> list[tuple[Device, Rates | None]]:
+        import asyncio  # noqa: PLC0415 - comes with the bus
+
+        ordered = sorted(devices, key=lambda device: order(device.name))
+        samples = await asyncio.gather(*(self._sample(device.name) for device in ordered))
+        found = list(zip(ordered, samples, strict=True))
+        rates = [between(self._samples.get(device.name), sample) if sample else None for device, sample in found]
+        self._samples = {device.name: sample for device, sample in found if sample}
+        return list(zip(ordered, rates, strict=True))
+
+    async def _sample(self, name: str) -> Sample | None:
+        try:
+            counts = await self._client.statistics(name)
+        except NbddError:
+            return None  # it went meanwhile, or is about to
+        return Sample(self._clock(), counts)
+
+
+@contextmanager
+def display(as_json: bool, stream: IO[str]) -> Iterator[Callable[[Frame], None]]:
+    """A place for frames: the screen of a terminal, or lines."""
+    look = Look.of(stream)
+    if as_json:
+        import json  # noqa: PLC0415 - most commands print text
+
+        yield lambda frame: print(json.dumps(frame.to_json()), flush=True)
+    elif look.terminal and os.environ.get("TERM") != "dumb":
+        with _screen(look) as show:
+            yield show
+    else:
+        yield lambda frame: print(f"{_heading(frame)}\n{_plain(frame, look)}\n", flush=True)
+
+
+def _heading(frame: Frame) -> str:
+    return f"{time.strftime('%H:%M:%S')}  {frame.sum()}"
+
+
+def _plain(frame: Frame, look: Look) -> str:
+    return table(HEAD, frame.cells(), look, right=FIGURES, flexible=HEAD[:1], spare=SPARE)
+
+
+@contextmanager
+def _screen(look: Look) -> Iterator[Callable[[Frame], None]]:
+    # rich takes as long to load as all of `nbdctl list`, and no other command wants it.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.live import Live  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console(highlight=False)
+
+    def show(frame: Frame) -> None:
+        # The terminal may have another size by now. From our own colours, not as markup: a name may have brackets.
+        drawn = f"{_heading(frame)}\n\n{_plain(frame, replace(look, width=console.width))}"
+        live.update(Text.from_ansi(drawn, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        yield show

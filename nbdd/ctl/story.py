@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""Events told as a person would: what happened to which device, what nbdd does about it, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nbdd.ctl.record import Device, Failure, fields
+from nbdd.ctl.show import clean, duration, size
+
+if TYPE_CHECKING:
+    from nbdd.bus.client import Event
+
+_LOST = {"reconnecting", "degraded"}
+_WHOLE = {"attached", "degraded"}
+
+
+class Story:
+    """Remembers the devices, since most of an event's meaning is in what was before it.
+
+    `tell` returns one line without a line end, or "" where there is nothing that a person would care for.
+    """
+
+    def __init__(self, devices: Iterable[Device] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._devices = {device.name: device for device in devices}
+        self._clock = clock
+        self._begun: dict[str, float] = {}
+        """When the device began to connect, or lost its first link; in seconds of the clock."""
+
+    def tell(self, event: Event) -> str:
+        """The event as a sentence, with the device's name before it."""
+        match str(event.kind):
+            case "started":
+                return "nbdd started"
+            case "stopped":
+                return "nbdd stopped; what is attached stays so, but no lost link is mended now"
+            case "removed":
+                old = self._devices.pop(event.name, Device())
+                self._begun.pop(event.name, None)
+                text = "no configuration defines it any more" if old.configured else "gone, as it has no definition"
+            case _ if event.kind == "added" and event.name not in self._devices:
+                new = self._devices[event.name] = Device.of(event.properties)
+                text = self._new(new)
+            case _:
+                text = self._changed(event.name, fields(event.properties))
+        return clean(f"{event.name}: {text}") if text else ""
+
+    def state(self, name: str) -> str:
+        """The state of a device after what was told; "" for an unknown one."""
+        return self._devices[name].state if name in self._devices else ""
+
+    def _new(self, new: Device) -> str:
+        if new.state == "connecting":
+            self._begun[new.name] = self._clock()
+        what = "new in the configuration" if new.configured else "new, without a definition"
+        where = f"{new.state} as {new.node}" if new.node else new.state
+        return f"{what}: {new.uri}, {where}"
+
+    def _changed(self, name: str, changes: Mapping[str, Any]) -> str:
+        old = self._devices.get(name) or Device(name=name)
+        new = self._devices[name] = replace(old, **{key: value for key, value in changes.items() if value is not None})
+        if "last_error" in changes:
+            new = self._devices[name] = replace(new, last_error=changes["last_error"])
+        return self._moved(old, new) if new.state != old.state else self._stayed(old, new)
+
+    def _moved(self, old: Device, new: Device) -> str:
+        """What a change of the state means."""
+        if new.state == "connecting" or (new.state in _LOST and old.state == "attached"):
+            self._begun[new.name] = self._clock()
+        match new.state:
+            case "connecting":
+                text = f"nbdd takes {new.node} up again" if new.node else f"connecting to {new.uri}"
+            case "attached":
+                text = self._whole(old, new)
+            case "degraded" if old.state in {"attached", "unknown"}:
+                text = f"{_because(new) or 'a link is lost; '}{_links(new)} left; mending"
+            case "degraded":
+                text = f"{self._back(old)} on {_links(new)}{self._took(new)}"
+            case "reconnecting":
+                text = f"{_because(new)}reconnecting{_patience(new)}"
+            case "failed":
+                end = "I/O fails until its server is back; reconnecting" if new.node else "not attached, given up"
+                text = f"{_because(new)}{end}"
+            case "detached" if old.state == "connecting":
+                text = "the attach was ended"
+            case _:
+                text = new.state
+        return text
+
+    def _whole(self, old: Device, new: Device) -> str:
+        if old.state == "detaching":
+            return f"not detached; it stays attached as {new.node}"
+        if old.state == "connecting" and not old.node:
+            return f"attached as {new.node}, {size(new.size)}{self._took(new).replace(' ', ', ', 1)}"
+        if old.state == "connecting":
+            return f"looked after again as {new.node}"
+        if old.state == "degraded":
+            return f"all {new.connections} links are back{self._took(new)}"
+        return f"{self._back(old)}{self._took(new)}"
+
+    @staticmethod
+    def _back(old: Device) -> str:
+        return "attached again" if old.node else "attached"
+
+    def _took(self, new: Device) -> str:
+        begun = self._begun.get(new.name) if new.state != "attached" else self._begun.pop(new.name, None)
+        return "" if begun is None else f" after {_seconds(self._clock() - begun)}"
+
+    def _stayed(self, old: Device, new: Device) -> str:
+        """What the other properties mean, where the state is the same; the most telling one first."""
+        told = []
+        if new.last_error is not None and new.last_error != old.last_error:
+            again = "; trying again" if new.state in {"connecting", "reconnecting", "degraded"} else ""
+            told.append(_clause(new.last_error) + again)
+        if new.live_connections != old.live_connections and new.node and old.node:
+            told.append(f"{_links(new)} now")
+        elif new.reconnects > old.reconnects:
+            told.append("a lost link was replaced")
+        if new.uri != old.uri and new.uri:
+            told.append(f"the server is {new.uri} now")
+        if new.size != old.size and new.node and old.node:
+            told.append(f"the size is {size(new.size)} now")
+        if new.read_only != old.read_only:
+            told.append("read-only now" if new.read_only else "writable now")
+        if new.timeout != old.timeout:
+            told.append(f"a request may take {new.timeout} s now" if new.timeout else "no limit for a request any more")
+        if new.dead_timeout != old.dead_timeout:
+            told.append(f"without a link I/O waits {new.dead_timeout} s now")
+        if new.fails_at and not old.fails_at:
+            told.append(f"I/O waits until {_clock_time(new.fails_at)}")
+        if new.connections != old.connections:
+            told.append(f"{new.connections} {'link is' if new.connections == 1 else 'links are'} wanted now")
+        if new.configured != old.configured:
+            told.append("defined now" if new.configured else "no configuration defines it any more")
+        if new.worker_pid and old.worker_pid and new.worker_pid != old.worker_pid:
+            told.append(f"a new worker looks after it, PID {new.worker_pid}")
+        return "; ".join(told)
+
+
+def _clause(failure: Failure) -> str:
+    """The sentences of an error as a part of one of ours."""
+    text = failure.message.rstrip(". ").replace(". ", "; ") or failure.name
+    # "Can't" and "A link" begin small in the middle of a sentence; "NBD" does not.
+    return text[0].lower() + text[1:] if text[1:2].islower() or text[1:2] == " " else text
+
+
+def _because(new: Device) -> str:
+    return f"{_clause(new.last_error)}; " if new.last_error is not None else ""
+
+
+def _links(device: Device) -> str:
+    return f"{device.live_connections} of {device.connections} links"
+
+
+def _patience(device: Device) -> str:
+    return f", and I/O waits until {_clock_time(device.fails_at)}" if device.fails_at else ""
+
+
+def _clock_time(microseconds: int) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(microseconds / 1e6))
+
+
+def _seconds(span: float) -> str:
+    return f"{span:.1f} s" if span < 120 else duration(int(span))

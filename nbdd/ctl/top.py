@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""`nbdctl top`: what goes through the devices now, again and again."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from nbdd.ctl.common import as_json, call, count
+from nbdd.ctl.show import clean
+
+if TYPE_CHECKING:
+    from nbdd.bus.client import Client
+
+LEAST_SECONDS, MOST_SECONDS = 0.1, 3600.0
+
+
+def seconds(value: str | float) -> float:
+    """A time between two looks."""
+    try:
+        found = float(value)
+    except ValueError:
+        found = 0.0
+    if not LEAST_SECONDS <= found <= MOST_SECONDS:
+        raise click.BadParameter(f"{clean(str(value))} is no number from {LEAST_SECONDS:g} to {MOST_SECONDS:g}.")
+    return found
+
+
+@click.command(short_help="Show live what goes through the devices.")
+@click.option("-n", "--count", "frames", metavar="COUNT", type=count, help="End after so many looks.")
+@click.option(
+    "-d", "--delay", metavar="SECONDS", type=seconds, default=2.0, show_default=True, help="How long between two looks."
+)
+@as_json
+def top(frames: int | None, delay: float, as_json: bool) -> None:
+    """Show live what goes through the attached devices, until Ctrl-C.
+
+    r is for reads, w for writes: megabytes in a second, requests in a second, and milliseconds that one took (await).
+    INFLIGHT counts the requests under way, BUSY is the part of the time in which there were some. Without a terminal
+    it prints a table for each look; with --json an object on a line.
+    """
+
+    async def action(client: Client) -> None:
+        import asyncio  # noqa: PLC0415 - comes with the bus
+
+        from nbdd.ctl.frames import Looker, display  # noqa: PLC0415 - no other command wants it
+
+        looker = Looker(client)
+        await looker.look()
+        with display(as_json, sys.stdout) as show:
+            shown = 0
+            while frames is None or shown < frames:
+                await asyncio.sleep(delay)
+                show(await looker.look())
+                shown += 1
+
+    try:
+        # Who only looks starts nothing.
+        call(action, activate=False)
+    except KeyboardInterrupt:
+        return

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT
+"""Who uses the devices, as far as the caller may see. nbdd is not asked: this machine knows, and anyone may look.
+
+The kernel's part is imported where it is used; most commands never look.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Users:
+    """Who uses one device."""
+
+    found: tuple[str, ...]
+    """A sentence without its full stop for each, such as "/dev/nbd0p1 is mounted on /srv"."""
+    complete: bool
+    """Whether the caller may see all processes; if not, there may be more."""
+
+
+def users_of(node: str) -> Users:
+    """Who uses the device and its partitions: mounts, swap, what stands on it, processes."""
+    from nbdd.kernel.sysfs import Node  # noqa: PLC0415
+    from nbdd.kernel.usage import Usage  # noqa: PLC0415
+
+    usage = Usage()
+    index = node.removeprefix("/dev/nbd")
+    return Users(tuple(usage.users(Node(int(index)))) if index.isdecimal() else (), usage.sees_all())
+
+
+def claims() -> dict[str, list[str]]:
+    """What is mounted, swapped on or stacked, by node; without the processes that merely have one open."""
+    from nbdd.kernel.usage import Usage  # noqa: PLC0415
+
+    return Usage().all_claims()
