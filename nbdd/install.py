@@ -32,6 +32,10 @@ PLACES = {
     "share/applications": "usr/local/share/applications",
     "share/icons/hicolor/scalable/apps": "usr/local/share/icons/hicolor/scalable/apps",
     "share/metainfo": "usr/local/share/metainfo",
+    "share/bash-completion/completions": "usr/local/share/bash-completion/completions",
+    "share/fish/vendor_completions.d": "usr/local/share/fish/vendor_completions.d",
+    # Debian's own name for it is searched below /usr/share alone.
+    "share/zsh/vendor-completions": "usr/local/share/zsh/site-functions",
     # polkit reads actions here alone until release 124, which Debian 12 does not have.
     "share/polkit-1/actions": "usr/share/polkit-1/actions",
 }
