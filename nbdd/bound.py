@@ -68,6 +68,8 @@ class Bound:
         self._mend_due: float | None = None
         self._end_due: float | None = None
         self._refuser: Refuser | None = None
+        # Refusers that the kernel has, or had, and whose death it has not reported yet: none of them is a loss.
+        self._refusers = 0
         self._resting = True
         self._renewing = False
         # Where links died unseen, or were kept by nobody, our predecessor may have given the kernel others, and be dead
@@ -170,6 +172,9 @@ class Bound:
     def _reported(self, _events: int) -> None:
         """The kernel says that links died, of this device or of others."""
         died = self._reports.read().count(self.notes["index"]) if self._reports is not None else 0
+        forgiven = min(died, self._refusers)
+        self._refusers -= forgiven
+        died -= forgiven
         if died:
             # Before or after the kernel got what it is being offered? Offer again.
             self._unsure = self._unsure or (self._offer is not None and self._offer.unsure)
@@ -216,15 +221,19 @@ class Bound:
         """Give up the attempt under way, if there is one."""
         offer, self._offer = self._offer, None
         if offer is not None:
-            self._unsure = self._unsure or offer.unsure
+            self._doubt(offer)
             offer.abandon()
+
+    def _doubt(self, offer: Offer) -> None:
+        """Of an offer that is given up, a link may have been the kernel's, whose death counts then like any other's."""
+        self._unsure = self._unsure or offer.unsure or self._reports is not None
 
     def _tried(self, offer: Offer, answer: Message | None) -> None:
         if answer is None:
             answer = WorkerFailed(f"The process that mends the links of {self._name!r} was lost.").to_wire()
         if "error" in answer:
             offer.abandon()
-            self._unsure = self._unsure or offer.unsure
+            self._doubt(offer)
             self._not_mended(answer)
         elif offer.unsure:
             # The server's alone, or the kernel's alone: it did not say. But now it has as many as there can be.
@@ -280,8 +289,13 @@ class Bound:
             )
         self._mend_due = time.monotonic()
         self._abandon()
-        with self._task(order) as task:
-            self._send(partial(RENEWALS[order["order"]], task), partial(self._renewed, done)).offered = self._exchange
+        try:
+            with self._task(order) as task:
+                offer = self._send(partial(RENEWALS[order["order"]], task), partial(self._renewed, done))
+        except WorkerFailed:
+            self._count_down()
+            raise
+        offer.offered, offer.linked = self._exchange, partial(self._exchanged, offer)
         self._renewing = True
         self._mend_due = time.monotonic() + RENEW_DEADLINE
 
@@ -298,16 +312,23 @@ class Bound:
             with socket.socket(fileno=fd) as sock, suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def _exchanged(self, offer: Offer, uri: str) -> None:
+        """The kernel has them: from here on they are watched, whatever becomes of the rest of the errand."""
+        links, offer.links = offer.links, []
+        self._mended(links, len(links), uri)
+
     def _renewed(self, done: Callable[[Message | None], None], offer: Offer, answer: Message | None) -> None:
         self._renewing = False
-        told = answer or WorkerFailed(f"The process that exchanged the links of {self._name!r} was lost.").to_wire()
-        self.notes["size"] = told.get("size", self.notes["size"])
-        if "error" in told and not told.get("linked"):
+        told = answer
+        if told is None:
+            told = WorkerFailed(f"The process that exchanged the links of {self._name!r} was lost.").to_wire()
+        if "error" in told:
             offer.abandon()
             if self._missing:
                 self._report(told)
-        elif offer.links:
-            self._mended(offer.links, len(offer.links), told["uri"])
+        elif told.get("size", self.notes["size"]) != self.notes["size"]:
+            self.notes["size"] = told["size"]
+            self._report({})
         self._mend_due = time.monotonic() if self._missing else None
         self._count_down()
         done(told)
@@ -332,6 +353,9 @@ class Bound:
             self._end_due = end
             message = f"no server answers; reads and writes that wait fail in {round(end - now)} s"
             self._report_to({"event": "warning", "message": message}, ())
+        elif self._offer is not None and self._offer.links:
+            # The kernel may have them already: what comes of that is known in a moment.
+            self._end_due = now + REFUSE_WAIT
         else:
             self._abandon()
             self._refuse()
@@ -359,6 +383,7 @@ class Bound:
             return
         ours = socket.socket(fileno=offer.links.pop())
         self._refuser = Refuser(self._loop, ours, self._refuser_gone)
+        self._refusers += 1
         why = f"No server came back within {self.definition['dead-timeout']} s: reads and writes fail until one does."
         self._report(TimedOut(why).to_wire())
 
@@ -368,10 +393,19 @@ class Bound:
         self._report(error)
 
     def _refuser_gone(self) -> None:
-        """It was withdrawn for a real link; or the kernel did not take it, since it had one that was just dying."""
+        """It was withdrawn for a real link; or the kernel did not take it, since it has no dead one to replace."""
         self._refuser = None
-        if self.notes["lost"] and not self._resting:
+        # Nothing is withdrawn before the links for its place are told.
+        withdrawn = self._offer is not None and self._offer.links
+        if self._resting or withdrawn or not self.notes["lost"]:
+            return
+        self._refusers -= 1
+        if self._reports is None:
+            # It may be just dying, and we were quicker to see that.
             self._end_due = time.monotonic() + REFUSE_WAIT
+        else:
+            # Our predecessor gave it links, and could not say so any more. Of their death the kernel will tell.
+            self._mended([], self._missing, self.notes["uri"])
 
     def _report(self, error: Message) -> None:
         fields = {key: self.notes[key] for key in ("live", "reconnects", "uri", "size", "export")}

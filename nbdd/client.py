@@ -439,6 +439,14 @@ class Client:
         )
         self._sockets.extend(sockets)
 
+    def set_dead_timeout(self, seconds: int) -> None:
+        """Set how long I/O waits without a live link, in seconds; 0 fails it at once. Live on a bound device."""
+        _whole("A dead timeout", seconds, 0, MAX_TIMEOUT, "s")
+        self._dead_timeout = seconds
+        if self.node is not None:
+            node = self._still_ours()
+            self._kernel().reconfigure(node.index, backend=self._bound_as, dead_timeout=seconds)
+
     def drop_link(self, sock: Socket) -> None:
         """Forget a dead link's descriptor."""
         self._sockets.remove(sock)
@@ -598,9 +606,10 @@ class Client:
             takes_away = rounded < node.size or block_size != node.block_size
             usage = Usage()
             with usage.claim(node, patience=1.0) if takes_away else nullcontext():
+                let_udev_finish(node, usage)
+                # Last, as the kernel would wait for what this link carried, and let nobody give it another one.
                 if any(hung_up(sock) for sock in self._sockets):
                     raise ConnectFailed(f"The size of {node.path} can't be changed while a link to its server is dead.")
-                let_udev_finish(node, usage)
                 self._kernel().reconfigure(node.index, backend=self._bound_as, size=rounded, block_size=block_size)
             # udev looks at the device again. Whoever opens it while it is open works with the block size that it had
             # when it was opened first (block/bdev.c), and gets errors.

@@ -24,6 +24,7 @@ from nbdd.errors import (
     Busy,
     ConnectFailed,
     InvalidArgs,
+    KernelError,
     NbddError,
     NegotiationFailed,
     NoFreeDevice,
@@ -53,8 +54,18 @@ LOOK_SECONDS = 15.0
 QUIET_SECONDS = 1.0
 """How long a moment with nothing under way is waited for, before links are exchanged."""
 
+EXCHANGE_PATIENCE = 30
+"""Seconds of dead timeout, at least, while links are exchanged: I/O waits for a moment that we have made ourselves."""
+
 QUIET_INTERVAL = 0.002
 """Seconds between two looks for it."""
+
+LATE_SECONDS = 0.3
+"""For the kernel to say so, where it saw a link die later than we did: it was busy, or waited for a processor."""
+
+RESEND_SECONDS = 3.0
+"""How long a moment with nothing under way is waited for, before a size is set: what was lost with the old link of a
+device that has one is sent again by then."""
 
 DEAD_SECONDS = 3.0
 """For the kernel to say that a link that was shut down is dead; it only has to run."""
@@ -181,9 +192,8 @@ def mend(task: Task, tell: Tell) -> Answer:
 
 def reconnect(task: Task, tell: Tell) -> Answer:
     """Exchange all links for new ones to the first server of the definition that has the same data; answers it."""
-    links = _open_same(task, Definition.from_wire(task.definition), tell=tell)
-    _exchange(task, tell, links)
-    return {"uri": str(links.uri)}, ()
+    _exchange(task, tell, _open_same(task, Definition.from_wire(task.definition), tell=tell))
+    return {}, ()
 
 
 def resize(task: Task, tell: Tell) -> Answer:
@@ -195,16 +205,16 @@ def resize(task: Task, tell: Tell) -> Answer:
     size = links.export.size - links.export.size % task.notes["block-size"]
     if size == task.notes["size"] and task.notes["live"] == task.notes["connections"]:
         links.close()
-        return {"size": size, "uri": str(links.uri)}, ()
+        return {"size": size}, ()
     client = _exchange(task, tell, links)
-    answer = {"uri": str(links.uri), "linked": True}
-    try:
-        # From Linux 6.9 on this waits for what is under way, with all else for any NBD device behind it.
-        _quiet(Node(task.notes["index"]), QUIET_SECONDS)
-        client.set_size(size)
-    except NbddError as error:
-        return {**answer, **error.to_wire()}, ()
-    return {**answer, "size": size}, ()
+    # From Linux 6.9 on the kernel waits for all that is under way, with every other command for any NBD device behind
+    # that. What was lost with one of several links is sent again after half a minute only.
+    if not _quiet(Node(task.notes["index"]), RESEND_SECONDS) and task.notes["connections"] > 1:
+        raise Busy(
+            f"{task.name!r} has several connections, and takes a size at a moment without I/O only: try again then."
+        )
+    client.set_size(size)
+    return {"size": size}, ()
 
 
 def refuse(task: Task, _tell: Tell) -> Answer:
@@ -266,6 +276,10 @@ RENEWALS: Mapping[str, Callable[[Task, Tell], Answer]] = {"reconnect": reconnect
 class _Unseen(Exception):
     """What is on an export can't be looked at. No ServerError: no reason to refuse it, nor to try another one."""
 
+    def __init__(self, uri: URI, why: str) -> None:
+        super().__init__(f"{why} What is on the export is not compared with what is on the device.")
+        self.uri = uri
+
 
 def _open_same(
     task: Task, definition: Definition, connections: int | None = None, *, tell: Tell, grown: bool = False
@@ -293,7 +307,8 @@ def _open_same(
         return open_links(definition, Deadline(MEND_SECONDS), count, check=look)
     except _Unseen as error:
         tell({"event": "warning", "message": str(error)}, ())
-        return open_links(definition, Deadline(MEND_SECONDS), count, check=check)
+        # That server alone: one before it in the list may have been looked at, and refused.
+        return open_links(replace(definition, uri=(error.uri,)), Deadline(MEND_SECONDS), count, check=check)
 
 
 def _ours(task: Task, links: Links) -> Client:
@@ -311,16 +326,30 @@ def _offer(tell: Tell, links: Links) -> None:
 
 
 def _give(task: Task, client: Client, links: Links) -> None:
-    """Have the kernel take the links in place of dead ones, and of the refuser."""
-    for fd in task.links:
-        withdraw(fd)
-    client.replace_links(links.sockets)
+    """Have the kernel take the links in place of dead ones, and of the refuser; raises KernelError if it may not have.
+
+    It replaces what it has seen die by then, and drops the rest without a word. So one that it sees die only now may
+    have been in the way.
+    """
+    index = task.notes["index"]
+    with client.link_dead() as reports:
+        for fd in task.links:
+            withdraw(fd)
+        client.replace_links(links.sockets)
+        late, end = -len(task.links), time.monotonic() + LATE_SECONDS
+        while (left := end - time.monotonic()) > 0:
+            late += reports.wait(left).count(index)
+    if late > 0:
+        raise KernelError("A link died while the kernel was given new ones; it is given others.")
 
 
 def _exchange(task: Task, tell: Tell, links: Links) -> Client:
     """Give the kernel these links in place of all that it has, at a quiet moment where there is one."""
     client = _ours(task, links)
     index, live = task.notes["index"], task.notes["live"]
+    patience = task.definition["dead-timeout"]
+    if patience < EXCHANGE_PATIENCE:
+        client.set_dead_timeout(EXCHANGE_PATIENCE)
     with client.link_dead() as reports:
         _quiet(Node(index), QUIET_SECONDS)
         _offer(tell, links)  # Upon this the worker shuts the old ones down.
@@ -329,14 +358,20 @@ def _exchange(task: Task, tell: Tell, links: Links) -> Client:
         while live > 0:
             live -= reports.wait(deadline.remaining("The kernel did not let go of the old links")).count(index)
     _give(task, client, links)
+    tell({"event": "linked", "uri": str(links.uri)}, ())
+    if patience < EXCHANGE_PATIENCE:
+        client.set_dead_timeout(patience)
     return client
 
 
-def _quiet(node: Node, seconds: float) -> None:
-    """Wait for a moment with nothing under way, if there is one: what is will be sent again, but not at once."""
+def _quiet(node: Node, seconds: float) -> bool:
+    """Wait for a moment with nothing under way; whether there was one. What is will be sent again, but not at once."""
     end = time.monotonic() + seconds
-    while node.statistics().get("in-flight") and time.monotonic() < end:
+    while node.statistics().get("in-flight"):
+        if time.monotonic() >= end:
+            return False
         time.sleep(QUIET_INTERVAL)
+    return True
 
 
 def _look_same(node: Node, links: Links, size: int) -> None:
@@ -351,7 +386,7 @@ def _look_same(node: Node, links: Links, size: int) -> None:
         raise
     except ServerError as error:
         # Too slow, or it can't read there. I/O that can go on does not wait for that.
-        raise _Unseen(f"{error} What is on the export is not compared with what is on the device.") from None
+        raise _Unseen(links.uri, str(error)) from None
     if difference := known.differs(found):
         raise _other(links, difference)
 

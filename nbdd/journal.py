@@ -39,7 +39,7 @@ class DeviceLog(_Adapter):
 
 
 class JournalHandler(logging.Handler):
-    """Sends entries to journald. What it does not take, a full or an absent socket, goes to stderr."""
+    """Sends entries to journald. What it does not take goes to stderr, but for what a full socket has no room for."""
 
     def __init__(self, path: str = SOCKET) -> None:
         super().__init__()
@@ -53,8 +53,12 @@ class JournalHandler(logging.Handler):
         """Send one entry."""
         try:
             self._socket.sendto(_entry(record, self.format(record)), self._path)
+        except BlockingIOError:
+            pass  # Lost: stderr leads to the same journald, and would keep us waiting for it.
         except OSError:
             self._stderr.emit(record)
+        except Exception:  # noqa: BLE001 - as logging's own handlers: no line is worth the service
+            self.handleError(record)
 
     def close(self) -> None:
         """Close the socket."""

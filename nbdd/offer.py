@@ -26,6 +26,8 @@ class Offer:
         self.offered: Callable[[Message], None] | None = None
         """What to do as soon as links are offered, before the kernel gets them; takes what the server said of the
         export."""
+        self.linked: Callable[[str], None] | None = None
+        """What to do when the kernel has them, although the errand goes on; takes the URI of their server."""
         self._heard = heard
         self._abandoned = False
         self._errand = Errand(loop, name, job, heard=self._told, done=lambda answer, _fds: done(self, answer))
@@ -46,14 +48,18 @@ class Offer:
             os.close(self.links.pop())
 
     def _told(self, message: Message, fds: Sequence[int]) -> None:
-        if message["event"] != "offered":
-            self._heard(message, fds)
-            return
-        self.links += fds
-        if self._abandoned:
-            self._shut_down()
-        elif self.offered is not None:
-            self.offered(message["export"])
+        match message["event"]:
+            case "offered":
+                self.links += fds
+                if self._abandoned:
+                    self._shut_down()
+                elif self.offered is not None:
+                    self.offered(message["export"])
+            case "linked":
+                if self.linked is not None and not self._abandoned:
+                    self.linked(message["uri"])
+            case _:
+                self._heard(message, fds)
 
     def _shut_down(self) -> None:
         while self.links:

@@ -132,16 +132,16 @@ class ManagerInterface(ExportedInterface):
     async def _reconnect(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, options = arguments
         read_options(options, {})
-        self._manager.device(name)
-        await self._authority.check(caller, "org.nbdd1.reconnect", {"device": name})
+        about = self._about_device(name)
+        await self._authority.check(caller, "org.nbdd1.reconnect", about)
         await self._manager.reconnect(name)
         return []
 
     async def _resize(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, options = arguments
         read_options(options, {})
-        self._manager.device(name)
-        await self._authority.check(caller, "org.nbdd1.resize", {"device": name})
+        about = self._about_device(name)
+        await self._authority.check(caller, "org.nbdd1.resize", about)
         return [await self._manager.resize(name)]
 
     async def _reload(self, caller: Caller, _arguments: list[Any]) -> list[Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import Any
 
@@ -12,8 +13,13 @@ from dbus_next.aio import MessageBus
 
 from nbdd.bus.calls import DBUS, CallError, Peer
 
+log = logging.getLogger(__name__)
+
 _ASK_DEADLINE = 5.0
 """Seconds to wait for systemd; it may be busy shutting the machine down."""
+
+_SUBSCRIBE_WAIT = 5.0
+"""Seconds between two attempts to have systemd tell of its jobs."""
 
 _SERVICE = "org.freedesktop.systemd1"
 _MANAGER = Peer(_SERVICE, "/org/freedesktop/systemd1", f"{_SERVICE}.Manager")
@@ -54,16 +60,27 @@ async def shutdown(bus: MessageBus) -> None:
 
     bus.add_message_handler(heard)
     try:
-        await DBUS.call(bus, "AddMatch", "s", [_SHUTDOWN_JOB], returns="")
-        # Without subscribers it sends no signals.
-        await _MANAGER.call(bus, "Subscribe", "", [], returns="")
+        await _subscribe(bus)
         while not await _has_shutdown_job(bus):
             await hint.wait()
             hint.clear()
-    except (CallError, EOFError, OSError):
+    except (EOFError, OSError):
         await asyncio.Event().wait()
     finally:
         bus.remove_message_handler(heard)
+
+
+async def _subscribe(bus: MessageBus) -> None:
+    """Have systemd tell of jobs, once it can: on a bus that has just been restarted it may not be yet."""
+    while True:
+        try:
+            await DBUS.call(bus, "AddMatch", "s", [_SHUTDOWN_JOB], returns="")
+            # Without subscribers it sends no signals.
+            await _MANAGER.call(bus, "Subscribe", "", [], returns="")
+            return
+        except CallError as error:
+            log.debug("systemd does not tell of a shutdown: %s", error)
+        await asyncio.sleep(_SUBSCRIBE_WAIT)
 
 
 async def is_going_down(bus: MessageBus) -> bool:
