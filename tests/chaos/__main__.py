@@ -26,7 +26,7 @@ def main() -> int:
         guest.install(required())
         told = campaign(guest, arguments.minutes * 60, seed)
         if told["wrong"]:
-            print(guest.journal("nbdd", 400))
+            print(guest.journal(lines=1000))
     print(json.dumps(told, indent=2))
     return 1 if told["wrong"] else 0
 

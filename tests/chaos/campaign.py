@@ -25,6 +25,9 @@ from functools import partial
 from pathlib import Path
 
 HOME = Path("/root/chaos")
+LOOK_INTERVAL = 5.0
+"""Seconds between two looks whether the kernel complains."""
+
 SETTLE_SECONDS = 240.0
 """For everything to be whole again after the last fault."""
 
@@ -268,7 +271,7 @@ def links_exchanged(rng: random.Random) -> Iterator[float]:
 
 def timeout_changed(rng: random.Random) -> Iterator[float]:
     device = rng.choice(DEVICES)
-    run(f"nbdctl set-timeout {device.name} {rng.choice((0, 0, 60, 600))}", check=False)
+    run(f"nbdctl set-timeout {device.name} {rng.choice((0, 0, 20, 60))}", check=False)
     yield 0
 
 
@@ -311,15 +314,30 @@ def stage() -> Iterator[dict[str, str]]:
         run(f"systemctl stop {' '.join(device.unit for device in DEVICES)}; rm -rf {HOME}", check=False)
 
 
-def play(seconds: float, seed: int) -> Counter[str]:
-    """Fault after fault, sometimes two at once; all are undone at the end. Tells how often each was played."""
+def kernel_trouble(since: float) -> list[str]:
+    """What the kernel complained of since then, in seconds since 1970; from the journal, as its own log forgets."""
+    told = run(f"journalctl -k -b --no-pager -o short-precise --since=@{since:.0f}", check=False)
+    return [line for line in told.splitlines() if TROUBLE.search(line)]
+
+
+def play(seconds: float, seed: int, loads: list[Load], since: float) -> Counter[str]:
+    """Fault after fault, sometimes two at once; all are undone at the end. Tells how often each was played.
+
+    It ends early where a load or the kernel is in trouble, so that what led to it is still in the journal.
+    """
     played: Counter[str] = Counter()
     # Each fault has chances of its own: which come, and what each does, does not depend on how long anything takes.
     coming = enumerate(iter(partial(random.Random(seed).choice, FAULTS), None))
     number, fault = next(coming)
     under_way: list[tuple[float, str, Iterator[float]]] = []
     end = time.monotonic() + seconds
+    looked = time.monotonic()
     while time.monotonic() < end or under_way:
+        if any(load.trouble for load in loads):
+            end = 0
+        elif time.monotonic() > looked + LOOK_INTERVAL:
+            looked = time.monotonic()
+            end = 0 if kernel_trouble(since) else end
         for due, name, steps in sorted(under_way, key=lambda entry: entry[0]):
             if due <= time.monotonic():
                 next(steps, None)
@@ -354,7 +372,7 @@ def whole_again() -> str:
     return f"not whole again within {SETTLE_SECONDS:.0f} s: {told}"
 
 
-def verdict(bound: dict[str, str], loads: list[Load], mark: int) -> list[str]:
+def verdict(bound: dict[str, str], loads: list[Load], since: float) -> list[str]:
     """All that is not as it should be, after the last fault."""
     found = [f"{load.name}: {load.trouble}" for load in loads if load.trouble]
     found += [f"{load.name}: hangs" for load in loads if load.is_alive()]
@@ -375,13 +393,12 @@ def verdict(bound: dict[str, str], loads: list[Load], mark: int) -> list[str]:
             run(f"nbdctl detach {device.name} --wait 20")
         except RuntimeError as error:
             found.append(str(error))
-    return found + [line for line in run("dmesg").splitlines()[mark:] if TROUBLE.search(line)]
+    return found + kernel_trouble(since)
 
 
 def main() -> int:
     """See above."""
     seconds, seed = float(sys.argv[1]), int(sys.argv[2])
-    mark = len(run("dmesg").splitlines())
     make_origin_at = HOME / "origin"
     stop = threading.Event()
     with stage() as bound:
@@ -394,14 +411,15 @@ def main() -> int:
             Load("SQLite on xfs", Database(xfs / "base.sqlite").once, stop),
             Load("git on xfs", clone(make_origin_at, xfs), stop),
         ]
+        since = time.time()
         for load in loads:
             load.start()
-        played = play(seconds, seed)
+        played = play(seconds, seed, loads, since)
         wrong = [told] if (told := whole_again()) else []
         stop.set()
         for load in loads:
             load.join(SETTLE_SECONDS)
-        wrong += verdict(bound, loads, mark)
+        wrong += verdict(bound, loads, since)
     print(
         json.dumps(
             {

@@ -97,7 +97,7 @@ class FakeKernel:
 
     def report(self, index: int) -> None:
         """Tell all who listen that a link of this device died."""
-        for sock in self.reports:
+        for sock in list(self.reports):
             with suppress(OSError):  # nobody listens there any more
                 sock.send(bytes([index]))
 
