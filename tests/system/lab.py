@@ -16,6 +16,9 @@ from tests.guest import Guest
 ATTACH_SECONDS = 90
 """Emulated guests on busy machines are slow; no test waits this long when all is well."""
 
+_OBJECTS = "busctl --json=short call org.nbdd1 /org/nbdd1 org.freedesktop.DBus.ObjectManager GetManagedObjects"
+_KERNEL_SAID = "the kernel said"
+
 _KERNEL_TROUBLE = re.compile(
     r"WARNING:|BUG:|Oops|blocked for more than|general protection|refcount_t|list_del corruption"
 )
@@ -136,15 +139,7 @@ class Lab:
 
     def devices(self) -> dict[str, dict[str, Any]]:
         """Every device's properties by name, from GetManagedObjects."""
-        reply = self.guest.run(
-            "busctl --json=short call org.nbdd1 /org/nbdd1 org.freedesktop.DBus.ObjectManager GetManagedObjects"
-        )
-        objects = json.loads(reply.stdout)["data"][0]
-        found = {}
-        for interfaces in objects.values():
-            properties = {key: value["data"] for key, value in interfaces["org.nbdd1.Device"].items()}
-            found[properties["Name"]] = properties
-        return found
+        return _devices(self.guest.run(_OBJECTS).stdout)
 
     def device(self, name: str) -> dict[str, Any]:
         """One device's properties."""
@@ -156,14 +151,23 @@ class Lab:
         get = f"busctl get-property org.nbdd1 {path} org.nbdd1.Device {prop} 2>&1"
         self.until(f"""[ "$({get})" = {shlex.quote(value)} ]""", seconds, what=f"{name}.{prop} = {value}")
 
-    def until(self, condition: str, seconds: float = ATTACH_SECONDS, *, what: str = "", unit: str = "") -> None:
+    def until(
+        self,
+        condition: str,
+        seconds: float = ATTACH_SECONDS,
+        *,
+        what: str = "",
+        unit: str = "",
+        first: str = ":",
+    ) -> None:
         """Wait until a shell condition holds in the guest; a failure shows what nbdd last said.
 
-        With a unit, the wait is over when that no longer runs, and a failure shows what it last said.
+        With a unit, the wait is over when that no longer runs, and a failure shows what it last said. `first` is a
+        shell command to run before.
         """
         alive = f" && systemctl is-active --quiet {unit}" if unit else ""
         end = f"end=$(($(date +%s) + {int(seconds)}))"
-        loop = f"{end}; until {condition}; do [ $(date +%s) -lt $end ]{alive} || exit 99; sleep 0.1; done"
+        loop = f"{first}; {end}; until {condition}; do [ $(date +%s) -lt $end ]{alive} || exit 99; sleep 0.1; done"
         done = self.guest.run(loop, check=False, timeout=seconds + 60)
         if done.returncode:
             failure = f"{unit or 'nbdd'}: not within {seconds} s: {what or condition}"
@@ -173,8 +177,9 @@ class Lab:
 
     def define(self, yaml: str) -> None:
         """Make this the whole configuration below devices.d, and reload."""
-        self.guest.write("/etc/nbdd/devices.d/test.yaml", yaml)
-        self.guest.run("systemctl reload nbdd", timeout=ATTACH_SECONDS)
+        self.guest.run(
+            "cat >/etc/nbdd/devices.d/test.yaml && systemctl reload nbdd", input=yaml.encode(), timeout=ATTACH_SECONDS
+        )
 
     def serve(self, command: str, uri: str, *, ready: str = "") -> Server:
         """Start a server as a unit of its own, in the foreground; `ready` is a shell condition, by default the port's.
@@ -188,10 +193,10 @@ class Lab:
         socket = re.search(r"socket=([^&]+)", uri)
         # What a server of an earlier test left there would look as if this one were ready.
         clear = f"rm -f {socket[1]}; " if socket else ""
-        self.guest.run(f"{clear}systemd-run --quiet --collect --unit={unit} -p KillMode=control-group {command}")
+        start = f"{clear}systemd-run --quiet --collect --unit={unit} -p KillMode=control-group {command}"
         self._servers.append(unit)
         default = f"[ -S {socket[1]} ]" if socket else f"ss -ltnH sport = :{self._port} | grep -q ."
-        self.until(ready or default, 60, what=command, unit=unit)
+        self.until(ready or default, 60, what=command, unit=unit, first=f"{start} || exit 98")
         return Server(unit, uri)
 
     def nbdkit(self, arguments: str = "memory 64M", export: str = "") -> Server:
@@ -216,13 +221,11 @@ class Lab:
 
     def kernel_log(self) -> list[str]:
         """What the kernel said since `mark`."""
-        log = self.guest.run("dmesg").stdout.splitlines()
-        start = log.index(self._log_mark) + 1 if self._log_mark in log else 0
-        return log[start:]
+        return self._since_mark(self.guest.run("dmesg").stdout)
 
     def kernel_trouble(self) -> list[str]:
         """Lines of it that no kernel should write."""
-        return [line for line in self.kernel_log() if _KERNEL_TROUBLE.search(line)]
+        return _trouble(self.kernel_log())
 
     def mark(self) -> None:
         """Begin: what the kernel said so far is not this test's."""
@@ -231,25 +234,53 @@ class Lab:
 
     def cleanup(self) -> None:
         """Put back what a test changed, and fail if nbdd or the kernel took harm."""
-        # Few commands: each costs an ssh, and this runs after every test.
-        self.guest.run(
-            "rm -f /etc/nbdd/devices.d/*; systemctl start nbdd;"
+        # One command, where all is well: each costs an ssh, and this runs after every test.
+        told = self.guest.run(
+            "{ rm -f /etc/nbdd/devices.d/*; systemctl start nbdd;"
             "for m in $(findmnt -rno SOURCE,TARGET | awk '/nbd/{print $2}'); do umount $m; done;"
-            "systemctl reload nbdd || :",
+            "systemctl reload nbdd; } >/dev/null;"
+            f'objects=$({_OBJECTS}); echo "$objects";'
+            f"case $objects in *org.nbdd1.Device*) ;; *) {self._stop_and_look()};; esac",
             timeout=ATTACH_SECONDS * 2,
-        )
-        for name, device in self.devices().items():
-            if device["State"] != "detached":
-                self.detach(name, "{'force': <true>}")
-        assert self.devices() == {}, "devices are left on the bus"
-        done = self.guest.run(
+        ).stdout
+        objects, _, left = told.partition("\n")
+        found = _devices(objects)
+        if found:
+            for name, device in found.items():
+                if device["State"] != "detached":
+                    self.detach(name, "{'force': <true>}")
+            assert self.devices() == {}, "devices are left on the bus"
+            left = self.guest.run(self._stop_and_look()).stdout
+        self._servers.clear()
+        left, _, log = left.partition(f"{_KERNEL_SAID}\n")
+        assert left == "", "devices are left bound, records are left, or workers"
+        assert _trouble(self._since_mark(log)) == []
+
+    def _stop_and_look(self) -> str:
+        """The shell commands that stop the servers, and tell what is left, and what the kernel said."""
+        return (
             f"systemctl stop {' '.join(self._servers)} 2>/dev/null; rm -f /run/server-*.sock;"
             "ls -d /sys/block/nbd*/pid 2>/dev/null;"
-            "ls -d /run/nbdd/devices/* /run/nbdd/udev/* 2>/dev/null; pgrep -xa 'nbdd:.*' || :"
+            "ls -d /run/nbdd/devices/* /run/nbdd/udev/* 2>/dev/null; pgrep -xa 'nbdd:.*';"
+            f"echo {_KERNEL_SAID}; dmesg"
         )
-        self._servers.clear()
-        assert done.stdout == "", "devices are left bound, records are left, or workers"
-        assert self.kernel_trouble() == []
+
+    def _since_mark(self, log: str) -> list[str]:
+        lines = log.splitlines()
+        start = lines.index(self._log_mark) + 1 if self._log_mark in lines else 0
+        return lines[start:]
+
+
+def _devices(objects: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for interfaces in json.loads(objects)["data"][0].values():
+        properties = {key: value["data"] for key, value in interfaces["org.nbdd1.Device"].items()}
+        found[properties["Name"]] = properties
+    return found
+
+
+def _trouble(log: list[str]) -> list[str]:
+    return [line for line in log if _KERNEL_TROUBLE.search(line)]
 
 
 def object_path(name: str) -> str:
