@@ -27,7 +27,7 @@ class Hints:
             return
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o755)
         draft = path.with_suffix(".new")
-        draft.write_text(properties(definition.name, definition.desktop), encoding="utf-8")
+        draft.write_text(properties(definition.desktop), encoding="utf-8")
         draft.replace(path)
 
     def remove(self, name: str) -> None:
@@ -38,14 +38,10 @@ class Hints:
         return self._directory / f"{name}.env"
 
 
-def properties(name: str, desktop: Desktop) -> str:
+def properties(desktop: Desktop) -> str:
     """The file: lines KEY="VALUE". udev knows no escapes there; the schema lets no quote and no line end in."""
     found = {
-        # Only what has a serial number is a drive for UDisks, and only a drive is at somebody's seat; mounting anything
-        # else takes an administrator (udisks2's filesystem-mount-other-seat).
-        "ID_SERIAL": name,
-        "ID_MODEL": desktop.name or name,
-        # Shown as the person's own. Mounting what is not the system's needs no password (udisks2's filesystem-mount).
+        # Shown as the person's own, and mounted without a password: desktop/org.nbdd1.rules.
         "UDISKS_SYSTEM": "0" if desktop.user_mountable else "1",
         # Whoever logs in first would own the mount, and with it wait for the server.
         "UDISKS_AUTO": "0",

@@ -42,10 +42,11 @@ class Seat:
         self._lab = lab
 
     def run(self, command: str, *, check: bool = True) -> Result:
-        """Run a command in a session that is local and active."""
+        """Run a command in a session that is local and active; systemd takes one $ of two."""
         place = f"-p TTYPath=/dev/tty{TERMINAL} -E XDG_SEAT=seat0 -E XDG_VTNR={TERMINAL}"
         kind = "-p User=visitor -p PAMName=runuser-l -E XDG_SESSION_TYPE=tty -E XDG_SESSION_CLASS=user -E LANG=C.UTF-8"
-        words = f"systemd-run --quiet --wait --collect --pipe {place} {kind} bash -c {shlex.quote(command)}"
+        quoted = shlex.quote(command.replace("$", "$$"))
+        words = f"systemd-run --quiet --wait --collect --pipe {place} {kind} bash -c {quoted}"
         return self._lab.guest.run(f"{to_front(TERMINAL)}; {words}", check=check, timeout=180)
 
 

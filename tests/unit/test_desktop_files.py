@@ -117,6 +117,7 @@ def test_every_file_is_installed_where_desktops_look() -> None:
         "nbdd-notify.service": "lib/systemd/user/nbdd-notify.service",
         "org.nbdd1.open.desktop": "share/applications/org.nbdd1.open.desktop",
         METAINFO: f"share/metainfo/{METAINFO}",
+        "org.nbdd1.rules": "share/polkit-1/rules.d/org.nbdd1.rules",
         "org.nbdd1.svg": "share/icons/hicolor/scalable/apps/org.nbdd1.svg",
     }
     installed = {Path(source).name: place for source, place in shared().items() if source.startswith("desktop/")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The example of a rule for polkit, run as polkitd runs it, by an engine for JavaScript that is at hand."""
+"""Rules for polkit, ours and the example, run as polkitd runs them, by an engine for JavaScript that is at hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-RULE = Path(__file__).resolve().parents[2] / "desktop" / "60-nbdd-group.rules"
+DESKTOP = Path(__file__).resolve().parents[2] / "desktop"
 ENGINES = ("duk", "node", "qjs", "js")
 
 # What polkitd gives to a rule (polkit(8), "AUTHORIZATION RULES"), as far as a rule like this one can see it.
@@ -35,13 +35,13 @@ say(JSON.stringify(questions.map(function(question) {
 """
 
 
-def answers(tmp_path: Path, questions: list[dict[str, object]]) -> list[object]:
+def answers(tmp_path: Path, rule: str, questions: list[dict[str, object]]) -> list[object]:
     """What the rule says to each question: "yes", or None where it leaves that to others."""
     engine = next(filter(shutil.which, ENGINES), None)
     if engine is None:
         pytest.skip(f"needs one of {', '.join(ENGINES)}: apt-get install duktape")
     script = tmp_path / "rule.js"
-    script.write_text(POLKITD + RULE.read_text() + f"var questions = {json.dumps(questions)};" + ASK)
+    script.write_text(POLKITD + (DESKTOP / rule).read_text() + f"var questions = {json.dumps(questions)};" + ASK)
     done = subprocess.run([engine, str(script)], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -74,4 +74,29 @@ def test_the_group_may_attach_and_detach_what_is_configured_and_nothing_else(tmp
         {**question("attach"), "action": "org.freedesktop.udisks2.filesystem-mount"},
         {**question("attach"), "action": "org.nbdd1.attach.evil"},
     ]
-    assert answers(tmp_path, allowed + left) == ["yes"] * len(allowed) + [None] * len(left)
+    assert answers(tmp_path, "60-nbdd-group.rules", allowed + left) == ["yes"] * len(allowed) + [None] * len(left)
+
+
+def mount(device: str | None, how: str = "-other-seat", **seat: bool) -> dict[str, object]:
+    details = {"device": device} if device is not None else {}
+    there = {"local": True, "active": True} | seat
+    return {"action": f"org.freedesktop.udisks2.filesystem-mount{how}", "details": details, "groups": [], **there}
+
+
+def test_the_person_at_the_machine_may_mount_a_network_disk_that_is_the_desktops_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    allowed = [mount("/dev/nbd0"), mount("/dev/nbd12p3")]
+    left = [
+        mount("/dev/nbd0", "-system"),
+        mount("/dev/nbd0", ""),
+        mount("/dev/sda1"),
+        mount("/dev/nbd0/../sda1"),
+        mount("/dev/nbd0\n/dev/sda"),
+        mount("/dev/nbd"),
+        mount(None),
+        mount("/dev/nbd0", local=False),
+        mount("/dev/nbd0", active=False),
+        question("attach"),
+    ]
+    assert answers(tmp_path, "org.nbdd1.rules", allowed + left) == ["yes"] * len(allowed) + [None] * len(left)
