@@ -15,6 +15,8 @@ import pytest
 from tests.guest.guest import Result
 from tests.system.lab import Lab, Server
 
+pytestmark = pytest.mark.quick_on("debian12")
+
 TREE = Path(__file__).resolve().parents[2]
 TERMINAL = 7
 """The virtual terminal that the person sits at."""

@@ -11,6 +11,8 @@ import pytest
 
 from tests.system.lab import ATTACH_SECONDS, Lab
 
+pytestmark = pytest.mark.quick_on("debian13")
+
 _GET = (
     "import urllib.request; print(urllib.request.urlopen('http://127.0.0.1:10819/metrics', timeout=60).read().decode())"
 )

@@ -5,7 +5,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.system.lab import Lab
+
+pytestmark = pytest.mark.quick_on("debian12")
 
 TESTS = Path(__file__).parents[2] / "debian" / "tests"
 

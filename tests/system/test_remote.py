@@ -10,6 +10,8 @@ import pytest
 
 from tests.system.lab import Lab
 
+pytestmark = pytest.mark.quick_on("debian12")
+
 PREPARE = """
 set -e
 rm -rf /root/far; mkdir -m 700 /root/far
