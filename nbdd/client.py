@@ -286,9 +286,9 @@ class Client:
 
     def set_blocks(self, number: int) -> None:
         """Set the size of the device, in blocks of the block size. See `set_size`."""
-        most = MAX_SIZE // self._block_size
-        number = _whole("A size", number, 1, most, f"blocks of {self._block_size} bytes")
-        self._resize(number * self._block_size, self._block_size)
+        block_size = self._current_block_size()
+        number = _whole("A size", number, 1, MAX_SIZE // block_size, f"blocks of {block_size} bytes")
+        self._resize(number * block_size, block_size)
 
     def set_size(self, size: int) -> None:
         """Set the size of the device in bytes, rounded down to a multiple of the block size.
@@ -297,7 +297,7 @@ class Client:
         does. That the server has so many bytes is not checked: what is beyond its end fails.
         Raises InvalidArgs; where a device is bound: Busy, NotAttached, ConnectFailed (its link is dead), KernelError.
         """
-        self._resize(_whole("A size", size, 1, MAX_SIZE, "bytes"), self._block_size)
+        self._resize(_whole("A size", size, 1, MAX_SIZE, "bytes"), self._current_block_size())
 
     def run(self, *, close_fds: bool = False) -> End:
         """Bind the device, serve it, and return when that is over, with the reason; the device is free then.
@@ -422,7 +422,7 @@ class Client:
         identify(node, bound_as, diskseq, pid)
         self.node, self._bound_as = node, bound_as
         self._diskseq, self._pid = node.diskseq, node.pid
-        self._size, self._block_size = node.size, node.block_size
+        self._size, self._block_size = node.size, 0
         self._sockets = list(sockets)
         return node
 
@@ -469,7 +469,7 @@ class Client:
             found = self._kernel().connect(
                 fds=[sock.fileno() for sock in self._sockets],
                 size=self._size,
-                block_size=self._block_size,
+                block_size=self._current_block_size(),
                 server_flags=self._flags,
                 timeout=self._timeout,
                 dead_timeout=self._dead_timeout or 0,
@@ -492,6 +492,10 @@ class Client:
                 if node not in known:
                     self._unbind(node)
             raise
+
+    def pace(self) -> None:
+        """Have the kernel look as often as `io_timeout` says, on an adopted device; not while a link is dead."""
+        self._pace(self._bound())
 
     def _pace(self, node: Node) -> None:
         """Have the kernel look as often as was asked for. Requests that it has got already keep their 30 s."""
@@ -594,6 +598,14 @@ class Client:
             self.drop_link(sock)
         if new:
             self.replace_links(new)
+
+    def _current_block_size(self) -> int:
+        # That of a device that was adopted is read when it is wanted, and not before: from Linux 6.12 on, whoever reads
+        # below queue/ waits for a write there, which waits for what is under way, which may wait for the very link that
+        # the device was adopted to be given.
+        if not self._block_size:
+            self._block_size = self._bound().block_size
+        return self._block_size
 
     def _resize(self, size: int, block_size: int) -> None:
         """Take a new geometry, and have the kernel take it where a device is bound. A size of 0 was never set."""

@@ -187,6 +187,8 @@ def mend(task: Task, tell: Tell) -> Answer:
     client = _ours(task, links)
     _offer(tell, links)
     _give(task, client, links)
+    # A timeout may have been set while there was no link.
+    client.pace()
     return {"uri": str(links.uri)}, ()
 
 
@@ -226,7 +228,9 @@ def refuse(task: Task, _tell: Tell) -> Answer:
 
 def set_timeout(task: Task, _tell: Tell) -> Answer:
     """Set the request timeout, live."""
-    client, _ = _adopted(task, task.notes)
+    # Its pace waits, from Linux 6.12 on, for all that is under way, and with a dead link for ever. The mend sees to it.
+    whole = task.notes["live"] >= task.notes["connections"]
+    client, _ = _adopted(task, task.notes, paced=whole)
     client.set_timeout(task.order["seconds"])
     return {}, ()
 
@@ -402,14 +406,14 @@ def _io_timeout(connections: int) -> int | None:
     return IO_TIMEOUT if connections == 1 else None
 
 
-def _adopted(task: Task, notes: Message) -> tuple[Client, Node]:
+def _adopted(task: Task, notes: Message, *, paced: bool = True) -> tuple[Client, Node]:
     """The device of the notes, if it is still that: else NotAttached."""
     definition = Definition.from_wire(task.definition)
     client = Client(
         task.name,
         timeout=definition.timeout,
         dead_timeout=definition.dead_timeout,
-        io_timeout=_io_timeout(notes.get("connections", 0)),
+        io_timeout=_io_timeout(notes.get("connections", 0)) if paced else None,
     )
     sockets = [socket.socket(fileno=fd) for fd in task.links]
     return client, client.adopt(notes["index"], **_identity(notes), sockets=sockets)
@@ -451,7 +455,8 @@ def _noted(node: Node, notes: Message) -> Message:
         "index": node.index,
         "node": node.path,
         "size": node.size,
-        "block-size": node.block_size,
+        # Not asked for again, where a link may be dead: see Client._current_block_size.
+        "block-size": notes.get("block-size") or node.block_size,
         "read-only": node.read_only,
         "diskseq": node.diskseq or 0,
         "pid": node.pid or 0,

@@ -328,3 +328,27 @@ def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, 
     assert [line for line in lab.kernel_log() if "I/O error" in line] == []
     for name in ("heavy", "light"):
         lab.detach(name)
+
+
+def test_a_timeout_that_is_changed_while_the_server_is_away_does_not_keep_the_device_from_being_mended(
+    lab: Lab,
+) -> None:
+    lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
+    server = file_server(lab)
+    lab.define(f"devices:\n  away:\n    uri: {server.uri}\n")
+    lab.attach("away")
+    node = lab.device("away")["Node"].removeprefix("/dev/")
+    lab.guest.run(f"{kill(server)} STOP")
+    # Under way when the server dies: from Linux 6.12 on, a write below queue/ waits for it, and every reader for that.
+    read = "dd if=/dev/disk/by-nbd/away of=/dev/null bs=4k count=8 iflag=direct status=none"
+    lab.guest.run(f"systemd-run -q --unit=reader {read}; until grep -q ' [1-9]' /sys/block/{node}/inflight; do :; done")
+    lab.guest.run(f"{kill(server)} KILL")
+    lab.wait_for("away", "State", 's "reconnecting"')
+    for seconds in (60, 0):
+        lab.call("SetTimeout", "'away'", f"uint32 {seconds}")
+    lab.guest.run(again(server))
+    lab.wait_for("away", "State", 's "attached"', 60)
+    lab.until("! systemctl -q is-active reader", 90)
+    assert lab.guest.run("systemctl is-failed reader || :").stdout == "inactive\n"
+    lab.until(f'[ "$(cat /sys/block/{node}/queue/io_timeout)" = 1000 ]', what="the pace is what it was")
+    lab.detach("away")

@@ -334,6 +334,9 @@ class FakeClient:
     def set_timeout(self, seconds: int) -> None:
         self._ask("timeout", seconds)
 
+    def pace(self) -> None:
+        pass
+
     def set_dead_timeout(self, seconds: int) -> None:
         self._ask("dead_timeout", seconds)
 
