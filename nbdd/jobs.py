@@ -60,8 +60,9 @@ EXCHANGE_PATIENCE = 30
 QUIET_INTERVAL = 0.002
 """Seconds between two looks for it."""
 
-LATE_SECONDS = 0.3
-"""For the kernel to say so, where it saw a link die later than we did: it was busy, or waited for a processor."""
+LATE_SECONDS = 1.0
+"""For the kernel to say so, where it saw a link die later than we did: it waited for a processor, which in a virtual
+machine may be away for long. I/O goes on meanwhile; only that all is well again is told later."""
 
 RESEND_SECONDS = 3.0
 """How long a moment with nothing under way is waited for, before a size is set: what was lost with the old link of a
