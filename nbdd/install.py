@@ -36,6 +36,7 @@ PLACES = {
     "share/fish/vendor_completions.d": "usr/local/share/fish/vendor_completions.d",
     # Debian's own name for it is searched below /usr/share alone.
     "share/zsh/vendor-completions": "usr/local/share/zsh/site-functions",
+    "share/polkit-1/rules.d": "etc/polkit-1/rules.d",
     # polkit reads actions here alone until release 124, which Debian 12 does not have.
     "share/polkit-1/actions": "usr/share/polkit-1/actions",
 }

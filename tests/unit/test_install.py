@@ -39,6 +39,7 @@ FILES = {
     "usr/local/share/dbus-1/interfaces/org.nbdd1.Manager.xml",
     "usr/local/share/dbus-1/system-services/org.nbdd1.service",
     "usr/share/polkit-1/actions/org.nbdd1.policy",
+    "etc/polkit-1/rules.d/org.nbdd1.rules",
 }
 
 Run = Callable[..., tuple[int, str, str]]
