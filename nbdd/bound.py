@@ -17,6 +17,7 @@ from nbdd.errand import Job
 from nbdd.errors import Busy, ConnectFailed, NotAttached, TimedOut, WorkerFailed
 from nbdd.jobs import RENEWALS, Task, mend, refuse
 from nbdd.kernel import LinkDeadMonitor
+from nbdd.kernel.sockets import dead
 from nbdd.link import why_ended
 from nbdd.loop import Loop
 from nbdd.offer import Offer
@@ -77,10 +78,10 @@ class Bound:
         # be: those that it needs not it drops, without a word.
         self._reports: LinkDeadMonitor | None = None
         self._unseen: set[int] = set()
-        if len(links) < notes["connections"] or any(map(_dead, links)):
+        if len(links) < notes["connections"] or any(map(dead, links)):
             with Client(name) as client:
                 self._reports = client.link_dead()
-            self._unseen.update(filter(_dead, links))
+            self._unseen.update(filter(dead, links))
         self._unsure = self._reports is not None
         self.resume()
 
@@ -411,12 +412,6 @@ class Bound:
         fields = {key: self.notes[key] for key in ("live", "reconnects", "uri", "size", "export")}
         waiting = {"lost": self.notes.get("lost", 0), "failing": self._refuser is not None}
         self._report_to({"event": "links", **fields, **waiting, **error}, self.links)
-
-
-def _dead(fd: int) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return bool(poll.poll(0))
 
 
 def _jittered(seconds: float) -> float:

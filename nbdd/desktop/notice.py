@@ -181,13 +181,17 @@ def _failing(device: Device, fails: float) -> Notice:
     )
 
 
+def _why(device: Device) -> str:
+    """The device's last error as one more sentence, if it had one."""
+    return f" {one_line(device.last_error.message)}" if device.last_error is not None else ""
+
+
 def _failed(device: Device) -> Notice:
-    why = f" {one_line(device.last_error.message)}" if device.last_error is not None else ""
     return Notice(
         Kind.FAILED,
         Notification(
             f"{title(device)} has failed",
-            f"Reading and writing fails until the server is back.{why}",
+            f"Reading and writing fails until the server is back.{_why(device)}",
             "dialog-error",
             Urgency.CRITICAL,
             "device.error",
@@ -197,12 +201,11 @@ def _failed(device: Device) -> Notice:
 
 
 def _gone(device: Device) -> Notice:
-    why = f" {one_line(device.last_error.message)}" if device.last_error is not None else ""
     return Notice(
         Kind.GONE,
         Notification(
             f"{title(device)} is gone",
-            f"The disk is not attached any more, and what was not written is lost.{why}",
+            f"The disk is not attached any more, and what was not written is lost.{_why(device)}",
             "dialog-error",
             Urgency.CRITICAL,
             "device.removed",

@@ -46,7 +46,12 @@ def check_socket(sock: socket.socket) -> None:
 
 def hung_up(sock: socket.socket) -> bool:
     """Whether nothing comes from the other end any more. Of one that is closed on our side nobody can tell: False."""
-    return sock.fileno() >= 0 and bool(_events(sock) & _DEAD)
+    return sock.fileno() >= 0 and dead(sock.fileno())
+
+
+def dead(fd: int) -> bool:
+    """Whether nothing comes from the other end of this descriptor of a socket any more."""
+    return bool(_events(fd) & _DEAD)
 
 
 def unread(sock: socket.socket) -> int:
@@ -56,7 +61,7 @@ def unread(sock: socket.socket) -> int:
     return number[0]
 
 
-def _events(sock: socket.socket) -> int:
+def _events(sock: socket.socket | int) -> int:
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     return next((events for _, events in poll.poll(0)), 0)

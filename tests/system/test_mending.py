@@ -45,11 +45,11 @@ def kill(server: Server) -> str:
     return f"systemctl kill {server.unit} --signal"
 
 
-def waiting(lab: Lab, device: str, record: str, seconds: float, server: Server) -> dict[str, Any]:
+def waiting(lab: Lab, device: str, link: str, seconds: float, server: Server) -> dict[str, Any]:
     """See waiting.py."""
     lab.guest.put(Path(__file__).with_name("waiting.py"), "/run/waiting.py")
     done = lab.guest.run(
-        f"python3 /run/waiting.py {device} '{record}' {seconds} '{kill(server)}' '{again(server)}'", timeout=200
+        f"python3 /run/waiting.py {device} '{link}' {seconds} '{kill(server)}' '{again(server)}'", timeout=200
     )
     told: dict[str, Any] = json.loads(done.stdout)
     return told
@@ -62,7 +62,7 @@ def test_what_was_under_way_is_done_soon_after_the_link_is_back(lab: Lab, show: 
     lab.attach("soon")
     node = lab.device("soon")["Node"].removeprefix("/dev/")
     assert lab.guest.run(f"cat /sys/block/{node}/queue/io_timeout").stdout == "1000\n"
-    told = waiting(lab, f"/dev/{node}", "/run/nbdd/devices/soon.json", 1, server)
+    told = waiting(lab, f"/dev/{node}", f"{node}: reconnected socket", 1, server)
     assert [told[which]["error"] for which in ("early", "late")] == ["", ""], told
     # Later ones wait for a link; the early one for the kernel's look, once a second.
     assert told["early"]["after the link was back"] <= 1.5, told
@@ -101,7 +101,8 @@ def test_what_was_under_way_on_several_connections_or_with_a_timeout_waits_for_t
     for keys, timer in list(cases.items())[: times(2, 3)]:
         lab.define(f"devices:\n  timed: {{uri: '{server.uri}', {keys}}}\n")
         lab.attach("timed")
-        told = waiting(lab, "/dev/disk/by-nbd/timed", "/run/nbdd/devices/timed.json", 1, server)
+        node = lab.device("timed")["Node"].removeprefix("/dev/")
+        told = waiting(lab, f"/dev/{node}", f"{node}: reconnected socket", 1, server)
         early = told["early"]["after the kill"]
         show(
             f"{release}: with {keys}, of two reads at a kill the one under way is done {early} s after it,"

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Runs in a guest: what becomes of reads whose server is away. Prints one JSON object.
 
-    waiting.py DEVICE RECORD SECONDS COMMAND_TO_STOP COMMAND_TO_START
+    waiting.py DEVICE LINK SECONDS COMMAND_TO_STOP COMMAND_TO_START
 
 A read is sent to a server that is stopped, so that it is under way when the server is killed; another one comes
-after that. The server is started again after SECONDS. RECORD is nbdd's record of the device, "" for another's device.
+after that. The server is started again after SECONDS. LINK is what the kernel says when it has taken a new link, "" for
+what is never given one. Not what nbdd tells: it waits a second before it does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 LIMIT = 120.0
@@ -47,9 +50,18 @@ def in_flight(device: str) -> int:
     return sum(map(int, Path(f"/sys/block/{name}/inflight").read_text().split()))
 
 
+def lines(log: int) -> Iterator[str]:
+    """What the kernel has said since it was asked last."""
+    with suppress(BlockingIOError):
+        while True:
+            yield os.read(log, 8192).decode(errors="replace")
+
+
 def main() -> None:
     """See above."""
-    device, record, seconds, stop, start = sys.argv[1:]
+    device, link, seconds, stop, start = sys.argv[1:]
+    log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    os.lseek(log, 0, os.SEEK_END)
     subprocess.run(f"{stop} STOP", shell=True, check=True)
     early = Read(device, 0)
     while not in_flight(device):
@@ -60,12 +72,12 @@ def main() -> None:
     back = None
     started = None
     while time.monotonic() < killed + LIMIT and (
-        early.ended is None or late.ended is None or (record and started and back is None)
+        early.ended is None or late.ended is None or (link and started and back is None)
     ):
         if started is None and time.monotonic() >= killed + float(seconds):
             subprocess.run(start, shell=True, check=True)
             started = time.monotonic()
-        if started and back is None and record and json.loads(Path(record).read_text())["binding"]["live"]:
+        if back is None and link and any(link in line for line in lines(log)):
             back = time.monotonic()
         time.sleep(0.005)
 

@@ -11,7 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +31,7 @@ from nbdd.metrics.families import OPENMETRICS, PLAIN, open_text, text
 from nbdd.metrics.gather import Snapshot, gather
 from nbdd.metrics.server import HEAD_BYTES, MAX_CLIENTS, Server
 from tests.unit.busd import run
-from tests.unit.fake_manager import ABSENT, DEADLINE, PRESENT, FakeManager, private_bus
+from tests.unit.fake_manager import ABSENT, DEADLINE, PRESENT, FakeManager
 
 NO_AUTOSTART = 2
 COUNTS = {
@@ -41,23 +41,10 @@ COUNTS = {
 LABELS = {"device": "backup"}
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with private_bus(tmp_path_factory.mktemp("bus")) as (address, _):
-        yield address
-
-
 @pytest.fixture
-def no_service(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-
-
-@pytest.fixture
-def fake(address: str, no_service: None) -> Iterator[FakeManager]:  # noqa: ARG001
-    with FakeManager(address) as manager:
-        manager.devices["backup"] = PRESENT | {"Name": "backup"}
-        manager.replies["GetStatistics"] = ("a{st}", [COUNTS])
-        yield manager
+def fake(fake: FakeManager) -> FakeManager:
+    fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
+    return fake
 
 
 def families(snapshot: Snapshot) -> dict[str, Metric]:

@@ -28,7 +28,7 @@ from nbdd.link import open_links
 from nbdd.transport import Deadline
 from tests.unit.fake_kernel import SECONDS, FakeKernel
 from tests.unit.servers import MIB, Server, offers
-from tests.unit.test_worker import MULTI, NAME, SILENT, Boss, Nursery, cut, in_turn, until, wire
+from tests.unit.test_worker import MULTI, NAME, SILENT, Boss, Nursery, cut, hiring, in_turn, until, wire
 
 
 class SlotKernel(FakeKernel):
@@ -96,16 +96,8 @@ def kernel() -> Iterator[SlotKernel]:
 @pytest.fixture
 def hire(kernel: SlotKernel) -> Iterator[Callable[[], Boss]]:
     nursery = Nursery(kernel)
-    bosses: list[Boss] = []
-
-    def make() -> Boss:
-        bosses.append(Boss(nursery))
-        return bosses[-1]
-
-    yield make
-    for boss in bosses:
-        boss.dismiss()
-    kernel.clean()
+    with hiring(kernel, nursery) as make:
+        yield make
     nursery.close()
 
 

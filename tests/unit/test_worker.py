@@ -228,11 +228,9 @@ def kernel(computer: tuple[FakeKernel, Nursery]) -> FakeKernel:
     return computer[0]
 
 
-@pytest.fixture
-def hire(computer: tuple[FakeKernel, Nursery]) -> Iterator[Callable[[], Boss]]:
-    """Makes workers, and proves that nothing is left of them in the end."""
-    kernel, nursery = computer
-    before = open_fds()
+@contextlib.contextmanager
+def hiring(kernel: FakeKernel, nursery: Nursery) -> Iterator[Callable[[], Boss]]:
+    """What makes workers; they are dismissed in the end, and the kernel cleaned."""
     bosses: list[Boss] = []
 
     def make() -> Boss:
@@ -243,6 +241,15 @@ def hire(computer: tuple[FakeKernel, Nursery]) -> Iterator[Callable[[], Boss]]:
     for boss in bosses:
         boss.dismiss()
     kernel.clean()
+
+
+@pytest.fixture
+def hire(computer: tuple[FakeKernel, Nursery]) -> Iterator[Callable[[], Boss]]:
+    """Makes workers, and proves that nothing is left of them in the end."""
+    kernel, nursery = computer
+    before = open_fds()
+    with hiring(kernel, nursery) as make:
+        yield make
     assert open_fds() <= before
 
 
