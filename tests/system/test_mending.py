@@ -67,6 +67,7 @@ def test_what_was_under_way_is_done_soon_after_the_link_is_back(lab: Lab, show: 
     # Later ones wait for a link; the early one for the kernel's look, once a second.
     assert told["early"]["after the link was back"] <= 1.5, told
     show(f"a request under way at a kill, done after the link was back: {told['early']['after the link was back']} s")
+    lab.wait_for("soon", "State", 's "attached"')
     assert lab.device("soon")["Reconnects"] == 1
     lab.call("SetTimeout", "'soon'", "uint32 7")
     assert lab.guest.run(f"cat /sys/block/{node}/queue/io_timeout").stdout == "7000\n"
