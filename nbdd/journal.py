@@ -48,6 +48,8 @@ class JournalHandler(logging.Handler):
         # No journald, however slow, keeps the manager's loop waiting.
         self._socket.setblocking(False)
         self._stderr = stderr_handler()
+        # Else logging.basicConfig gives it one that puts level and logger in front, which the journal has as fields.
+        self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one entry."""

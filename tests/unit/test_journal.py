@@ -80,6 +80,19 @@ def test_an_entry_keeps_its_lines_and_what_no_encoding_holds(journald: Journald)
     assert found == {"MESSAGE": "one\ntwo\nMESSAGE=three ?", "PRIORITY": "3", "SYSLOG_IDENTIFIER": "nbdd"}
 
 
+def test_an_entry_is_what_was_said_and_nothing_in_front(journald: Journald, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    monkeypatch.setattr(journal, "_stderr_is_the_journal", lambda: True)
+    monkeypatch.setattr(journal, "JournalHandler", lambda: JournalHandler(str(journald.path)))
+    journal.log_to_journal(logging.INFO)
+    DeviceLog(logging.getLogger("nbdd.device"), "backup").info("said")
+    assert journald.entry()["MESSAGE"] == "backup: said"
+    for handler in root.handlers:
+        handler.close()
+
+
 def test_levels_become_priorities(journald: Journald, log: logging.Logger) -> None:
     for level in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
         log.log(level, "x")
