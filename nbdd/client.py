@@ -625,7 +625,7 @@ class Client:
                 self._kernel().reconfigure(node.index, backend=self._bound_as, size=rounded, block_size=block_size)
             # udev looks at the device again. Whoever opens it while it is open works with the block size that it had
             # when it was opened first (block/bdev.c), and gets errors.
-            settle(node, SETTLE_SECONDS, scan=False)
+            settle(node, SETTLE_SECONDS, new=False)
             if (node.size, node.block_size) != (rounded - rounded % MIN_BLOCK_SIZE, block_size):
                 raise KernelError(
                     f"The kernel was asked for {rounded} bytes in blocks of {block_size} on {node.path}, and has "

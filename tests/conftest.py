@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,21 +126,19 @@ def guest(release: str, nbdd_deb: Path, request: pytest.FixtureRequest) -> Guest
 def clean_guest(release: str, request: pytest.FixtureRequest) -> CleanGuest:
     """Call it for a freshly booted guest of the test's own: `clean_guest()`, or `clean_guest(bare=True)` without nbdd.
 
-    Other keywords (`memory`, `cpus`) go to `Guest`.
+    Other keywords (`memory`, `cpus`, `sees_host`) go to `Guest`.
     """
 
-    def make(*, bare: bool = False, memory: int = 2048, cpus: int = 2) -> Guest:
+    def make(*, bare: bool = False, **more: Any) -> Guest:
         package = None if bare else request.getfixturevalue("nbdd_deb")
-        return _make(request, release, package, memory=memory, cpus=cpus)
+        return _make(request, release, package, **more)
 
     return make
 
 
-def _make(
-    request: pytest.FixtureRequest, release: str, package: Path | None, *, memory: int = 2048, cpus: int = 2
-) -> Guest:
+def _make(request: pytest.FixtureRequest, release: str, package: Path | None, **more: Any) -> Guest:
     live = request.config.stash[_LIVE]
-    made = Guest(release, memory=memory, cpus=cpus)
+    made = Guest(release, **more)
 
     def end() -> None:
         live.remove(made)

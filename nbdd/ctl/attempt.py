@@ -13,7 +13,7 @@ from typing import IO, Any
 from nbdd.bus.client import Client, Event, Kind
 from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean, fit
-from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice
+from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice, ServerError
 from nbdd.uri import URI
 
 _FIELDS_OF_OPTIONS = {
@@ -28,6 +28,9 @@ _FIELDS_OF_OPTIONS = {
 PATIENCE = 0.7
 """Seconds after which a person begins to wonder; until then nothing is said."""
 
+RETRY = 1.0
+"""Seconds between two tries of an attach that may wait for its server."""
+
 
 def is_uri(target: str) -> bool:
     """Whether a command's NAME|URI means a URI. A name may hold a colon, but no such beginning."""
@@ -36,10 +39,17 @@ def is_uri(target: str) -> bool:
 
 
 class Attempt:
-    """Attaches `target`, a name or a URI, and tells on `terminal` how it goes."""
+    """Attaches `target`, a name or a URI, and tells on `terminal` how it goes.
 
-    def __init__(self, target: str, options: Mapping[str, bool | int | str], terminal: IO[str] | None) -> None:
+    A server that can't be had is asked again for `wait` seconds.
+    """
+
+    def __init__(
+        self, target: str, options: Mapping[str, bool | int | str], terminal: IO[str] | None, *, wait: float = 0
+    ) -> None:
         self._target = target
+        self._wait = wait
+        self._waited = False
         self._options = dict(options)
         self._uri = is_uri(target)
         self._terminal = terminal
@@ -62,6 +72,12 @@ class Attempt:
             if self._terminal is not None:
                 await self._watch(client, call, self._terminal)
             path = await call
+        except AlreadyAttached:
+            # By the service, which keeps trying by itself what is to be attached at boot.
+            there = await self.existing(client) if self._waited else None
+            if there is None:
+                raise
+            return there
         finally:
             call.cancel()
             self._wipe()
@@ -92,6 +108,18 @@ class Attempt:
         return device
 
     async def _attach(self, client: Client) -> str:
+        end = self._started + self._wait
+        while True:
+            try:
+                return await self._ask(client)
+            except ServerError:
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise
+                self._waited = True
+                await asyncio.sleep(min(left, RETRY))
+
+    async def _ask(self, client: Client) -> str:
         if self._uri:
             return await client.attach_uri(self._target, self._options)
         return await client.attach(self._target, self._options)

@@ -102,9 +102,16 @@ def cli(context: click.Context) -> None:
 @click.option(
     "--block-size", metavar="BYTES", type=count, help="The logical block size, a power of two from 512 to 65536."
 )
+@click.option(
+    "--wait",
+    metavar="SECONDS",
+    type=number,
+    default=0,
+    help="How long to ask again for a server that can't be had; 0 by default.",
+)
 @click.option("--if-needed", is_flag=True, help="Succeed if it is attached already.")
 @as_json
-def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
+def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any) -> None:
     """Attach a device that is defined under NAME, or the export at URI.
 
     Ends when the block device is usable. Options override the definition until the device is detached.
@@ -120,7 +127,7 @@ def attach(target: str, if_needed: bool, as_json: bool, **given: Any) -> None:
         raise click.UsageError("--name goes with a URI only; a definition has its name.")
     if "/" in target and not is_uri(target):
         raise InvalidURI(f"{target} is neither a name nor a URI; perhaps nbd://{target.lstrip('/')} is meant.")
-    attempt = Attempt(target, options, terminal())
+    attempt = Attempt(target, options, terminal(), wait=wait)
 
     async def action(client: Client) -> Device:
         try:

@@ -70,7 +70,7 @@ def release(
     # The kernel drops the partitions of the dead device on the next open, which needs no server.
     with suppress(KernelError, TimedOut):
         udev.scan_partitions(node, left)
-    udev.settle(node, left, scan=False)
+    udev.settle(node, left, new=False)
     return []
 
 

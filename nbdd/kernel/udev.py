@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Wait until udev has done with a device: its partitions known, its links made or gone.
 
-How it is known: a `change` with a token of ours is written into the device's `uevent` file
+How it is known: an event with a token of ours is written into the device's `uevent` file
 (Documentation/ABI/testing/sysfs-uevent). The kernel sends it to udevd, which handles the events of a disk and its
 partitions in order and then sends them on, the token still in them, to the multicast group that libudev reads.
 So when ours comes back, everything before it is done too. It also cures Linux 6.1, where the uevent of CONNECT
 comes before the `backend` file that the rule for the links wants to read.
+
+For a disk that was just bound it is an `add`, as if it had been plugged in; for all else a `change`. The kernel's own
+event is a `change`, as the node was there before, and upon that LVM activates no volume and mdadm assembles no array
+(69-lvm.rules, 64-md-raid-assembly.rules).
 """
 
 from __future__ import annotations
@@ -124,21 +128,21 @@ def settle(
     node: Node,
     seconds: float,
     *,
-    scan: bool = True,
+    new: bool = True,
     nudge: Callable[[], None] | None = None,
     control: str = CONTROL,
     monitor: Monitor | None = None,
 ) -> bool:
     """Return True when udev has handled everything that happened to the disk and its partitions so far.
 
-    With `scan` the node is opened once first, since the kernel looks for partitions on the first open. That reads
+    A `new` disk's node is opened once first, since the kernel looks for partitions on the first open. That reads
     through the server and may hang for good: then TimedOut is raised after `seconds`, and DISCONNECT frees the
     thread that is left waiting. `nudge` is called after two seconds of that, and again and again while udev is waited
     for: the place to end a device whose server is gone. Returns False where udev needs longer than `seconds`, True at
     once where no udevd runs. Raises KernelError where the device is gone or we lack the rights.
     """
     end = time.monotonic() + seconds
-    if scan:
+    if new:
         scan_partitions(node, seconds, nudge=nudge)
     if not os.path.exists(control):
         return True
@@ -150,7 +154,11 @@ def settle(
             if not wanted:
                 return True
             tokens = {name: new_token() for name in wanted}
-            pending = {token: name for name, token in tokens.items() if trigger(node, name, token)}
+            pending = {
+                token: name
+                for name, token in tokens.items()
+                if trigger(node, name, token, "add" if new and name == node.name else "change")
+            }
             left = _wait(events, node, pending, end, nudge)
             if left and time.monotonic() >= end:
                 return False
@@ -180,11 +188,11 @@ def _wait(
     return set(pending.values())
 
 
-def trigger(node: Node, name: str, token: str) -> bool:
-    """Send `change` with `token` for the disk or a partition; False where it is gone."""
+def trigger(node: Node, name: str, token: str, action: str) -> bool:
+    """Send `add` or `change` with `token` for the disk or a partition; False where it is gone."""
     try:
         with open(_uevent(node, name), "r+b", buffering=0) as file:
-            file.write(b"change " + token.encode())
+            file.write(f"{action} {token}".encode())
     except OSError as error:
         if error.errno in {errno.ENOENT, errno.ENODEV, errno.ENXIO}:
             return False

@@ -80,7 +80,9 @@ class Device:
         """Start the server, if it does not run."""
         image = HOME / f"{self.name}.img"
         command = self.server.format(port=self.port, image=image, name=self.name)
-        run(f"systemctl is-active -q {self.unit} || systemd-run -q --collect --unit={self.unit} {command}", check=False)
+        # What we kill comes back when we say so; what dies by itself (nbdkit, over an assertion of its own) at once.
+        unit = f"--unit={self.unit} -p Restart=on-abort -p RestartPreventExitStatus=SIGKILL -p StartLimitIntervalSec=0"
+        run(f"systemctl is-active -q {self.unit} || systemd-run -q --collect {unit} {command}", check=False)
 
 
 DEVICES = (

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from tests.guest.errors import GuestError
-from tests.guest.guest import Guest, Result
+from tests.guest.guest import HOST, Guest, Result
 from tests.guest.image import ensure
 from tests.guest.recipe import RELEASES
 
-__all__ = ["RELEASES", "Guest", "GuestError", "Result", "ensure"]
+__all__ = ["HOST", "RELEASES", "Guest", "GuestError", "Result", "ensure"]

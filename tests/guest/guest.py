@@ -24,6 +24,10 @@ BOOT_SECONDS = 600.0
 """A boot takes 10 s under TCG on two idle cores, and was seen to take 130 s where ten processes wanted them."""
 
 
+HOST = "10.0.2.2"
+"""The host's 127.0.0.1, as seen by a guest that may see it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a command in the guest came to."""
@@ -43,9 +47,21 @@ class Guest:
     Entering boots it, leaving kills it and removes its files, but for those in a `workdir` that was given.
     """
 
-    def __init__(self, release: str, workdir: Path | None = None, *, memory: int = 2048, cpus: int = 2) -> None:
-        """Name the release (`debian12`, `debian13`); console log and overlay go to `workdir`; `memory` is in MiB."""
+    def __init__(
+        self,
+        release: str,
+        workdir: Path | None = None,
+        *,
+        memory: int = 2048,
+        cpus: int = 2,
+        sees_host: bool = False,
+    ) -> None:
+        """Name the release (`debian12`, `debian13`); console log and overlay go to `workdir`; `memory` is in MiB.
+
+        One that `sees_host` reaches what listens on this machine's 127.0.0.1 as `HOST`.
+        """
         self.release = release
+        self._sees_host = sees_host
         self._memory = memory
         self._cpus = cpus
         # A Unix socket's path holds 107 bytes: the sockets get a short directory of their own.
@@ -101,7 +117,15 @@ class Guest:
             argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self._image.disk)]
             host.command([*argv, str(self._overlay)], "making the guest's disk", timeout=60)
         self._drop_qemu()
-        self._qemu = Qemu(self._image, self._overlay, self.console_log, self._run, memory=self._memory, cpus=self._cpus)
+        self._qemu = Qemu(
+            self._image,
+            self._overlay,
+            self.console_log,
+            self._run,
+            memory=self._memory,
+            cpus=self._cpus,
+            sees_host=self._sees_host,
+        )
         with stage(f"{self.release}: booting ({self.accelerator})"):
             self._wait_up(time.monotonic() + timeout)
 

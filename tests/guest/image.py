@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from tests.guest.recipe import (
     INITRD_INIT,
     INITRD_MODULES,
     MASKED,
-    PACKAGES,
     RELEASES,
     USER,
     Recipe,
@@ -131,7 +130,7 @@ def _build(wanted: Recipe, image: Image) -> None:
             "kernel": kernel_release,
             "built": int(time.time()),
             "seconds": round(time.monotonic() - start, 1),
-            "packages": _versions(root),
+            "packages": _versions(root, wanted.packages),
         }
         (result / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         result.rename(image.directory)
@@ -150,7 +149,7 @@ def _bootstrap(wanted: Recipe, root: Path) -> None:
         # Whatever mmdebstrap mounts goes with it, even if it is killed: nothing of the host is left under `root`.
         *("unshare", "--mount", "mmdebstrap", "--mode=root", "--variant=apt", "--format=directory"),
         f"--keyring={host.KEYRING}",
-        f"--include={','.join(PACKAGES)}",
+        f"--include={','.join(wanted.packages)}",
         *(f"--dpkgopt={option}" for option in DPKG_OPTIONS),
         *(f"--aptopt={option}" for option in host.apt_options()),
         *(wanted.suite, str(root), *sources),
@@ -271,10 +270,10 @@ def _make_disk(root: Path, disk: Path) -> None:
     host.command([*argv, str(disk), f"{DISK_GIB}G"], "writing the root disk", timeout=600)
 
 
-def _versions(root: Path) -> dict[str, str]:
+def _versions(root: Path, packages: Collection[str]) -> dict[str, str]:
     argv = ["dpkg-query", f"--admindir={root}/var/lib/dpkg", "-W", "-f", "${Package} ${Version}\\n"]
     lines = host.command(argv, "listing the packages", timeout=60).splitlines()
-    return dict(line.split(" ", 1) for line in lines if line.partition(" ")[0] in PACKAGES)
+    return dict(line.split(" ", 1) for line in lines if line.partition(" ")[0] in packages)
 
 
 def _chroot(root: Path, *argv: str) -> None:

@@ -88,7 +88,9 @@ class Qemu:
     Start it from a thread that outlives it: Linux sends the parent-death signal when the starting *thread* ends.
     """
 
-    def __init__(self, image: Image, overlay: Path, console: Path, run: Path, *, memory: int, cpus: int) -> None:
+    def __init__(
+        self, image: Image, overlay: Path, console: Path, run: Path, *, memory: int, cpus: int, sees_host: bool
+    ) -> None:
         """Start it; `run` is a private directory with a short name for its sockets, `memory` is in MiB."""
         self.accelerator = accelerator(image)
         self.console = console
@@ -99,8 +101,10 @@ class Qemu:
             *("-kernel", str(image.kernel), "-initrd", str(image.initrd), "-append", KERNEL_COMMAND_LINE),
             *("-drive", f"file={overlay},if=none,id=root,format=qcow2,cache=unsafe,discard=unmap"),
             *("-device", "virtio-blk-pci,drive=root"),
-            # Port 0: the kernel picks a free one, and QEMU tells which. Nothing of the guest gets out.
-            *("-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22", "-device", "virtio-net-pci,netdev=net"),
+            # Port 0: the kernel picks a free one, and QEMU tells which. Nothing of the guest gets out; without a route
+            # and names, one that may see its host reaches that alone.
+            *("-netdev", f"user,id=net,restrict={'off' if sees_host else 'on'},hostfwd=tcp:127.0.0.1:0-:22"),
+            *("-device", "virtio-net-pci,netdev=net"),
             *("-device", "virtio-rng-pci"),
             *("-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console"),
             *("-chardev", f"socket,id=ready,path={run}/ready,server=on,wait=off", "-serial", "chardev:ready"),

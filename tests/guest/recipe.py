@@ -22,12 +22,17 @@ _SYSTEM = (
     "init-system-helpers less libglib2.0-bin jq"
 )
 _SERVERS = "nbdkit nbd-server nbd-client qemu-utils libnbd-bin"
-_STORAGE = "e2fsprogs xfsprogs parted fdisk gdisk dmsetup lvm2 mdadm cryptsetup-bin fio git"
+_STORAGE = "e2fsprogs xfsprogs parted fdisk gdisk dmsetup lvm2 mdadm cryptsetup-bin fio git apparmor"
 # The packages that nbdd's own .deb depends on or recommends: a guest has no network to fetch them from.
 _PYTHON = "python3 python3-dbus-next python3-sdnotify python3-yaml python3-jsonschema python3-click python3-rich"
 _METRICS = "python3-prometheus-client"
 
 PACKAGES: tuple[str, ...] = tuple(sorted(f"{_SYSTEM} {_SERVERS} {_STORAGE} {_PYTHON} {_METRICS}".split()))
+"""What every guest has."""
+
+# What reads /etc/crypttab left the package systemd after Debian 12.
+MORE_PACKAGES: dict[str, tuple[str, ...]] = {"debian12": (), "debian13": ("systemd-cryptsetup",)}
+"""What a guest of one release has besides."""
 
 DPKG_OPTIONS: tuple[str, ...] = (
     # A virtual machine's drivers only. The last line that matches a file decides.
@@ -145,7 +150,7 @@ MASKED: tuple[str, ...] = (
     *("systemd-boot-random-seed.service", "systemd-hwdb-update.service", "nbd-client.service", "rc-local.service"),
     *("sys-kernel-debug.mount", "sys-kernel-tracing.mount", "dev-hugepages.mount", "dev-mqueue.mount"),
     *("systemd-network-generator.service", "systemd-networkd.service", "systemd-networkd.socket"),
-    *("dm-event.service", "dm-event.socket"),
+    *("dm-event.service", "dm-event.socket", "apparmor.service"),
     *("systemd-networkd-persistent-storage.service", "lvm2-monitor.service", "systemd-binfmt.service"),
     *("proc-sys-fs-binfmt_misc.automount", "sys-fs-fuse-connections.mount", "sys-kernel-config.mount"),
     *("modprobe@drm.service", "modprobe@configfs.service", "modprobe@fuse.service", "systemd-sysext.socket"),
@@ -182,9 +187,14 @@ class Recipe:
     """The Debian suite, such as `trixie`."""
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """What is installed, besides what Debian cannot do without."""
+        return (*PACKAGES, *MORE_PACKAGES.get(self.release, ()))
+
+    @property
     def digest(self) -> str:
         """Twelve hex digits that change with the recipe; the mirror's day is no part of it."""
-        parts = [self.release, self.suite, DISK_GIB, PACKAGES, DPKG_OPTIONS, INITRD_MODULES, INITRD_INIT, FILES]
+        parts = [self.release, self.suite, DISK_GIB, self.packages, DPKG_OPTIONS, INITRD_MODULES, INITRD_INIT, FILES]
         text = json.dumps([*parts, MASKED, ENABLED, DEFAULT_TARGET, USER], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -119,6 +119,22 @@ def test_attach_if_needed_of_a_uri_is_not_content_with_another_export_of_that_na
     assert run("attach", "--if-needed", "nbd://storage.example/backup", "--name", "other")[0] == 1
 
 
+def test_attach_with_wait_asks_again_for_a_server_that_can_not_be_had(fake: FakeManager, run: Run) -> None:
+    fake.errors["Attach"] = ("org.nbdd1.Error.ConnectFailed", "Connection refused.")
+    assert run("attach", "--wait=1", "backup") == (1, "", "nbdctl: Connection refused.\n")
+    assert len([call for call in fake.calls if call.member == "Attach"]) == 2
+    fake.errors["Attach"] = ("org.nbdd1.Error.NoSuchDevice", "No device is named backup.")
+    assert run("attach", "--wait=60", "backup")[0] == 1, "nothing that time will mend"
+    fake.errors["Attach"] = ("org.nbdd1.Error.ConnectFailed", "Connection refused.")
+    fake.calls.clear()
+    with subprocess.Popen([*NBDCTL, "attach", "backup", "--wait=60"], stdout=-1, stderr=-1, text=True) as process:
+        fake.wait_for("Attach")
+        # The service, which tries by itself, was quicker.
+        fake.errors["Attach"] = ("org.nbdd1.Error.AlreadyAttached", "backup is attached already.")
+        out, err = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, out, err) == (0, "backup is /dev/nbd0, 10 GiB, from nbd://storage.example/backup\n", "")
+
+
 def test_interrupting_an_attach_says_that_the_service_goes_on(fake: FakeManager) -> None:
     fake.held.add("Attach")
     with subprocess.Popen([*NBDCTL, "attach", "backup"], stdout=-1, stderr=-1, text=True) as process:

@@ -37,6 +37,7 @@ class Udevd:
         ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.monitor = udev.Monitor(ours)
         self.handled: list[str] = []
+        self.actions: list[str] = []
         self.drop: set[str] = set()
         self.on_handled: Callable[[str], None] = lambda _name: None
 
@@ -46,8 +47,9 @@ class Udevd:
         (directory / "uevent").touch()
         (directory / "partition").write_text(f"{number}\n")
 
-    def trigger(self, _node: Node, name: str, token: str) -> bool:
+    def trigger(self, _node: Node, name: str, token: str, action: str) -> bool:
         self.handled.append(name)
+        self.actions.append(action)
         self.on_handled(name)
         if name not in self.drop:
             self._theirs.send(packet(udev.new_token()))
@@ -77,6 +79,15 @@ def test_it_is_settled_when_disk_and_partitions_came_back(udevd: Udevd) -> None:
     udevd.partition(2)
     assert run(udevd)
     assert udevd.handled == ["nbd0", "nbd0p1", "nbd0p2"]
+
+
+@pytest.mark.parametrize(("new", "action"), [(True, "add"), (False, "change")])
+def test_a_disk_that_was_bound_is_told_as_one_that_was_plugged_in_as_lvm_and_mdadm_wait_for_that(
+    udevd: Udevd, new: bool, action: str
+) -> None:
+    udevd.partition(1)
+    assert settle(udevd.node, 10, new=new, control=str(udevd.control), monitor=udevd.monitor)
+    assert udevd.actions == [action, "change"]
 
 
 def test_partitions_that_appear_meanwhile_are_waited_for(udevd: Udevd) -> None:
@@ -195,9 +206,9 @@ def test_the_uevent_file_gets_the_action_and_the_token(tmp_path: Path) -> None:
     directory.mkdir(parents=True)
     (directory / "uevent").touch()
     node = Node(0, sysfs=str(tmp_path))
-    assert udev.trigger(node, "nbd0", "abc")
-    assert (directory / "uevent").read_bytes() == b"change abc"
-    assert not udev.trigger(node, "nbd0p1", "abc")
+    assert udev.trigger(node, "nbd0", "abc", "add")
+    assert (directory / "uevent").read_bytes() == b"add abc"
+    assert not udev.trigger(node, "nbd0p1", "abc", "add")
 
 
 @pytest.mark.parametrize(
@@ -281,4 +292,4 @@ def test_no_right_to_write_uevents_is_a_sentence(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(KernelError, match="udev can't be told about nbd0"):
-        udev.trigger(Node(0, sysfs=str(tmp_path)), "nbd0", "abc")
+        udev.trigger(Node(0, sysfs=str(tmp_path)), "nbd0", "abc", "add")
