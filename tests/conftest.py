@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Guests for tests: `guest` is shared by all tests of a release, `clean_guest` boots one for a single test.
 
-A test that asks for either runs once for each release, is marked `guest`, and all tests of one release run together,
-so that one shared guest is up at a time; with `-n 2 --dist loadgroup` (pytest-xdist) both releases go side by side.
+A test that asks for either runs once for each release, and is marked `guest`. With `-n 3 --dist loadgroup`
+(pytest-xdist) all that use the shared guest of one release run in one process, so that both releases go side by side;
+those that boot guests of their own, and mostly wait for them, are a third group.
 `--guest-release debian12` (repeatable) runs those of one alone. A guest that does not come up is a failure, not a skip.
 """
 
@@ -57,13 +58,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "release" in getattr(item, "fixturenames", ()):
             item.add_marker("guest")
-            # With pytest-xdist, the tests of one release share one process and so one guest, beside the other's.
             callspec = getattr(item, "callspec", None)
             if callspec is not None:
-                item.add_marker(pytest.mark.xdist_group(callspec.params["release"]))
+                own = "clean_guest" in getattr(item, "fixturenames", ())
+                item.add_marker(pytest.mark.xdist_group("own" if own else callspec.params["release"]))
             # The fixtures have deadlines of their own; what is timed here is the test.
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))
+
+    if hasattr(config, "workerinput"):
+        # The long groups first: a process that begins with something else comes to them too late.
+        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def _belongs_to_another_release(item: pytest.Item) -> bool:

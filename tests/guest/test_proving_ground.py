@@ -36,6 +36,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.quick_on("debian12")
 def test_a_guest_is_booted_used_rebooted_and_crashed(clean_guest: CleanGuest, release: str, tmp_path: Path) -> None:
     guest = clean_guest(bare=True)
     assert guest.read("/etc/debian_version").startswith(release.removeprefix("debian"))

@@ -61,7 +61,7 @@ def example(lab: Lab) -> Iterator[Lab]:
         lab.guest.run(f"nbdctl detach --if-needed backup; {UNMAKE}{CLEAN_UP}", check=False, timeout=180)
 
 
-@pytest.mark.quick_on("debian13")
+@pytest.mark.quick_on("debian12")
 def test_every_example_of_the_manual_pages_works_as_it_is_printed(example: Lab) -> None:
     lab, guest = example, example.guest
     seen = {page.name for page in PAGES.glob("*.[158]") if "\n.Sh EXAMPLES\n" in page.read_text()}

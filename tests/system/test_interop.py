@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import difflib
 
+import pytest
+
 from tests.conftest import Show
 from tests.interop.report import WRITE, run_in, table, versions, written
 from tests.system.lab import Lab
 
 
+@pytest.mark.quick_on("debian13")
 def test_nbdinfo_agrees_in_every_cell_of_the_matrix_and_the_document_says_so(lab: Lab, show: Show) -> None:
     result = run_in(lab.guest)
     release, seconds = result["system"]["release"], result["seconds"]

@@ -92,6 +92,7 @@ def test_what_was_under_way_is_done_soon_after_the_link_is_back(lab: Lab, show: 
         show(f"{whose}: a read under way when its server is killed: {outcome}")
 
 
+@pytest.mark.quick_on("debian13")
 def test_what_was_under_way_on_several_connections_or_with_a_timeout_waits_for_the_kernels_timer(
     lab: Lab, show: Show, release: str
 ) -> None:
@@ -116,6 +117,7 @@ def test_what_was_under_way_on_several_connections_or_with_a_timeout_waits_for_t
         lab.detach("timed")
 
 
+@pytest.mark.quick_on("debian12")
 @pytest.mark.timeout(600 + 120 * ROUNDS, func_only=True)
 def test_servers_that_are_killed_and_restarted_under_load_cost_no_io(lab: Lab, show: Show, release: str) -> None:
     unit = "-p Restart=always -p RestartSec=100ms -p StartLimitIntervalSec=0 -p LimitNOFILE=1024"
@@ -248,6 +250,7 @@ def test_a_server_with_other_data_is_refused_by_its_size_and_by_its_filesystem_a
     lab.detach("same")
 
 
+@pytest.mark.quick_on("debian12")
 def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_io(lab: Lab) -> None:
     lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
     cut, still = file_server(lab), lab.nbdkit("memory 16M")
@@ -280,6 +283,7 @@ def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_
         lab.detach(name)
 
 
+@pytest.mark.quick_on("debian13")
 def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, show: Callable[[str], None]) -> None:
     lab.guest.run("cd /root; rm -f disk.img other.img; truncate -s 32M disk.img other.img")
     server = file_server(lab)

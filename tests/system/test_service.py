@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import CleanGuest
 from tests.system.lab import ATTACH_SECONDS, Lab
 
@@ -65,6 +67,7 @@ def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(la
     lab.guest.run("rm /etc/nbdd/devices.d/test.yaml; systemctl start nbdd", timeout=ATTACH_SECONDS)
 
 
+@pytest.mark.quick_on("debian13")
 def test_the_package_from_installation_to_purge(clean_guest: CleanGuest, nbdd_deb: Path) -> None:
     guest = clean_guest(bare=True)
     before = guest.run("find /etc /run /var/lib -xdev -path '*nbd*' ! -path '*nbd-*' | sort").stdout

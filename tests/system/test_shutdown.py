@@ -29,6 +29,7 @@ PROMISED, EMULATED = 90, 150
 """Seconds from the command to the end of the machine; an emulated one that others want needs some for itself."""
 
 
+@pytest.mark.quick_on("debian12")
 @pytest.mark.timeout(1500, func_only=True)
 def test_boot_mounts_what_fstab_says_and_a_shutdown_ends_in_time_with_and_without_the_server(
     clean_guest: CleanGuest, show: Show, release: str

@@ -14,8 +14,8 @@ from tests.system.load import Load, Recovery, strike, told
 
 NAME = "load"
 
-WORKER_KILLS = times(5, 50)
-MANAGER_KILLS = times(4, 50)
+WORKER_KILLS = times(3, 50)
+MANAGER_KILLS = times(2, 50)
 UPGRADES = times(1, 10)
 
 KILL_MAIN = "systemctl kill --signal=KILL --kill-whom=main nbdd"
@@ -80,12 +80,14 @@ def test_sigkill_of_the_fork_server_costs_no_io_and_a_new_one_starts(lab: Lab, l
     assert lab.manager_pid() == manager
 
 
+@pytest.mark.quick_on("debian12")
 def test_a_worker_that_hangs_is_found_and_replaced_without_io_errors(lab: Lab, load: Load) -> None:
     _strike(load, "kill -STOP {worker}")
     load.end()
     assert "did not answer and was killed" in lab.guest.journal("nbdd")
 
 
+@pytest.mark.quick_on("debian13")
 @pytest.mark.timeout(300 + 90 * UPGRADES, func_only=True)
 def test_restart_and_package_upgrade_keep_the_device_and_its_io(load: Load, show: Show, release: str) -> None:
     recovery = _strike(load, "systemctl restart nbdd", *[UPGRADE] * UPGRADES, seconds=90)
