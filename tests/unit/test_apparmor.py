@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The AppArmor profile is one, and allows what the unit does; that nbdd lives with it, a guest has shown."""
+"""The AppArmor profile is one, and allows what the unit does; tests/system/test_apparmor.py lives with it."""
 
 from __future__ import annotations
 
