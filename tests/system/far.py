@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.guest import GuestError
+from tests.guest import GuestError, host
 
 MIB = 1 << 20
 
@@ -33,6 +33,7 @@ class FarServers:
             listener.close()
 
     def __enter__(self) -> Self:
+        host.ensure_runtime()
         self.start()
         return self
 
