@@ -297,19 +297,25 @@ class Guest:
             # One connection carries all commands: each costs a fork in the guest, not a key exchange.
             self._end_ssh()
             argv = [*self.ssh_argv()[:-1], "-o", "ControlMaster=yes", "-N", "-f", "root@127.0.0.1"]
-            with self.console_log.open("ab") as words:
-                done = subprocess.run(
-                    argv,
-                    stdin=subprocess.DEVNULL,
-                    stdout=words,
-                    stderr=words,
-                    timeout=max(1.0, deadline - time.monotonic()),
-                    check=False,
-                )
-            if done.returncode != 0:
-                raise GuestError("the guest is up, but its ssh server does not take us")
+            # More than once: one that others starve may need longer for a key exchange than ssh waits.
+            while self._ssh_master(argv, deadline) != 0:
+                if time.monotonic() > deadline or not self.alive:
+                    raise GuestError("the guest is up, but its ssh server does not take us")
+                time.sleep(0.5)
         except (GuestError, subprocess.TimeoutExpired) as error:
             raise GuestError(f"{self.release}: {error}\n{self._console_words()}") from None
+
+    def _ssh_master(self, argv: list[str], deadline: float) -> int:
+        with self.console_log.open("ab") as words:
+            done = subprocess.run(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=words,
+                stderr=words,
+                timeout=max(1.0, deadline - time.monotonic()),
+                check=False,
+            )
+        return done.returncode
 
     def _end_ssh(self) -> None:
         control = self._run / "ssh"

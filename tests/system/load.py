@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +106,22 @@ class Recovery:
 def told(seconds: Sequence[float]) -> str:
     """Median and maximum, for `show`."""
     return f"{statistics.median(seconds):.2f} s (median), {max(seconds):.2f} s at most"
+
+
+def emulation(lab: Lab) -> float:
+    """How many times longer Python takes to start in the guest, under whatever load there is, than here when it can.
+
+    What a real processor needs is what an emulated one needed, divided by this.
+    """
+    start = "import asyncio, yaml, dbus_next.aio"
+    script = "for i in 1 2 3 4 5; do s=$(date +%s%N); python3 -c '{}'; echo $(($(date +%s%N) - s)); done"
+    there = [int(line) / 1e9 for line in lab.guest.run(script.format(start), timeout=300).stdout.split()]
+    here = []
+    for _ in range(5):
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", start], check=True)
+        here.append(time.monotonic() - began)
+    return statistics.median(there) / min(here)
 
 
 def strike(

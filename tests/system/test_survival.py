@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from tests.conftest import Show
 from tests.scale import times
 from tests.system.lab import ATTACH_SECONDS, Lab, Server
-from tests.system.load import Load, Recovery, strike, told
+from tests.system.load import Load, Recovery, emulation, strike, told
 
 NAME = "load"
 
@@ -22,9 +23,11 @@ KILL_MAIN = "systemctl kill --signal=KILL --kill-whom=main nbdd"
 KILL_ALL = "systemctl kill --signal=KILL --kill-whom=all nbdd"
 UPGRADE = "dpkg --force-confold -i /var/tmp/nbdd_*_all.deb >/dev/null"
 
-PROMISED, EMULATED = 2.0, 60.0
-"""Seconds until a device is managed again: what is promised, and what an emulated processor that ten others want may
-need in the middle; 20 were seen. The start of Python takes most of it, and 0.5 s is systemd's wait before a restart."""
+PROMISED = 2.0
+"""Seconds until a device is managed again."""
+
+PAUSE = 0.5
+"""Seconds of these that systemd waits before a restart. Most of the rest is the start of Python, twice."""
 
 
 @pytest.fixture
@@ -42,10 +45,15 @@ def _strike(load: Load, *commands: str, seconds: float = 60) -> Recovery:
     return strike([load], {NAME: [("worker", command) for command in commands]}, 120 + seconds * len(commands))[NAME]
 
 
-def _check_time(load: Load, seconds: list[float]) -> None:
+def _check_time(load: Load, seconds: list[float], show: Show) -> None:
+    """While the load still runs: an emulated processor is measured under what it was under at the strikes."""
     if load.lab.guest.accelerator == "kvm":
         assert max(seconds) <= PROMISED
-    assert sorted(seconds)[len(seconds) // 2] <= EMULATED
+        return
+    slower = emulation(load.lab)
+    real = PAUSE + statistics.median(seconds) / slower
+    show(f"{load.lab.guest.release}: Python starts {slower:.0f} times slower here, so that these are {real:.2f} s")
+    assert real <= PROMISED
 
 
 @pytest.mark.timeout(300 + 30 * WORKER_KILLS, func_only=True)
@@ -54,12 +62,12 @@ def test_sigkill_of_a_worker_costs_no_io_and_a_new_one_adopts_the_device(
 ) -> None:
     manager = lab.manager_pid()
     recovery = _strike(load, *["kill -KILL {worker}"] * WORKER_KILLS)
+    show(f"{release}: SIGKILL of the worker, managed again: {recovery}")
+    _check_time(load, recovery.seconds, show)
     load.another_pass()
     load.end()
     assert lab.manager_pid() == manager
     assert "was killed by SIGKILL" in lab.guest.journal("nbdd")
-    show(f"{release}: SIGKILL of the worker, managed again: {recovery}")
-    _check_time(load, recovery.seconds)
 
 
 @pytest.mark.timeout(300 + 30 * MANAGER_KILLS, func_only=True)
@@ -67,10 +75,10 @@ def test_sigkill_of_the_manager_costs_no_io_and_its_successor_adopts_the_device(
     load: Load, show: Show, release: str
 ) -> None:
     recovery = _strike(load, *[KILL_MAIN, KILL_ALL] * (MANAGER_KILLS // 2))
+    show(f"{release}: SIGKILL of the manager, managed again: {recovery}; from its start: {told(recovery.since_start)}")
+    _check_time(load, recovery.seconds, show)
     load.another_pass()
     load.end()
-    show(f"{release}: SIGKILL of the manager, managed again: {recovery}; from its start: {told(recovery.since_start)}")
-    _check_time(load, recovery.seconds)
 
 
 def test_sigkill_of_the_fork_server_costs_no_io_and_a_new_one_starts(lab: Lab, load: Load) -> None:
@@ -91,13 +99,13 @@ def test_a_worker_that_hangs_is_found_and_replaced_without_io_errors(lab: Lab, l
 @pytest.mark.timeout(300 + 90 * UPGRADES, func_only=True)
 def test_restart_and_package_upgrade_keep_the_device_and_its_io(load: Load, show: Show, release: str) -> None:
     recovery = _strike(load, "systemctl restart nbdd", *[UPGRADE] * UPGRADES, seconds=90)
-    load.another_pass()
-    load.end()
     show(
         f"{release}: restart and {UPGRADES} installations of the package, managed again: {recovery};"
         f" from the start of the new service: {told(recovery.since_start)}"
     )
-    _check_time(load, recovery.since_start)
+    _check_time(load, recovery.since_start, show)
+    load.another_pass()
+    load.end()
 
 
 def test_stop_leaves_a_mounted_device_attached_and_start_takes_it_up_and_mends_it_again(lab: Lab) -> None:
