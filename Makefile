@@ -102,7 +102,7 @@ screenshots: deps host-tools desktop-tools ## docs/screenshots, from what nbdd-n
 .PHONY: test
 test: deps host-tools desktop-tools deb lint-deb reproducible ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
-	@$(PY) -m pytest tests -n 3 --dist loadgroup --durations=40 $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
+	@$(PY) -m pytest tests -n 2 --dist loadgroup --durations=40 $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
 
 .PHONY: prove
 prove: deps deb ## the promises of docs/reliability.md with their full numbers, in guests of both Debians: an hour

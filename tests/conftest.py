@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Guests for tests: `guest` is shared by all tests of a release, `clean_guest` boots one for a single test.
 
-A test that asks for either runs once for each release, and is marked `guest`. With `-n 3 --dist loadgroup`
+A test that asks for either runs once for each release, and is marked `guest`. With `-n 2 --dist loadgroup`
 (pytest-xdist) all that use the shared guest of one release run in one process, so that both releases go side by side;
-those that boot guests of their own, and mostly wait for them, are a third group.
+those that boot guests of their own are a third group, for whichever is done first.
 `--guest-release debian12` (repeatable) runs those of one alone. A guest that does not come up is a failure, not a skip.
 """
 
