@@ -16,7 +16,6 @@ from tests.system.test_remote import CLEAN_UP, PREPARE
 PAGES = Path(__file__).parents[2] / "man"
 
 BEFORE = {
-    "mount /dev/disk/by-nbd/backup /mnt": "mountpoint -q /mnt && exit 1; true",
     "nbdctl detach backup --wait 30": "systemd-run -q sh -c 'sleep 2; umount /mnt'",
     "nbdctl import > /etc/nbdd/devices.d/nbdtab.yaml": "echo 'nbd3 storage.example other' >/etc/nbdtab",
     "busctl call org.nbdd1 /org/nbdd1 org.nbdd1.Manager Attach 'sa{sv}' backup 0": "nbdctl detach --if-needed copy",
