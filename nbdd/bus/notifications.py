@@ -76,6 +76,8 @@ class Closed:
     """A notification is gone."""
 
     number: int
+    shown: int
+    """What `Notifications.shown` was when this came: a number is given again to what is shown in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class Notifications:
     def __init__(self, bus: CallerBus) -> None:
         self._bus = bus
         self._owner = ""
+        self._shown = 0
         self._capabilities: frozenset[str] | None = None
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -102,6 +105,11 @@ class Notifications:
     def shower(self) -> str:
         """The unique bus name of who shows them now; "" for nobody."""
         return self._owner
+
+    @property
+    def shown(self) -> int:
+        """How many notifications were shown until now."""
+        return self._shown
 
     async def subscribe(self) -> None:
         """Start to collect events."""
@@ -149,6 +157,7 @@ class Notifications:
             ],
             returns="u",
         )
+        self._shown += 1
         return int(number)
 
     async def close(self, number: int) -> None:
@@ -181,7 +190,7 @@ class Notifications:
             if signal == ("ActionInvoked", "us"):
                 self._events.put_nowait(Invoked(*message.body))
             elif signal == ("NotificationClosed", "uu"):
-                self._events.put_nowait(Closed(message.body[0]))
+                self._events.put_nowait(Closed(message.body[0], self._shown))
 
 
 class NotShown(Exception):

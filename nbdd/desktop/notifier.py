@@ -67,6 +67,8 @@ class Watched:
     """Of the notification that is about this device; 0 where another one would have to be made."""
     shower: str = ""
     """Who gave it that number."""
+    shown: int = 0
+    """Which of all that were shown it is."""
     look_at: float | None = None
 
     @property
@@ -227,7 +229,7 @@ class Notifier:
             # Nobody shows notifications now. Whoever does next is told what is true then.
             log.warning("not shown: %s (%s)", what.notification.summary, problem)
             watched.number = 0
-        watched.shower = self._notifications.shower
+        watched.shower, watched.shown = self._notifications.shower, self._notifications.shown
         watched.open = what
 
     async def _close(self, watched: Watched) -> None:
@@ -252,7 +254,8 @@ class Notifier:
             return
         name, watched = found
         if isinstance(answer, Closed):
-            watched.open, watched.number = None, 0
+            if answer.shown >= watched.shown:  # Else what it has taken the place of was closed.
+                watched.open, watched.number = None, 0
         elif watched.open is not None and answer.action in dict(watched.open.notification.actions):
             self._start(self._order(name, answer.action))
 

@@ -58,6 +58,8 @@ class FakeShower(FakeManager):
         self.history = History()
         self._capabilities = list(capabilities or ("actions", "body", "body-markup", "persistence"))
         self._next = first
+        self.dismisses_what_is_replaced = False
+        """A person is that quick: closes it while its replacement is on its way."""
 
     def wait_until(self, true: Callable[[History], object]) -> History:
         """Return when it holds."""
@@ -72,15 +74,20 @@ class FakeShower(FakeManager):
 
     def invoke(self, number: int, action: str, *, close: bool = True) -> None:
         """A person presses a button; most showers close the notification then."""
+        if close:
+            self._forget(number)
         self._say("ActionInvoked", "us", [number, action])
         if close:
-            self.dismiss(number)
+            self._say("NotificationClosed", "uu", [number, 2])
 
     def dismiss(self, number: int) -> None:
         """A person closes it."""
+        self._forget(number)
+        self._say("NotificationClosed", "uu", [number, 2])
+
+    def _forget(self, number: int) -> None:
         with self.called:
             self.history.open.pop(number, None)
-        self._say("NotificationClosed", "uu", [number, 2])
 
     def _say(self, member: str, signature: str, body: list[Any]) -> None:
         self.signal("/org/freedesktop/Notifications", f"{NOTIFICATIONS}.{member}", signature, body)
@@ -93,6 +100,8 @@ class FakeShower(FakeManager):
             case ("GetCapabilities", ""):
                 return Message.new_method_return(call, "as", [self._capabilities])
             case ("Notify", "susssasa{sv}i"):
+                if self.dismisses_what_is_replaced and call.body[1]:
+                    self.dismiss(call.body[1])
                 return Message.new_method_return(call, "u", [self._notify(*call.body)])
             case ("CloseNotification", "u"):
                 with self.called:

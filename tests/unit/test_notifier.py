@@ -319,6 +319,20 @@ def test_a_disk_in_use_is_detached_only_when_that_is_said_twice(
     assert running.process.poll() is None
 
 
+def test_closing_what_is_being_replaced_does_not_close_the_replacement(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.change("photos", **lost())
+    shower.wait_for_summary("has lost")
+    shower.dismisses_what_is_replaced = True
+    nbdd.change("photos", **GONE)
+    gone = shower.wait_for_summary("Photos is gone")
+    nbdd.change("photos", **PHOTOS | {"Name": "photos"})
+    assert shower.wait_for_summary("Photos is back").number == gone.number
+    assert shower.history.visible == ["Photos is back"]
+    assert running.process.poll() is None
+
+
 def test_a_refusal_goes_when_the_trouble_does(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
     nbdd.errors["Detach"] = ("org.freedesktop.DBus.Error.AccessDenied", "You are not allowed to do this.")
     nbdd.change("photos", **lost())
