@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 _ALLOW_USER_INTERACTION = 1
 
+_DISMISSED = "polkit.dismissed"
+
 _ANSWER_DEADLINE = 20.0
 """Seconds for polkitd to answer where no person is asked; before busctl's 25 are over."""
 
@@ -52,7 +54,7 @@ class Polkit:
         flags = _ALLOW_USER_INTERACTION if caller.interactive else 0
         try:
             async with asyncio.timeout(None if caller.interactive else _ANSWER_DEADLINE):
-                [(authorized, challenge, _)] = await _AUTHORITY.call(
+                [(authorized, challenge, found)] = await _AUTHORITY.call(
                     self._bus,
                     "CheckAuthorization",
                     "(sa{sv})sa{ss}us",
@@ -68,6 +70,13 @@ class Polkit:
             raise InteractiveAuthorizationRequired(
                 f"{action} needs an administrator's password, and the call did not allow asking for it."
             )
+        if challenge:
+            raise AccessDenied(
+                f"{action} needs an administrator's password, and nothing here can ask for it (no polkit agent runs "
+                "for this session); run it as root."
+            )
+        if _DISMISSED in found:
+            raise AccessDenied(f"Nothing was done: the question for a password was cancelled ({action}).")
         raise AccessDenied(f"You are not allowed to do this ({action}); run it as root, or ask an administrator.")
 
     async def _is_root(self, caller: Caller) -> bool:

@@ -41,11 +41,18 @@ def is_uri(target: str) -> bool:
 class Attempt:
     """Attaches `target`, a name or a URI, and tells on `terminal` how it goes.
 
-    A server that can't be had is asked again for `wait` seconds.
+    A server that can't be had is asked again for `wait` seconds. With `quiet`, nothing is told before the service has
+    begun: a person may be asked for a password on the same terminal.
     """
 
     def __init__(
-        self, target: str, options: Mapping[str, bool | int | str], terminal: IO[str] | None, *, wait: float = 0
+        self,
+        target: str,
+        options: Mapping[str, bool | int | str],
+        terminal: IO[str] | None,
+        *,
+        wait: float = 0,
+        quiet: bool = False,
     ) -> None:
         self._target = target
         self._wait = wait
@@ -55,6 +62,7 @@ class Attempt:
         self._terminal = terminal
         self._look = Look.of(terminal)
         self._shown = False
+        self._quiet = quiet
         self._started = time.monotonic()
         self._device = Device()
         self.name = str(self._options.get("name", "")) if self._uri else target
@@ -149,7 +157,7 @@ class Attempt:
                     event = asyncio.ensure_future(client.event())
                 waited = time.monotonic() - self._started
                 pause = max(PATIENCE - waited, 0) or 1
-                if waited >= PATIENCE and not call.done():
+                if waited >= PATIENCE and not call.done() and not self._quiet:
                     self._tell(int(waited), terminal)
         finally:
             event.cancel()
@@ -165,6 +173,7 @@ class Attempt:
         if not self.name and event.kind is Kind.ADDED and _same(event.properties.get("URI", ""), self._target):
             self.name = event.name
         if event.name and event.name == self.name and event.kind in {Kind.ADDED, Kind.CHANGED}:
+            self._quiet = False
             now = Device.of(event.properties)
             self._device = replace(
                 self._device,

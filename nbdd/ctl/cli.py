@@ -17,6 +17,7 @@ from nbdd.ctl.common import (
     device_argument,
     document,
     elsewhere,
+    may_ask,
     number,
     order,
     say,
@@ -127,7 +128,7 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
         raise click.UsageError("--name goes with a URI only; a definition has its name.")
     if "/" in target and not is_uri(target):
         raise InvalidURI(f"{target} is neither a name nor a URI; perhaps nbd://{target.lstrip('/')} is meant.")
-    attempt = Attempt(target, options, terminal(), wait=wait)
+    attempt = Attempt(target, options, terminal(), wait=wait, quiet=may_ask())
 
     async def action(client: Client) -> Device:
         try:
@@ -139,7 +140,7 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
             return there
 
     try:
-        device = call(action)
+        device = call(action, order=True)
     except KeyboardInterrupt:
         if attempt.asked:
             name = attempt.name
@@ -184,7 +185,7 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
         return True
 
     try:
-        done = call(action)
+        done = call(action, order=True)
     except KeyboardInterrupt:
         say(show.clean(f"Stopped waiting; nbdd may still detach {name}. `nbdctl status {name}` shows it."))
         raise click.exceptions.Exit(130) from None
@@ -265,7 +266,7 @@ def set_timeout(name: str, seconds: int, as_json: bool) -> None:
     It is done live, under I/O. A request that takes longer ends its link, not the I/O; 0 is no limit. It holds until
     the device is detached.
     """
-    call(lambda client: client.set_timeout(name, seconds))
+    call(lambda client: client.set_timeout(name, seconds), order=True)
     if as_json:
         document({"name": name, "timeout": seconds})
     else:
@@ -282,7 +283,7 @@ def reconnect(name: str, as_json: bool) -> None:
     For a server that is about to be restarted or moved, and for going back to the first server of a list: the servers
     are asked in the order of the definition, and one that does not have the same data is refused.
     """
-    call(lambda client: client.reconnect(name))
+    call(lambda client: client.reconnect(name), order=True)
     if as_json:
         document({"name": name, "reconnected": True})
     else:
@@ -297,7 +298,7 @@ def resize(name: str, as_json: bool) -> None:
 
     What is on the device is grown afterwards, with resize2fs, xfs_growfs and the like.
     """
-    size = call(lambda client: client.resize(name))
+    size = call(lambda client: client.resize(name), order=True)
     if as_json:
         document({"name": name, "size": size})
     else:
@@ -309,7 +310,7 @@ def resize(name: str, as_json: bool) -> None:
 @as_json
 def exports(uri: str, as_json: bool) -> None:
     """Ask the NBD server at URI what it exports."""
-    found = call(lambda client: client.exports(uri))
+    found = call(lambda client: client.exports(uri), order=True)
     if as_json:
         document({"exports": found})
     elif found:
@@ -326,7 +327,7 @@ def reload(as_json: bool) -> None:
     A bad file changes nothing.
     """
     try:
-        done = call(lambda client: client.reload())
+        done = call(lambda client: client.reload(), order=True)
     except InvalidConfig as error:
         raise InvalidConfig(*error.problems, "Nothing is changed.") from None
     if as_json:

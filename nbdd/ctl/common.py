@@ -73,13 +73,17 @@ def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callab
     return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
 
 
-def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True) -> T:
-    """Connect to the service, do one thing there, and return what came of it; `activate` lets a call start it."""
+def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, order: bool = False) -> T:
+    """Connect to the service, do one thing there, and return what came of it.
+
+    `activate` lets a call start it; an `order` is what polkit may want a password for.
+    """
     # Imported here: they take longer than all else together, and --help needs neither.
     with _no_ssl():
         import asyncio  # noqa: PLC0415
 
         from nbdd.bus.client import Client  # noqa: PLC0415
+        from nbdd.ctl import agent  # noqa: PLC0415
 
     host = remote.host(click.get_current_context())
 
@@ -87,7 +91,14 @@ def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True) -> 
         async with Client(activate=activate, host=host) as client:
             return await action(client)
 
-    return asyncio.run(run())
+    with agent.asking() if order and may_ask() else contextlib.nullcontext():
+        return asyncio.run(run())
+
+
+def may_ask() -> bool:
+    """Whether a person can be asked for a password on this terminal, and may have to be."""
+    local = not elsewhere()  # polkit of another machine knows no terminal of this one
+    return local and os.geteuid() != 0 and sys.stdin is not None and sys.stdin.isatty()
 
 
 @contextlib.contextmanager

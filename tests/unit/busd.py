@@ -251,6 +251,7 @@ class FakePolkit:
 
     authorized: bool = True
     challenge: bool = False
+    dismissed: bool = False
     error: tuple[str, str] | None = None
     asked: list[list[Any]] = field(default_factory=list)
 
@@ -268,7 +269,7 @@ class FakePolkit:
         self.asked.append(call.body)
         if self.error is not None:
             return Message.new_error(call, *self.error)
-        details = {"polkit.dismissed": "true"}
+        details = {"polkit.dismissed": "true"} if self.dismissed else {}
         return Message.new_method_return(call, "(bba{ss})", [[self.authorized, self.challenge, details]])
 
 

@@ -129,6 +129,26 @@ def test_what_polkit_says_is_what_happens(
 
 
 @pytest.mark.parametrize(
+    ("challenge", "dismissed", "words"),
+    [
+        (True, False, "no polkit agent runs for this session"),  # polkit: it could be asked for, but there is nobody
+        (False, True, "the question for a password was cancelled"),
+        (False, False, "You are not allowed to do this"),
+    ],
+)
+def test_who_was_asked_in_vain_is_told_why(
+    bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, *, challenge: bool, dismissed: bool, words: str
+) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            here.polkit.authorized, here.polkit.challenge, here.polkit.dismissed = False, challenge, dismissed
+            with pytest.raises(AccessDenied, match=words):
+                await here.check(interactive=True)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
     "error",
     [
         ("org.freedesktop.PolicyKit1.Error.Failed", "Action org.nbdd1.attach is not registered"),
