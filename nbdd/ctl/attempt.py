@@ -67,14 +67,18 @@ class Attempt:
         self._device = Device()
         self.name = str(self._options.get("name", "")) if self._uri else target
         """The device's name; "" until the service has given it one."""
-        self.asked = False
-        """Whether the service has been asked, so that it goes on without us."""
+        self._asked = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the service goes on without us: it has been asked, and nobody is being asked for a password."""
+        return self._asked and not self._quiet
 
     async def run(self, client: Client) -> Device:
         """Attach; returns the device as it is then."""
         if self._terminal is not None:
             await client.subscribe()
-        self.asked = True
+        self._asked = True
         call = asyncio.ensure_future(self._attach(client))
         try:
             if self._terminal is not None:
@@ -173,7 +177,9 @@ class Attempt:
         if not self.name and event.kind is Kind.ADDED and _same(event.properties.get("URI", ""), self._target):
             self.name = event.name
         if event.name and event.name == self.name and event.kind in {Kind.ADDED, Kind.CHANGED}:
-            self._quiet = False
+            if self._quiet:
+                self._quiet = False
+                self._started = time.monotonic()
             now = Device.of(event.properties)
             self._device = replace(
                 self._device,

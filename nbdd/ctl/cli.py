@@ -142,7 +142,7 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
     try:
         device = call(action, order=True)
     except KeyboardInterrupt:
-        if attempt.asked:
+        if attempt.goes_on:
             name = attempt.name
             end = f" To end that: nbdctl detach {name}" if name else " `nbdctl list` shows it."
             say(show.clean(f"Stopped waiting; nbdd goes on attaching {name or target}.{end}"))

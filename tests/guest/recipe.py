@@ -26,8 +26,13 @@ _STORAGE = "e2fsprogs xfsprogs parted fdisk gdisk dmsetup lvm2 mdadm cryptsetup-
 # The packages that nbdd's own .deb depends on or recommends: a guest has no network to fetch them from.
 _PYTHON = "python3 python3-dbus-next python3-sdnotify python3-yaml python3-jsonschema python3-click python3-rich"
 _METRICS = "python3-prometheus-client"
+# A desktop of small parts, each one that people use: none of it runs before a test starts it.
+_DESKTOP = (
+    "dbus-user-session xvfb openbox dunst thunar gvfs lxpolkit xdg-utils xdotool fonts-dejavu-core adwaita-icon-theme "
+    "librsvg2-common"
+)
 
-PACKAGES: tuple[str, ...] = tuple(sorted(f"{_SYSTEM} {_SERVERS} {_STORAGE} {_PYTHON} {_METRICS}".split()))
+PACKAGES: tuple[str, ...] = tuple(sorted(f"{_SYSTEM} {_SERVERS} {_STORAGE} {_PYTHON} {_METRICS} {_DESKTOP}".split()))
 """What every guest has."""
 
 # What reads /etc/crypttab left the package systemd after Debian 12.

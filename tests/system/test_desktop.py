@@ -5,23 +5,17 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.guest.guest import Result
 from tests.system.lab import Lab, Server
+from tests.system.seat import RULES_FILE, Seat
 
 pytestmark = pytest.mark.quick_on("debian12")
 
 TREE = Path(__file__).resolve().parents[2]
-TERMINAL = 7
-"""The virtual terminal that the person sits at."""
-
-RULES_FILE = "/etc/polkit-1/rules.d/60-desktop-test.rules"
 LINKS_RULE = """
 polkit.addRule(function(action, subject) {
     if (subject.user == "visitor" && subject.active && action.id == "org.nbdd1.attach-uri" &&
@@ -30,40 +24,6 @@ polkit.addRule(function(action, subject) {
         return polkit.Result.YES;
 });
 """
-
-
-def to_front(terminal: int) -> str:
-    """A command that puts a virtual terminal in front: VT_ACTIVATE of ioctl_vt(2)."""
-    return f"python3 -c 'import fcntl, os; fcntl.ioctl(os.open(\"/dev/tty0\", os.O_RDWR), 0x5606, {terminal})'"
-
-
-class Seat:
-    """A person, "visitor", at the machine: each command is a session of logind's on a terminal that is in front."""
-
-    def __init__(self, lab: Lab) -> None:
-        self._lab = lab
-
-    def run(self, command: str, *, check: bool = True) -> Result:
-        """Run a command in a session that is local and active; systemd takes one $ of two."""
-        place = f"-p TTYPath=/dev/tty{TERMINAL} -E XDG_SEAT=seat0 -E XDG_VTNR={TERMINAL}"
-        kind = "-p User=visitor -p PAMName=runuser-l -E XDG_SESSION_TYPE=tty -E XDG_SESSION_CLASS=user -E LANG=C.UTF-8"
-        quoted = shlex.quote(command.replace("$", "$$"))
-        words = f"systemd-run --quiet --wait --collect --pipe {place} {kind} bash -c {quoted}"
-        return self._lab.guest.run(f"{to_front(TERMINAL)}; {words}", check=check, timeout=180)
-
-
-@pytest.fixture
-def seat(lab: Lab) -> Iterator[Seat]:
-    lab.guest.run("systemctl start udisks2 polkit")
-    made = Seat(lab)
-    told = made.run("loginctl show-session $XDG_SESSION_ID -p Active -p Remote -p Seat")
-    assert set(told.stdout.split()) == {"Active=yes", "Remote=no", "Seat=seat0"}
-    yield made
-    lab.guest.run(
-        f"rm -f {RULES_FILE}; for m in $(findmnt -rno SOURCE,TARGET | awk '/nbd/{{print $2}}'); do umount $m; done;"
-        f"gpasswd -d visitor disks; groupdel disks; {to_front(1)}; systemctl stop udisks2",
-        check=False,
-    )
 
 
 def hints(lab: Lab, node: str) -> dict[str, Any]:

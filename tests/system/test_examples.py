@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.system.lab import Lab
-from tests.system.test_desktop import Seat
+from tests.system.seat import Seat
 from tests.system.test_remote import CLEAN_UP, PREPARE
 
 PAGES = Path(__file__).parents[2] / "man"
