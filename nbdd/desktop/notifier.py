@@ -68,7 +68,7 @@ class Watched:
     shower: str = ""
     """Who gave it that number."""
     shown: int = 0
-    """Which of all that were shown it is."""
+    """Which of all that were shown it is, where it has the number of one before it; else 0."""
     look_at: float | None = None
 
     @property
@@ -223,13 +223,15 @@ class Notifier:
             await self._close(watched)
 
     async def _show(self, watched: Watched, what: Notice) -> None:
+        before = watched.number
         try:
             watched.number = await self._notifications.show(what.notification, watched.number)
         except NotShown as problem:
             # Nobody shows notifications now. Whoever does next is told what is true then.
             log.warning("not shown: %s (%s)", what.notification.summary, problem)
             watched.number = 0
-        watched.shower, watched.shown = self._notifications.shower, self._notifications.shown
+        watched.shower = self._notifications.shower
+        watched.shown = self._notifications.shown if watched.number == before else 0
         watched.open = what
 
     async def _close(self, watched: Watched) -> None:
