@@ -27,6 +27,22 @@ class Picture:
     height: int
     rows: tuple[bytes, ...]
 
+    @staticmethod
+    def of_xwd(data: bytes) -> Picture:
+        """A picture from what is in a file of xwd(1)'s format."""
+        # X11/XWDFile.h: 25 words in the byte order of the network.
+        head = struct.unpack_from(">25I", data)
+        size, width, height, order, bits, line, colours = (head[at] for at in (0, 4, 5, 7, 11, 12, 19))
+        assert (bits, order) == (32, 0), "not the pixels of a little-endian machine"
+        start = size + colours * 12
+        rows = []
+        for y in range(height):
+            row = data[start + y * line : start + y * line + width * 4]
+            pixels = bytearray(width * 3)
+            pixels[0::3], pixels[1::3], pixels[2::3] = row[2::4], row[1::4], row[0::4]
+            rows.append(bytes(pixels))
+        return Picture(width, height, tuple(rows))
+
     @property
     def colours(self) -> int:
         """How many different colours there are: 1 on an empty screen, some hundred where text is."""
@@ -69,19 +85,7 @@ class Screen:
 
     def picture(self) -> Picture:
         """What is to be seen now."""
-        data = self._buffer.read_bytes()
-        # X11/XWDFile.h: 25 words in the byte order of the network.
-        head = struct.unpack_from(">25I", data)
-        size, width, height, order, bits, line, colours = (head[at] for at in (0, 4, 5, 7, 11, 12, 19))
-        assert (bits, order) == (32, 0), "not the pixels of a little-endian machine"
-        start = size + colours * 12
-        rows = []
-        for y in range(height):
-            row = data[start + y * line : start + y * line + width * 4]
-            pixels = bytearray(width * 3)
-            pixels[0::3], pixels[1::3], pixels[2::3] = row[2::4], row[1::4], row[0::4]
-            rows.append(bytes(pixels))
-        return Picture(width, height, tuple(rows))
+        return Picture.of_xwd(self._buffer.read_bytes())
 
     def wait_until(self, true: Callable[[Picture], object]) -> Picture:
         """The first picture that is as awaited and then stands still. Nothing tells when something was drawn."""
