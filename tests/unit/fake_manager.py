@@ -185,7 +185,10 @@ class FakeManager:
             destination=cast("str", to), path=path, interface=interface, member=member, signature=signature, body=body,
             message_type=MessageType.SIGNAL,
         )  # fmt: skip
-        self._loop.call_soon_threadsafe(self.bus.send, message)
+        if threading.get_ident() == self._thread.ident:
+            self.bus.send(message)  # At once: before the answer to the call that is being served.
+        else:
+            self._loop.call_soon_threadsafe(self.bus.send, message)
 
     def add(self, name: str, values: dict[str, Any]) -> None:
         self.devices[name] = values | {"Name": name}
