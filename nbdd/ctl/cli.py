@@ -140,7 +140,7 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
             return there
 
     try:
-        device = call(action, order=True)
+        device = call(action, asks=True)
     except KeyboardInterrupt:
         if attempt.goes_on:
             name = attempt.name
@@ -185,7 +185,7 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
         return True
 
     try:
-        done = call(action, order=True)
+        done = call(action, asks=True)
     except KeyboardInterrupt:
         say(show.clean(f"Stopped waiting; nbdd may still detach {name}. `nbdctl status {name}` shows it."))
         raise click.exceptions.Exit(130) from None
@@ -266,7 +266,7 @@ def set_timeout(name: str, seconds: int, as_json: bool) -> None:
     It is done live, under I/O. A request that takes longer ends its link, not the I/O; 0 is no limit. It holds until
     the device is detached.
     """
-    call(lambda client: client.set_timeout(name, seconds), order=True)
+    call(lambda client: client.set_timeout(name, seconds), asks=True)
     if as_json:
         document({"name": name, "timeout": seconds})
     else:
@@ -283,7 +283,7 @@ def reconnect(name: str, as_json: bool) -> None:
     For a server that is about to be restarted or moved, and for going back to the first server of a list: the servers
     are asked in the order of the definition, and one that does not have the same data is refused.
     """
-    call(lambda client: client.reconnect(name), order=True)
+    call(lambda client: client.reconnect(name), asks=True)
     if as_json:
         document({"name": name, "reconnected": True})
     else:
@@ -298,7 +298,7 @@ def resize(name: str, as_json: bool) -> None:
 
     What is on the device is grown afterwards, with resize2fs, xfs_growfs and the like.
     """
-    size = call(lambda client: client.resize(name), order=True)
+    size = call(lambda client: client.resize(name), asks=True)
     if as_json:
         document({"name": name, "size": size})
     else:
@@ -310,7 +310,7 @@ def resize(name: str, as_json: bool) -> None:
 @as_json
 def exports(uri: str, as_json: bool) -> None:
     """Ask the NBD server at URI what it exports."""
-    found = call(lambda client: client.exports(uri), order=True)
+    found = call(lambda client: client.exports(uri), asks=True)
     if as_json:
         document({"exports": found})
     elif found:
@@ -327,7 +327,7 @@ def reload(as_json: bool) -> None:
     A bad file changes nothing.
     """
     try:
-        done = call(lambda client: client.reload(), order=True)
+        done = call(lambda client: client.reload(), asks=True)
     except InvalidConfig as error:
         raise InvalidConfig(*error.problems, "Nothing is changed.") from None
     if as_json:

@@ -73,10 +73,10 @@ def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callab
     return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
 
 
-def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, order: bool = False) -> T:
+def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, asks: bool = False) -> T:
     """Connect to the service, do one thing there, and return what came of it.
 
-    `activate` lets a call start it; an `order` is what polkit may want a password for.
+    `activate` lets a call start it; one that `asks` is of what polkit may want a password for.
     """
     # Imported here: they take longer than all else together, and --help needs neither.
     with _no_ssl():
@@ -91,7 +91,7 @@ def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, ord
         async with Client(activate=activate, host=host) as client:
             return await action(client)
 
-    with agent.asking() if order and may_ask() else contextlib.nullcontext():
+    with agent.asking() if asks and may_ask() else contextlib.nullcontext():
         return asyncio.run(run())
 
 

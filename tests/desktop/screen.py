@@ -43,6 +43,11 @@ class Picture:
             rows.append(bytes(pixels))
         return Picture(width, height, tuple(rows))
 
+    def part(self, left: int, top: int, right: int, bottom: int) -> Picture:
+        """What is inside of these edges, in pixels."""
+        rows = tuple(row[left * 3 : right * 3] for row in self.rows[top:bottom])
+        return Picture(right - left, bottom - top, rows)
+
     @property
     def colours(self) -> int:
         """How many different colours there are: 1 on an empty screen, some hundred where text is."""

@@ -61,7 +61,7 @@ def test_a_click_a_password_a_folder_a_broken_server_and_a_right_click(lab: Lab,
         # The disk in the side pane: its menu, and "Unmount" in that.
         # A menu is no window that can be asked for: three seconds are several times what it takes.
         desk.do("search --onlyvisible --name '^PHOTOS - Thunar$' mousemove --window %1 87 237 click 3 sleep 3")
-        keep("folder", desk.picture())
+        keep("folder", desk.picture().part(125, 60, 570, 640))
         desk.do("key u")
         lab.until("! findmnt -n /media/visitor/PHOTOS >/dev/null", SLOW, what="the unmount")
         desk.wait_until_told("Photos unmounted")

@@ -148,4 +148,4 @@ def test_the_documentation_shows_every_picture_there_is_and_no_other() -> None:
     docs = TREE / "docs"
     shown = set(re.findall(r"\]\((screenshots/[^)]+)\)", (docs / "desktop.md").read_text()))
     assert shown == {f"screenshots/{path.name}" for path in (docs / "screenshots").iterdir()}
-    assert all((docs / path).stat().st_size < 60_000 for path in shown)
+    assert all((docs / path).stat().st_size < 40_000 for path in shown)
