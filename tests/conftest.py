@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not is_full() and not config.getoption("--guest-release"):
-        others = [item for item in items if _belongs_to_another_release(item)]
+        others = [item for item in items if item.get_closest_marker("prove_only") or _belongs_to_another_release(item)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
     # Early enough for `-m guest` and `-m "not guest"`.

@@ -27,7 +27,7 @@ def confined(lab: Lab) -> Iterator[Lab]:
     )
 
 
-@pytest.mark.quick_on("debian12")
+@pytest.mark.prove_only
 def test_confined_by_its_profile_nbdd_attaches_mends_is_adopted_and_names_who_uses_a_device(confined: Lab) -> None:
     lab = confined
     assert lab.guest.run(f"cat /proc/{lab.manager_pid()}/attr/current").stdout == "nbdd (enforce)\n"

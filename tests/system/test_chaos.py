@@ -11,7 +11,7 @@ from tests.chaos.driver import MORE_SECONDS, campaign
 from tests.scale import times
 from tests.system.lab import Lab
 
-SECONDS = times(40, 600)
+SECONDS = times(30, 600)
 SEED = 1
 
 

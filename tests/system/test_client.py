@@ -30,8 +30,8 @@ SCRIPTS = (
     "docs/client.md",
 )
 
-ROUNDS = times(100, 500)
-KILLS = times(20, 40)
+ROUNDS = times(40, 500)
+KILLS = times(10, 40)
 
 Run = Callable[..., Any]
 Told = dict[str, tuple[float, str]]

@@ -16,7 +16,7 @@ from tests.system.desk import SLOW, Desk
 from tests.system.lab import Lab
 from tests.system.seat import PASSWORD, Seat
 
-pytestmark = pytest.mark.quick_on("neither")  # it clicks on what it sees; `make prove` has the time for that
+pytestmark = pytest.mark.prove_only
 
 
 def keep(name: str, picture: Picture) -> None:

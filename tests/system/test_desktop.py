@@ -125,6 +125,7 @@ def test_a_click_on_a_link_is_a_folder_without_root_and_goes_again(lab: Lab, sea
     assert lab.guest.run(f"[ -e {folder} ]", check=False).returncode == 1
 
 
+@pytest.mark.prove_only
 def test_the_example_of_a_rule_lets_the_group_have_what_is_configured_and_nobody_else(
     lab: Lab, seat: Seat, filesystem: Server
 ) -> None:

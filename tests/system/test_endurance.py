@@ -16,7 +16,7 @@ from tests.system.lab import ATTACH_SECONDS, Lab
 
 ROOT = Path(__file__).parents[2]
 
-ROUNDS = times(40, 200)
+ROUNDS = times(30, 200)
 WARM_UP = 20
 
 DEVICES = 64

@@ -12,7 +12,7 @@ from tests.interop.report import WRITE, run_in, table, versions, written
 from tests.system.lab import Lab
 
 
-@pytest.mark.quick_on("debian13")
+@pytest.mark.prove_only
 def test_nbdinfo_agrees_in_every_cell_of_the_matrix_and_the_document_says_so(lab: Lab, show: Show) -> None:
     result = run_in(lab.guest)
     release, seconds = result["system"]["release"], result["seconds"]

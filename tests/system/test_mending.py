@@ -20,7 +20,7 @@ from tests.system.load import Load, strike
 MIB = 1 << 20
 
 ROUNDS = times(1, 10)
-"""Of ten strikes each at servers under load."""
+"""Of up to ten strikes each at servers under load."""
 
 AWAY = times(8, 20)
 """Seconds that a network is cut, and a server stands still, after that is noticed or could have been."""
@@ -145,10 +145,14 @@ def test_servers_that_are_killed_and_restarted_under_load_cost_no_io(lab: Lab, s
     loads = [Load(lab, name) for name in servers]
     try:
         # Not the restart of nbdkit: what it says on SIGTERM is an error of its own; see docs/reliability.md.
-        rounds = {"nbdkit": ["kill"] * 4, "qemunbd": ["restart", "kill"] * 2, "nbdserver": ["restart", "kill"]}
+        rounds = {
+            "nbdkit": ["kill"] * times(2, 40),
+            "qemunbd": ["restart", "kill"] * times(1, 20),
+            "nbdserver": ["restart", "kill"] * times(1, 10),
+        }
         words = {"kill": "systemctl kill --kill-whom=all --signal=KILL", "restart": "systemctl restart"}
         strikes = {
-            name: [("link", f"{words[word]} {servers[name].unit}") for word in in_turn * ROUNDS]
+            name: [("link", f"{words[word]} {servers[name].unit}") for word in in_turn]
             for name, in_turn in rounds.items()
         }
         recovered = strike(loads, strikes, 500 + 90 * ROUNDS)
@@ -210,6 +214,7 @@ def test_after_the_dead_timeout_all_io_fails_at_the_promised_second_and_the_devi
     lab.detach("dead")
 
 
+@pytest.mark.quick_on("debian13")
 def test_a_server_with_other_data_is_refused_by_its_size_and_by_its_filesystem_and_the_right_one_is_taken_back(
     lab: Lab,
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_scrape_of_a_stopped_nbdd_says_so_and_does_not_start_it(switched_on: L
     scrape(lab, "nbdd_up 1.0\n")
 
 
+@pytest.mark.prove_only
 def test_an_upgrade_restarts_the_metrics_where_they_are_on(switched_on: Lab, nbdd_deb: Path) -> None:
     lab = switched_on
     scrape(lab, "nbdd_up 1.0\n")

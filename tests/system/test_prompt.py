@@ -11,6 +11,8 @@ from tests.system.seat import PASSWORD, Seat
 QUESTION = "Authentication is required to {} the network disk photos."
 ASKED = "Password: "
 
+pytestmark = pytest.mark.quick_on("debian13")
+
 
 @pytest.fixture
 def photos(lab: Lab) -> Server:

@@ -34,7 +34,7 @@ print(json.dumps({name: times[1:] for name, times in took.items()}))
 """
 
 
-@pytest.mark.quick_on("debian12")
+@pytest.mark.prove_only
 def test_a_list_of_200_devices_takes_at_most_twice_the_time_of_busctls_tree_and_pythons_start(
     lab: Lab, show: Show, release: str
 ) -> None:

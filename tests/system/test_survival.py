@@ -56,6 +56,7 @@ def _check_time(load: Load, seconds: list[float], show: Show) -> None:
     assert real <= PROMISED
 
 
+@pytest.mark.quick_on("debian12")
 @pytest.mark.timeout(300 + 30 * WORKER_KILLS, func_only=True)
 def test_sigkill_of_a_worker_costs_no_io_and_a_new_one_adopts_the_device(
     lab: Lab, load: Load, show: Show, release: str
@@ -70,6 +71,7 @@ def test_sigkill_of_a_worker_costs_no_io_and_a_new_one_adopts_the_device(
     assert "was killed by SIGKILL" in lab.guest.journal("nbdd")
 
 
+@pytest.mark.quick_on("debian13")
 @pytest.mark.timeout(300 + 30 * MANAGER_KILLS, func_only=True)
 def test_sigkill_of_the_manager_costs_no_io_and_its_successor_adopts_the_device(
     load: Load, show: Show, release: str
