@@ -3,7 +3,7 @@
 
 A test that asks for either runs once for each release, and is marked `guest`. With `-n 2 --dist loadgroup`
 (pytest-xdist) all that use the shared guest of one release run in one process, so that both releases go side by side;
-those that boot guests of their own are a third group, for whichever is done first.
+a test that boots a guest of its own is a group by itself, for whichever process is free.
 `--guest-release debian12` (repeatable) runs those of one alone. A guest that does not come up is a failure, not a skip.
 """
 
@@ -61,14 +61,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             callspec = getattr(item, "callspec", None)
             if callspec is not None:
                 own = "clean_guest" in getattr(item, "fixturenames", ())
-                item.add_marker(pytest.mark.xdist_group("own" if own else callspec.params["release"]))
+                item.add_marker(pytest.mark.xdist_group(f"own-{item.name}" if own else callspec.params["release"]))
             # The fixtures have deadlines of their own; what is timed here is the test.
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))
 
     if hasattr(config, "workerinput"):
         # The long groups first: a process that begins with something else comes to them too late.
-        items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+        items.sort(key=_length_of_group)
+
+
+def _length_of_group(item: pytest.Item) -> int:
+    """0 for those that share a guest, 1 for one with a guest of its own, 2 for one without a guest."""
+    group = item.get_closest_marker("xdist_group")
+    if group is None:
+        return 2
+    return 1 if str(group.args[0]).startswith("own-") else 0
 
 
 def _belongs_to_another_release(item: pytest.Item) -> bool:
