@@ -122,7 +122,7 @@ class Device:
     def start(self) -> None:
         """Begin to attach and return at once; what comes of it is told by the status."""
         if not self.active:
-            self._begin(self._definition)
+            self._begin(self._definition, by=0)
 
     def adopt(self, record: Record, sockets: list[int]) -> None:
         """Take over a device that a predecessor bound, with its links as far as they were kept; return at once."""
@@ -142,14 +142,14 @@ class Device:
                 "live_connections": record.binding["live"],
                 "attached_since": record.attached_since,
             }
-        self._set(state=State.CONNECTING, **told)
+        self._set(state=State.CONNECTING, attached_by=record.attached_by, **told)
         self._run(self._adopt)
 
-    async def attach(self, definition: Definition | None = None) -> None:
+    async def attach(self, definition: Definition | None = None, *, by: int = 0) -> None:
         """Attach, or join the attempt under way; return when the block device is usable.
 
-        `definition` replaces the device's own for this attachment. Raises AlreadyAttached, Busy while it is being
-        detached or attached otherwise, or what the attempt met.
+        `definition` replaces the device's own for this attachment; `by` is the user id of who asks.
+        Raises AlreadyAttached, Busy while it is being detached or attached otherwise, or what the attempt met.
         """
         if self._closed:
             raise WorkerFailed("nbdd is stopping.")
@@ -163,7 +163,7 @@ class Device:
             self._outcome = asyncio.get_running_loop().create_future()
         outcome = self._outcome
         if self._runner is None:
-            self._begin(definition or self._definition)
+            self._begin(definition or self._definition, by=by)
         else:
             self._kick.set()
         # The attempt goes on when the one who asked for it goes away.
@@ -269,11 +269,13 @@ class Device:
 
     # The runner
 
-    def _begin(self, definition: Definition) -> None:
+    def _begin(self, definition: Definition, *, by: int) -> None:
         self._active = definition
         # With a record there may be a device under our name already, and somebody may use it.
         self._fresh = self._record is None
-        self._clear(state=State.CONNECTING, last_error=self._status.last_error, **self._told_by(definition))
+        self._clear(
+            state=State.CONNECTING, last_error=self._status.last_error, attached_by=by, **self._told_by(definition)
+        )
         self._run(self._attach_until_bound)
 
     def _run(self, first: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -412,7 +414,7 @@ class Device:
                 # Nobody else's device may stand under our name, or the record would make it ours.
                 await worker.request("look", deadline=ORDER_DEADLINE)
             # Before the kernel is asked: see records.py.
-            self._keep(Record(self._active, self._status.configured))
+            self._keep(Record(self._active, self._status.configured, attached_by=self._status.attached_by))
         reply, fds = await worker.request_fds(
             order, deadline=ATTACH_DEADLINE, fds=self._post.links if order == "adopt" else (), **arguments
         )

@@ -129,14 +129,14 @@ class Manager:
             # They left the configuration while nobody was looking.
             self._background(self._retire_all(leftovers))
 
-    async def attach(self, name: str, options: Mapping[str, object]) -> Device:
-        """Attach a device that has a definition; return when it is usable."""
+    async def attach(self, name: str, options: Mapping[str, object], *, by: int = 0) -> Device:
+        """Attach a device that has a definition; return when it is usable. `by` is the user id of who asks."""
         device = self.device(name)
-        await device.attach(options_with(device.definition, options) if options else None)
+        await device.attach(options_with(device.definition, options) if options else None, by=by)
         return device
 
-    async def attach_uri(self, uri: str, options: Mapping[str, object]) -> Device:
-        """Attach an export that has no definition; return when it is usable."""
+    async def attach_uri(self, uri: str, options: Mapping[str, object], *, by: int = 0) -> Device:
+        """Attach an export that has no definition; return when it is usable. `by` is the user id of who asks."""
         options = dict(options)
         given = options.pop("name", None)
         if given is not None and not isinstance(given, str):
@@ -157,7 +157,7 @@ class Manager:
             raise Busy(f"nbdd looks after {MAX_DEVICES} ad-hoc devices already; detach one first.")
         device = self._add(definition, configured=False)
         try:
-            await device.attach()
+            await device.attach(by=by)
         except NbddError:
             self._drop(device)
             raise

@@ -41,6 +41,8 @@ class Record:
     """
     attached_since: int = 0
     """Microseconds since 1970."""
+    attached_by: int = 0
+    """The user id of who asked for it."""
 
     def to_wire(self) -> dict[str, Any]:
         """A JSON object."""
@@ -49,6 +51,7 @@ class Record:
             "configured": self.configured,
             "binding": self.binding,
             "attached-since": self.attached_since,
+            "attached-by": self.attached_by,
         }
 
     @staticmethod
@@ -66,6 +69,8 @@ class Record:
             configured=bool(wire["configured"]),
             binding=binding,
             attached_since=int(wire["attached-since"]),
+            # An earlier version wrote none.
+            attached_by=int(wire.get("attached-by", 0)),
         )
 
 

@@ -46,6 +46,8 @@ class Status:
     worker_pid: int = 0
     reconnects: int = 0
     attached_since: int = 0
+    attached_by: int = 0
+    """The user id of who asked for it; 0 where that was root, or the configuration."""
     fails_at: int = 0
     last_error: tuple[str, str] = ("", "")
     desktop: bool = False

@@ -101,14 +101,14 @@ class ManagerInterface(ExportedInterface):
         values = read_options(options, ATTACH_OPTIONS)
         about = self._about_device(name)
         await self._authority.check(caller, "org.nbdd1.attach", about)
-        device = await self._manager.attach(name, values)
+        device = await self._manager.attach(name, values, by=await self._authority.user(caller))
         return [object_path(device.name)]
 
     async def _attach_uri(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         uri, options = arguments
         values = read_options(options, ATTACH_URI_OPTIONS)
         await self._authority.check(caller, "org.nbdd1.attach-uri", _about_server(uri))
-        device = await self._manager.attach_uri(uri, values)
+        device = await self._manager.attach_uri(uri, values, by=await self._authority.user(caller))
         return [object_path(device.name)]
 
     async def _detach(self, caller: Caller, arguments: list[Any]) -> list[Any]:
@@ -118,7 +118,11 @@ class ManagerInterface(ExportedInterface):
             raise InvalidArgs(f"The option 'wait' goes up to {MAX_WAIT} seconds.")
         about = self._about_device(name)
         action = "org.nbdd1.force-detach" if values.get("force") else "org.nbdd1.detach"
-        await self._authority.check(caller, action, about)
+        # Whoever attached a disk may detach it, as UDisks has it with what somebody mounted. Nothing is awaited between
+        # this look and the detach: it may be another's disk then.
+        user = await self._authority.user(caller)
+        if values.get("force") or user != self._manager.device(name).status.attached_by:
+            await self._authority.check(caller, action, about)
         await self._manager.detach(name, **values)
         return []
 
@@ -224,6 +228,7 @@ _PROPERTIES: dict[str, Callable[[Status], Any]] = {
     "WorkerPID": lambda status: status.worker_pid,
     "Reconnects": lambda status: status.reconnects,
     "AttachedSince": lambda status: status.attached_since,
+    "AttachedBy": lambda status: status.attached_by,
     "FailsAt": lambda status: status.fails_at,
     "Configured": lambda status: status.configured,
     "LastError": lambda status: list(status.last_error),

@@ -32,6 +32,9 @@ _AUTHORITY = Peer(
 class Authority(Protocol):
     """Who decides."""
 
+    async def user(self, caller: Caller) -> int:
+        """The user id of the caller; raises AccessDenied where it has left the bus."""
+
     async def check(self, caller: Caller, action: str, details: Mapping[str, str]) -> None:
         """Return if the caller may; raise AccessDenied or InteractiveAuthorizationRequired if not."""
 
@@ -47,7 +50,7 @@ class Polkit:
 
         `details` are shown in the question; the keys are those that the action's message names.
         """
-        if await self._is_root(caller):
+        if await self.user(caller) == 0:
             return
         # The subject is the bus name, never a pid: a pid may be somebody else's by the time polkitd looks.
         subject = ["system-bus-name", {"name": Variant("s", caller.name)}]
@@ -79,9 +82,10 @@ class Polkit:
             raise AccessDenied(f"Nothing was done: the question for a password was cancelled ({action}).")
         raise AccessDenied(f"You are not allowed to do this ({action}); run it as root, or ask an administrator.")
 
-    async def _is_root(self, caller: Caller) -> bool:
+    async def user(self, caller: Caller) -> int:
+        """The user id of the caller, as the bus knows it; raises AccessDenied where it has left the bus."""
         try:
             [uid] = await DBUS.call(self._bus, "GetConnectionUnixUser", "s", [caller.name], returns="u")
         except CallError:
             raise AccessDenied("The caller left the bus.") from None
-        return bool(uid == 0)
+        return int(uid)

@@ -19,6 +19,10 @@ _NAME = "org.freedesktop.UDisks2"
 _ROOT = Peer(_NAME, "/org/freedesktop/UDisks2", "org.freedesktop.DBus.ObjectManager")
 _BLOCK, _FILESYSTEM, _PARTITION = f"{_NAME}.Block", f"{_NAME}.Filesystem", f"{_NAME}.Partition"
 _RULE = f"type='signal',sender='{_NAME}',path_namespace='{_ROOT.path}'"
+_MOUNTS_RULE = (
+    f"type='signal',sender='{_NAME}',path_namespace='{_ROOT.path}',interface='org.freedesktop.DBus.Properties',"
+    f"member='PropertiesChanged',arg0='{_FILESYSTEM}'"
+)
 _MOUNTED_ALREADY = f"{_NAME}.Error.AlreadyMounted"
 _REFUSALS = tuple(f"{_NAME}.Error.NotAuthorized{how}" for how in ("", "CanObtain", "Dismissed"))
 _BUSY = f"{_NAME}.Error.DeviceBusy"
@@ -46,6 +50,7 @@ class UDisks:
 
     def __init__(self, bus: CallerBus) -> None:
         self._bus = bus
+        self._mounts = asyncio.Event()
 
     async def blocks(self, node: str) -> list[Block]:
         """The disk with that node and its partitions, those that UDisks knows."""
@@ -80,6 +85,21 @@ class UDisks:
             return found
         finally:
             self._bus.remove_message_handler(hear)
+
+    async def watch_mounts(self) -> None:
+        """Begin to hear of mounts. Does not start UDisks."""
+
+        def hear(message: Message) -> None:
+            if message.message_type is MessageType.SIGNAL and message.body[:1] == [_FILESYSTEM]:
+                self._mounts.set()
+
+        self._bus.add_message_handler(hear)
+        await self._call(DBUS, "AddMatch", "s", _MOUNTS_RULE)
+
+    async def mounts_change(self) -> None:
+        """Return when something was mounted or unmounted since the last call; needs `watch_mounts` first."""
+        await self._mounts.wait()
+        self._mounts.clear()
 
     async def mount(self, block: Block) -> str:
         """Mount a filesystem for the person who runs us; returns where. It is no fault if it is mounted already."""

@@ -23,6 +23,7 @@ _FIELDS = {
     "WorkerPID": "worker_pid",
     "Reconnects": "reconnects",
     "AttachedSince": "attached_since",
+    "AttachedBy": "attached_by",
     "FailsAt": "fails_at",
     "Configured": "configured",
     "LastError": "last_error",
@@ -66,6 +67,8 @@ class Device:
     reconnects: int = 0
     attached_since: int = 0
     """Microseconds since 1970; 0 while not attached."""
+    attached_by: int = 0
+    """A user id."""
     fails_at: int = 0
     """Microseconds since 1970: when I/O that waits for a link fails; 0 while there is a link."""
     configured: bool = False

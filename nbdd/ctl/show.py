@@ -259,7 +259,9 @@ def status(device: Device, statistics: Mapping[str, int] | None, users: Users | 
         left = int(device.fails_at / 1e6 - time.time())
         lines["I/O"] = f"waits for a link, and fails in {duration(left)}" if left > 0 else "fails until there is a link"
     if device.attached_since:
-        lines["Attached"] = _since(device.attached_since / 1e6)
+        # A number, as the name may be that of another machine's user.
+        by = f", by user {device.attached_by}" if device.attached_by else ""
+        lines["Attached"] = _since(device.attached_since / 1e6) + by
     if device.node:
         lines["Node"] = device.node
         lines["Size"] = f"{size(device.size)} ({device.size} bytes, blocks of {device.block_size})"

@@ -6,7 +6,11 @@ nbdd attaches and UDisks mounts; polkit asks the person where either wants an ad
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import os
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from nbdd.bus.client import Client
@@ -22,7 +26,33 @@ KNOWN_SECONDS = 10.0
 LEAVE_SECONDS = 5
 """How long those may take to leave a disk who had opened it for a moment, such as udev."""
 
+_LOCK_INTERVAL = 0.1
+"""Seconds between two looks whether it is our turn; what waits in the kernel could not be interrupted."""
+
 _SYS = Path("/sys/class/block")
+
+
+@contextlib.asynccontextmanager
+async def one_at_a_time() -> AsyncIterator[None]:
+    """Nothing else of this person's opens or detaches a disk meanwhile.
+
+    Two clicks on one link are one disk: the second waits, and finds what the first has attached.
+    """
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    if folder is None:
+        yield
+        return
+    lock = os.open(Path(folder, "nbdd-open.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(_LOCK_INTERVAL)
+        yield
+    finally:
+        os.close(lock)
 
 
 def link(text: str) -> URI:
@@ -83,15 +113,19 @@ class Disks:
         return Path(folders[0])
 
     async def find(self, target: str) -> list[Device]:
-        """The devices that are meant by a name, a link, a node or a folder; by "", all that links opened."""
-        attached = [device for device in await self._devices() if device.node]
+        """The devices that are meant by a name, a link, a node or a folder; by "", all that this person attached."""
         if not target:
-            return [device for device in attached if device.desktop and not device.configured]
+            return [device for device in await self._devices() if device.node and is_own(device)]
+        attached = [device for device in await self._devices() if device.node]
         place = os.path.realpath(target) if target.startswith("/") else ""  # noqa: ASYNC240 - one call, nothing waits
         for device in attached:
             if target == device.name or _same(device.uri, target) or (place and await self._holds(device, place)):
                 return [device]
         raise NoSuchDevice(f"{notice.one_line(target)} is no network disk that is attached; 'nbdctl list' shows them.")
+
+    async def mounted(self, device: Device) -> bool:
+        """Whether the device, or a partition of it, is mounted anywhere."""
+        return any(block.mount_points for block in await self._udisks.blocks(device.node))
 
     async def _holds(self, device: Device, place: str) -> bool:
         """Whether that is a node of the device, or a folder where it is mounted."""
@@ -106,6 +140,11 @@ class Disks:
 
     async def _devices(self) -> list[Device]:
         return [Device.of(properties) for properties in await self._client.devices()]
+
+
+def is_own(device: Device) -> bool:
+    """Whether this person attached it, for the desktop; what the configuration attached is nobody's, and not root's."""
+    return device.desktop and device.attached_by == os.geteuid() != 0
 
 
 def _nothing_to_mount(device: Device, blocks: list[Block]) -> str:

@@ -131,6 +131,12 @@ def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notic
     )
 
 
+def detached(device: Device) -> Notification:
+    """A disk was detached as the person wanted it."""
+    icon = device.icon_name or "drive-harddisk"
+    return Notification(f"{title(device)} is detached", "All was written.", icon, category="device", lasting=False)
+
+
 def title(device: Device) -> str:
     """What people call the device."""
     return device.display_name or device.name

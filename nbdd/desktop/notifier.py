@@ -19,14 +19,16 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from nbdd import __version__
-from nbdd.bus.callerbus import session_bus
+from nbdd.bus.callerbus import session_bus, system_bus
 from nbdd.bus.calls import CallError
 from nbdd.bus.client import Client, Event, Kind, Properties
 from nbdd.bus.notifications import Closed, Invoked, Notifications, NotShown, Renewed
 from nbdd.bus.notifications import Event as Answer
+from nbdd.bus.udisks import UDisks
 from nbdd.ctl.record import Device
 from nbdd.desktop import notice
 from nbdd.desktop.notice import Notice
+from nbdd.desktop.unmounted import Unmounted
 from nbdd.errors import Busy, NbddError
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,12 @@ class Unable:
     problem: NbddError
 
 
-News: TypeAlias = Event | Answer | Unable | NbddError | None
+@dataclass(frozen=True, slots=True)
+class Remounted:
+    """Something was mounted or unmounted."""
+
+
+News: TypeAlias = Event | Answer | Unable | Remounted | NbddError | None
 """What keeps the notifier busy; an error is the end of the system bus, None the end of the work."""
 
 
@@ -80,8 +87,10 @@ class Watched:
 class Notifier:
     """Watches nbdd's devices on one bus and speaks on the other."""
 
-    def __init__(self, client: Client, notifications: Notifications, *, everything: bool) -> None:
+    def __init__(self, client: Client, udisks: UDisks, notifications: Notifications, *, everything: bool) -> None:
         self._client = client
+        self._udisks = udisks
+        self._unmounted = Unmounted(client, udisks)
         self._notifications = notifications
         self._everything = everything
         self._watched: dict[str, Watched] = {}
@@ -99,10 +108,12 @@ class Notifier:
         Raises NbddError when the system bus ends.
         """
         await self._notifications.subscribe()
+        await self._udisks.watch_mounts()
         if await self._client.subscribe():
             await self._started()
         self._start(self._collect(self._client.event))
         self._start(self._collect(self._notifications.event))
+        self._start(self._collect(self._remounted))
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
@@ -123,14 +134,18 @@ class Notifier:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _collect(self, source: Callable[[], Coroutine[Any, Any, Event | Answer]]) -> None:
+    async def _remounted(self) -> Remounted:
+        await self._udisks.mounts_change()
+        return Remounted()
+
+    async def _collect(self, source: Callable[[], Coroutine[Any, Any, Event | Answer | Remounted]]) -> None:
         try:
             while True:
                 self._news.put_nowait(await source())
         except NbddError as problem:
             self._news.put_nowait(problem)
 
-    async def _hear(self, news: Event | Answer | Unable | NbddError) -> None:
+    async def _hear(self, news: Event | Answer | Unable | Remounted | NbddError) -> None:
         match news:
             case Event():
                 await self._happened(news)
@@ -138,6 +153,8 @@ class Notifier:
                 watched = self._watched[name]
                 in_use = isinstance(problem, Busy)
                 await self._show(watched, notice.refused(watched.device, action, str(problem), in_use=in_use))
+            case Remounted():
+                await self._look_at_mounts()
             case Renewed():
                 await self._renewed(news.shower)
             case Closed() | Invoked():
@@ -176,6 +193,7 @@ class Notifier:
             await self._close(self._watched.pop(name))
         for name, properties in found.items():
             await self._changed(name, properties)
+        await self._look_at_mounts()
 
     async def _changed(self, name: str, properties: Properties) -> None:
         watched = self._watched.setdefault(name, Watched())
@@ -187,6 +205,27 @@ class Notifier:
             watched.was_bound = False
         watched.lost_since = (watched.lost_since or time.time()) if device.state == "reconnecting" else 0.0
         await self._update(watched)
+
+    # What the person unmounts
+
+    async def _look_at_mounts(self) -> None:
+        try:
+            left = await self._unmounted.look([watched.device for watched in self._watched.values()])
+        except NbddError as problem:
+            log.warning("%s", problem)
+            return
+        for device in left:
+            self._start(self._detach(device))
+
+    async def _detach(self, device: Device) -> None:
+        try:
+            if await self._unmounted.detach(device):
+                log.info("%s was unmounted, and is detached", device.name)
+                await self._notifications.show(notice.detached(device), 0)
+        except NotShown as problem:
+            log.warning("not shown: %s", problem)
+        except NbddError as problem:
+            log.warning("%s was unmounted, and stays attached: %s", device.name, problem)
 
     # What is to be said
 
@@ -281,8 +320,8 @@ async def watch(*, everything: bool) -> int:
             log.info("another one runs in this session already")
             return 0
         # Not to start nbdd: where it does not run, there is nothing to tell.
-        async with Client(activate=False) as client:
-            notifier = Notifier(client, Notifications(session), everything=everything)
+        async with Client(activate=False) as client, system_bus() as bus:
+            notifier = Notifier(client, UDisks(bus), Notifications(session), everything=everything)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, notifier.stop)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -26,7 +24,7 @@ from nbdd.bus.filemanager import show_folder
 from nbdd.bus.notifications import Notification, Notifications, NotShown
 from nbdd.bus.udisks import UDisks
 from nbdd.desktop import notice
-from nbdd.desktop.disks import Disks, link
+from nbdd.desktop.disks import Disks, link, one_at_a_time
 from nbdd.errors import NbddError
 from nbdd.uri import URI
 
@@ -50,10 +48,13 @@ class Voice:
 
     async def say(self, summary: str, body: str, icon: str, *, lasting: bool = True) -> None:
         """Show a notification, in place of the one before."""
+        await self.show(Notification(summary, body, icon, category="device", lasting=lasting))
+
+    async def show(self, what: Notification) -> None:
+        """The same, for what is made already."""
         if self._shower is not None:
             with contextlib.suppress(NotShown):
-                shown = Notification(summary, body, icon, category="device", lasting=lasting)
-                self._number = await self._shower.show(shown, self._number)
+                self._number = await self._shower.show(what, self._number)
 
     @contextlib.asynccontextmanager
     async def waiting(self, summary: str, body: str) -> AsyncIterator[None]:
@@ -86,7 +87,7 @@ async def open_link(text: str, voice: Voice, session: CallerBus | None) -> None:
     uri = link(text)
     async with (
         voice.waiting("Opening a network disk", f"{_what(uri)} is asked for."),
-        _one_at_a_time(),
+        one_at_a_time(),
         Client() as client,
         system_bus() as bus,
     ):
@@ -100,7 +101,8 @@ async def open_link(text: str, voice: Voice, session: CallerBus | None) -> None:
 
 async def detach(target: str, voice: Voice) -> None:
     """Unmount and detach what is meant by `target`: a name, a link, a node, a folder; "" is all that links opened."""
-    async with Client() as client, system_bus() as bus:
+    # Of what is unmounted here, nbdd-notify shall not think that it was the file manager.
+    async with one_at_a_time(), Client() as client, system_bus() as bus:
         disks = Disks(client, UDisks(bus))
         found = await disks.find(target)
         if not found:
@@ -109,7 +111,7 @@ async def detach(target: str, voice: Voice) -> None:
             name = notice.title(device)
             async with voice.waiting(f"Detaching {name}", "What is not written yet is being written."):
                 await disks.detach(device)
-            await voice.say(f"{name} is detached", "All was written.", "drive-harddisk", lasting=False)
+            await voice.show(notice.detached(device))
             _tell(f"{device.name} is detached")
 
 
@@ -121,21 +123,6 @@ def _tell(what: object) -> None:
 def _what(uri: URI) -> str:
     export = uri.export or "The default export"
     return notice.one_line(f"{export} on {uri.host or uri.address}")
-
-
-@contextlib.asynccontextmanager
-async def _one_at_a_time() -> AsyncIterator[None]:
-    """Two clicks on one link are one disk: the second waits, and finds what the first has attached."""
-    folder = os.environ.get("XDG_RUNTIME_DIR")
-    if folder is None:
-        yield
-        return
-    lock = os.open(Path(folder, "nbdd-open.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 def _xdg_open(folder: Path) -> None:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +28,9 @@ _TO_BUILD = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "cpio": "cpio", 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _LISTS = Path("/var/lib/apt/lists")
 _LISTS_DAYS = 3
-_QUIET = {"DEBIAN_FRONTEND": "noninteractive"}
+_QUIET = {"DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C"}
+_LOCKED = "Could not get lock"
+_LOCK_SECONDS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,30 +138,57 @@ def apt_options() -> list[str]:
 
 
 def _ensure(needs: dict[str, str], *, always: tuple[str, ...] = ()) -> None:
-    missing = sorted({package for program, package in needs.items() if shutil.which(program, path=_path()) is None})
-    packages = [*missing, *always]
-    if not packages:
+    if not _missing(needs) and not always:
         return
-    if os.geteuid() != 0:
-        raise GuestError(f"installing {' '.join(packages)} needs root; run this as root, or install them first")
-    if _lists_are_old():
-        _update()
-    with stage(f"apt-get install {' '.join(packages)}"):
-        try:
-            _install(packages)
-        except GuestError:
-            # Lists from before the archive's last change name files that are gone.
+    with _one_at_a_time():
+        packages = [*_missing(needs), *always]
+        if not packages:
+            return
+        if os.geteuid() != 0:
+            raise GuestError(f"installing {' '.join(packages)} needs root; run this as root, or install them first")
+        if _lists_are_old():
             _update()
-            _install(packages)
+        with stage(f"apt-get install {' '.join(packages)}"):
+            try:
+                _install(packages)
+            except GuestError:
+                # Lists from before the archive's last change name files that are gone.
+                _update()
+                _install(packages)
+
+
+def _missing(needs: dict[str, str]) -> list[str]:
+    return sorted({package for program, package in needs.items() if shutil.which(program, path=_path()) is None})
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Tests in several processes find the same to be missing, and apt's own locks do not wait for each other."""
+    held = os.open("/var/lib/apt", os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _update() -> None:
     with stage("apt-get update"):
-        command(["apt-get", "-q", "update"], "refreshing apt's lists", timeout=600, env=_QUIET)
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                command(["apt-get", "-q", "update"], "refreshing apt's lists", timeout=600, env=_QUIET)
+                return
+            except GuestError as error:
+                # Of the lists' lock apt has no timeout, as of dpkg's; the machine's own timers may have it.
+                if _LOCKED not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
 
 
 def _install(packages: list[str]) -> None:
-    argv = ["apt-get", "-qy", "-o", "DPkg::Lock::Timeout=300", "install", "--no-install-recommends", *packages]
+    lock = f"DPkg::Lock::Timeout={_LOCK_SECONDS}"
+    argv = ["apt-get", "-qy", "-o", lock, "install", "--no-install-recommends", *packages]
     command(argv, f"installing {' '.join(packages)}", timeout=1800, env=_QUIET)
 
 

@@ -20,8 +20,6 @@ LINKS_RULE = """
 polkit.addRule(function(action, subject) {
     if (subject.user == "visitor" && subject.active && action.id == "org.nbdd1.attach-uri" &&
         /^127\\.0\\.0\\.1:\\d+$/.test(action.lookup("server"))) return polkit.Result.YES;
-    if (subject.user == "visitor" && action.id == "org.nbdd1.detach" && action.lookup("configured") == "no")
-        return polkit.Result.YES;
 });
 """
 
@@ -115,11 +113,16 @@ def test_a_click_on_a_link_is_a_folder_without_root_and_goes_again(lab: Lab, sea
     # A second click opens what is there.
     assert seat.run(f"nbdd-open {filesystem.uri}").stdout.strip() == folder
     assert len(lab.devices()) == 1
-    # A disk in use stays.
+    # A disk in use stays, and one that somebody else attached.
     lab.guest.run(f"systemd-run -q --collect --unit=opener sh -c 'cd {folder} && exec sleep 1000'")
     busy = seat.run(f"nbdd-open --detach {folder}", check=False)
     assert (busy.returncode, "Somebody still uses it" in busy.stderr) == (1, True), busy.stderr
     lab.guest.run("systemctl stop opener")
+    other = lab.nbdkit("memory 8M")
+    lab.attach_uri(other.uri, "theirs", "'desktop': <@a{sv} {}>")
+    busy = seat.run("nbdd-open --detach theirs", check=False)
+    assert (busy.returncode, "org.nbdd1.detach" in busy.stderr) == (1, True), busy.stderr
+    lab.detach("theirs")
     assert seat.run(f"nbdd-open --detach {folder}").stdout == f"{device['Name']} is detached\n"
     assert (lab.devices(), lab.bound()) == ({}, [])
     assert lab.guest.run(f"[ -e {folder} ]", check=False).returncode == 1

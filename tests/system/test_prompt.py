@@ -41,11 +41,21 @@ def test_by_prompt_a_disk_is_attached_mounted_written_to_unmounted_and_detached_
         "disk=$(readlink -f /dev/disk/by-nbd/photos) && udisksctl mount -b $disk && "
         "echo hello >/media/visitor/PHOTOS/greeting && udisksctl unmount -b $disk"
     )
+    # Who attached it is not asked again.
+    assert seat.run("nbdctl detach photos").stdout == "photos is detached\n"
+    assert (lab.device("photos")["State"], lab.bound()) == ("detached", [])
+    assert lab.guest.run("debugfs -R 'cat greeting' /root/photos.img 2>/dev/null").stdout == "hello\n"
+
+
+@pytest.mark.usefixtures("photos")
+def test_by_prompt_a_disk_is_detached_that_somebody_else_attached(lab: Lab, seat: Seat) -> None:
+    seat.know_password()
+    lab.attach("photos")
+    assert seat.run("nbdctl detach photos </dev/null", check=False).returncode == 1
     detached = seat.type("nbdctl detach photos", (ASKED, PASSWORD + "\n"))
     assert detached.returncode == 0, detached.stdout
     assert QUESTION.format("detach") in detached.stdout
     assert (lab.device("photos")["State"], lab.bound()) == ("detached", [])
-    assert lab.guest.run("debugfs -R 'cat greeting' /root/photos.img 2>/dev/null").stdout == "hello\n"
 
 
 @pytest.mark.usefixtures("photos")

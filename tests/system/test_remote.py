@@ -52,6 +52,29 @@ def test_a_device_is_attached_seen_and_detached_on_another_machine(far: Lab) -> 
     assert far.bound() == []
 
 
+def test_an_ordinary_user_in_a_session_over_ssh_is_denied_with_a_sentence(far: Lab) -> None:
+    far.define("devices:\n  photos:\n    uri: nbd://127.0.0.1:1/\n")
+    # One that asks PAM, and so logind, as every sshd does but the one for tests.
+    far.guest.run(
+        "systemd-run --quiet --collect --unit=sshd-with-pam /usr/sbin/sshd -D -p 2222 -o UsePAM=yes;"
+        "for _ in $(seq 300); do ss -Hltn 'sport = :2222' | grep -q . && break; sleep 0.1; done"
+    )
+    ssh = "ssh -F /root/.ssh/config -p 2222 -o UserKnownHostsFile=/root/far/known2 {} visitor@far"
+    try:
+        session = far.guest.run(f"{ssh.format('')} 'loginctl show-session $XDG_SESSION_ID -P Remote -P Active'")
+        assert session.stdout.split() == ["yes", "yes"]
+        refused = "nbdctl: You are not allowed to do this (org.nbdd1.attach); run it as root, or ask an administrator."
+        plain = far.guest.run(f"{ssh.format('')} nbdctl attach photos", check=False)
+        assert (plain.returncode, plain.stdout, plain.stderr) == (1, "", f"{refused}\n")
+        # On a terminal, too, nobody is asked for a password that would not help.
+        terminal = far.guest.run(f"{ssh.format('-tt')} nbdctl attach photos </dev/null", check=False)
+        assert terminal.returncode == 1
+        assert refused in terminal.stdout
+        assert "Password" not in terminal.stdout
+    finally:
+        far.guest.run("systemctl stop sshd-with-pam; loginctl terminate-user visitor", check=False)
+
+
 def test_a_user_there_looks_but_needs_more_to_attach(far: Lab) -> None:
     assert json.loads(far.guest.run("nbdctl --host visitor@far list --json").stdout) == {"devices": []}
     done = far.guest.run("nbdctl --host visitor@far attach nbd://127.0.0.1:1/", check=False)

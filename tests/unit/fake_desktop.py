@@ -204,10 +204,22 @@ class FakeUDisks(FakeManager):
             if block.mount_points:
                 return Message.new_error(call, f"{UDISKS}.Error.AlreadyMounted", "Device is already mounted")
             block.mount_points.append(f"/media/eve/{block.node.rpartition('/')[2]}")
+            self.tell_mounts(block)
             return Message.new_method_return(call, "s", [block.mount_points[0]])
         assert call.member == "Unmount"
-        block.mount_points.pop()
+        self.unmount(block)
         return Message.new_method_return(call)
+
+    def unmount(self, block: FakeBlock) -> None:
+        """Somebody unmounts it, from one of its places."""
+        block.mount_points.pop()
+        self.tell_mounts(block)
+
+    def tell_mounts(self, block: FakeBlock) -> None:
+        """UDisks has looked where it is mounted."""
+        changed = {"MountPoints": _places(block)}
+        signal = "org.freedesktop.DBus.Properties.PropertiesChanged"
+        self.signal(block.path, signal, "sa{sv}as", [f"{UDISKS}.Filesystem", changed, []])
 
     def _objects(self) -> dict[str, Any]:
         found: dict[str, Any] = {"/org/freedesktop/UDisks2/Manager": {f"{UDISKS}.Manager": {}}}
@@ -221,12 +233,15 @@ class FakeUDisks(FakeManager):
                 }
             }
             if block.usage == "filesystem":
-                places = [place.encode() + b"\0" for place in block.mount_points]
-                about[f"{UDISKS}.Filesystem"] = {"MountPoints": Variant("aay", places)}
+                about[f"{UDISKS}.Filesystem"] = {"MountPoints": _places(block)}
             if block.table:
                 about[f"{UDISKS}.Partition"] = {"Table": Variant("o", FakeBlock(block.table).path)}
             found[block.path] = about
         return found
+
+
+def _places(block: FakeBlock) -> Variant:
+    return Variant("aay", [place.encode() + b"\0" for place in block.mount_points])
 
 
 class FakeFileManager(FakeManager):

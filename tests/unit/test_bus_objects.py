@@ -95,6 +95,7 @@ ATTACHED = replace(
     worker_pid=1 << 22,
     reconnects=3,
     attached_since=1_700_000_000_000_000,
+    attached_by=1000,
     last_error=("org.nbdd1.Error.ConnectFailed", "It refused."),
     desktop=True,
     display_name="Photos",
@@ -134,12 +135,12 @@ class FakeManager:
         if self.error is not None:
             raise self.error
 
-    async def attach(self, name: str, options: Mapping[str, object]) -> FakeDevice:
-        self._asked("attach", name, options)
+    async def attach(self, name: str, options: Mapping[str, object], *, by: int) -> FakeDevice:
+        self._asked("attach", name, options, by)
         return self.known[name]
 
-    async def attach_uri(self, uri: str, options: Mapping[str, object]) -> FakeDevice:
-        self._asked("attach_uri", uri, options)
+    async def attach_uri(self, uri: str, options: Mapping[str, object], *, by: int) -> FakeDevice:
+        self._asked("attach_uri", uri, options, by)
         return self.known["a-b.c"]
 
     async def detach(self, name: str, *, force: bool = False, wait: float = 0) -> None:
@@ -164,10 +165,17 @@ class FakeManager:
         return self.exports
 
 
+EVE, BOB = 1000, 1001
+
+
 class FakeAuthority:
     def __init__(self) -> None:
         self.asked: list[tuple[str, bool, str, Mapping[str, str]]] = []
         self.error: NbddError | None = None
+        self.uid = EVE
+
+    async def user(self, _caller: Asker) -> int:
+        return self.uid
 
     async def check(self, caller: Asker, action: str, details: Mapping[str, str]) -> None:
         self.asked.append((caller.name, caller.interactive, action, details))
@@ -297,6 +305,7 @@ def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, stat
                 "WorkerPID": status.worker_pid,
                 "Reconnects": status.reconnects,
                 "AttachedSince": status.attached_since,
+                "AttachedBy": status.attached_by,
                 "FailsAt": 0,
                 "Configured": True,
                 "LastError": list(status.last_error),
@@ -393,8 +402,8 @@ def test_arguments_reach_the_manager_and_its_answers_the_caller(address: str) ->
             assert await here.call("Resize", "backup", {}, types="sa{sv}") == 2 << 20
             assert await here.call("Reload") == [["new"], ["other", "another"], []]
             assert here.manager.calls == [
-                ("attach", "backup", {}),
-                ("attach_uri", "nbd://x/y", {}),
+                ("attach", "backup", {}, EVE),
+                ("attach_uri", "nbd://x/y", {}, EVE),
                 ("detach", "backup", False, 0),
                 ("detach", "backup", True, 7),
                 ("set_timeout", "backup", 30),
@@ -596,6 +605,23 @@ def test_every_method_asks_for_its_own_action_and_does_nothing_when_denied(  # n
             assert len(here.manager.calls) == 1
             name = here.client.name
             assert here.authority.asked == [(name, False, action, details), (name, True, action, details)]
+
+    run(main())
+
+
+def test_who_attached_a_device_may_detach_it_but_not_by_force_and_nobody_else_may(address: str) -> None:
+    async def main() -> None:
+        async with world(address) as here:
+            here.authority.error = AccessDenied("You may not.")
+            here.manager.known["backup"].status = ATTACHED
+            await here.call("Detach", "backup", {}, types="sa{sv}")
+            assert here.manager.calls == [("detach", "backup", False, 0)]
+            assert here.authority.asked == []
+            force = variants({"force": ("b", True)})
+            assert (await here.fails("Detach", "backup", force, types="sa{sv}"))[1] == "You may not."
+            here.authority.uid = BOB
+            assert (await here.fails("Detach", "backup", {}, types="sa{sv}"))[1] == "You may not."
+            assert len(here.manager.calls) == 1
 
     run(main())
 

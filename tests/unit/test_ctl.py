@@ -290,7 +290,7 @@ DOCUMENT = {
     "name": "backup", "node": "/dev/nbd0", "state": "attached", "size": 10 << 30, "block-size": 512,
     "read-only": False, "uri": "nbd://storage.example/backup", "timeout": 0, "dead-timeout": 300, "connections": 1,
     "live-connections": 1, "encryption": "none", "worker-pid": 4711, "reconnects": 0,
-    "attached-since": 1_700_000_000_000_000, "fails-at": 0, "configured": True, "last-error": None,
+    "attached-since": 1_700_000_000_000_000, "attached-by": 0, "fails-at": 0, "configured": True, "last-error": None,
     "desktop": False, "display-name": "backup", "icon-name": "",
 }  # fmt: skip
 

@@ -99,6 +99,28 @@ def test_attach_goes_from_detached_over_connecting_to_attached_and_detach_back(b
     play(script)
 
 
+def test_who_attached_is_told_until_the_device_is_detached(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            await it.device.attach(by=1000)
+            await it.device.detach()
+            assert [status.attached_by for status in it.told] == [1000, 1000, 1000, 1000, 0]
+            await it.device.attach()
+            assert it.device.status.attached_by == 0
+
+    play(script)
+
+
+def test_whoever_joins_an_attach_has_not_begun_it(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench(attach=Attach.BOOT) as it:
+            it.device.start()
+            await it.device.attach(by=1000)
+            assert it.device.status.attached_by == 0
+
+    play(script)
+
+
 def test_a_device_of_the_desktop_is_told_as_that_attached_or_not(bench: MakeBench) -> None:
     async def script() -> None:
         async with bench(desktop=Desktop("Photos", "folder-pictures")) as it:
@@ -1042,7 +1064,7 @@ def _record(it: Bench, **changes: Any) -> Record:
 def test_a_device_of_a_predecessor_is_adopted_with_its_links(bench: MakeBench) -> None:
     async def script() -> None:
         async with bench() as it:
-            record = _record(it, definition=definition(timeout=77))
+            record = _record(it, definition=definition(timeout=77), attached_by=1000)
             it.device.adopt(record, [os.dup(0), os.dup(0)])
             assert it.now() is State.CONNECTING
             assert it.device.active
@@ -1051,7 +1073,7 @@ def test_a_device_of_a_predecessor_is_adopted_with_its_links(bench: MakeBench) -
             await it.reach(State.ATTACHED)
             assert len(it.spawner.given["adopt"]) == 2
             assert it.device.status.attached_since == 5
-            assert it.device.status.timeout == 77
+            assert (it.device.status.timeout, it.device.status.attached_by) == (77, 1000)
             assert it.spawner.orders[0][1]["binding"] == record.binding
 
     play(script)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 import pty
@@ -21,9 +22,14 @@ import pytest
 from tests.unit.fake_desktop import UDISKS, FakeBlock, FakeFileManager, FakeShower, FakeUDisks
 from tests.unit.fake_manager import DEADLINE, PRESENT, FakeManager, private_bus
 
-OPEN = [sys.executable, "-c", "import sys; from nbdd.desktop.opener import main; sys.exit(main())"]
+EVE = 1000
+OPEN = [
+    sys.executable,
+    "-c",
+    f"import os, sys; from nbdd.desktop.opener import main; os.geteuid = lambda: {EVE}; sys.exit(main())",
+]
 LINK = "nbd://storage.example/photos"
-FOUND = PRESENT | {"URI": LINK, "Desktop": True, "Configured": False}
+FOUND = PRESENT | {"URI": LINK, "Desktop": True, "Configured": False, "AttachedBy": EVE}
 INTERACTIVE = 4
 
 
@@ -168,9 +174,9 @@ def test_two_clicks_on_one_link_are_one_disk(world: World) -> None:
     first = world.start(LINK)
     world.nbdd.wait_for("AttachURI")
     second = world.start(LINK)
-    # It waits for the first; the lock has two who want it then.
+    # It waits for the first when it, too, has the lock's file open.
     lock = Path(world.environment["XDG_RUNTIME_DIR"], "nbdd-open.lock")
-    wait_for_waiter(second.pid, lock)
+    wait_until_open(second.pid, lock)
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     world.udisks.know(FakeBlock("/dev/nbd0"))
     world.nbdd.release("AttachURI")
@@ -178,16 +184,15 @@ def test_two_clicks_on_one_link_are_one_disk(world: World) -> None:
     assert len(world.asked(world.nbdd, "AttachURI")) == 1
 
 
-def wait_for_waiter(pid: int, lock: Path) -> None:
-    """Return when the process waits for the lock (proc_locks(5): a line with -> is one that waits)."""
-    inode = f":{lock.stat().st_ino} "
+def wait_until_open(pid: int, file: Path) -> None:
+    """Return when the process has the file open."""
     end = time.monotonic() + DEADLINE
     while time.monotonic() < end:
-        lines = Path("/proc/locks").read_text().splitlines()
-        if any("->" in line and f" {pid} " in line and inode in line for line in lines):
-            return
+        with contextlib.suppress(FileNotFoundError):  # a descriptor that was closed meanwhile
+            if any(found.samefile(file) for found in Path(f"/proc/{pid}/fd").iterdir() if found.exists()):
+                return
         time.sleep(0.01)  # nothing tells of this
-    raise AssertionError("nobody waits for the lock")
+    raise AssertionError(f"{file} is not opened")
 
 
 @pytest.mark.parametrize(
@@ -370,9 +375,10 @@ def test_partitions_are_unmounted_too(world: World) -> None:
     assert part.mount_points == []
 
 
-def test_without_a_target_all_goes_that_links_opened_and_nothing_that_a_file_defines(world: World) -> None:
+def test_without_a_target_all_goes_that_this_person_attached_for_the_desktop_and_nothing_else(world: World) -> None:
     opened(world, "music", "photos", "backup", "server")
-    world.nbdd.devices["backup"]["Configured"] = True
+    world.nbdd.devices["photos"]["Configured"] = True
+    world.nbdd.devices["backup"]["AttachedBy"] = EVE + 1
     world.nbdd.devices["server"]["Desktop"] = False
     assert world.run("--detach") == (0, "music is detached\nphotos is detached\n", "")
     assert [name for name, _ in world.asked(world.nbdd, "Detach")] == ["music", "photos"]

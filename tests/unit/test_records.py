@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ FULL = Record(
         "uri": "nbd://storage.example",
     },
     attached_since=1_700_000_000_000_000,
+    attached_by=1000,
 )
 
 
@@ -40,6 +42,12 @@ def test_what_was_written_is_read_again(records: Records) -> None:
     records.write(FULL)
     records.write(bare)
     assert records.load() == [bare, FULL]
+
+
+def test_who_attached_is_nobody_in_a_record_of_an_earlier_version() -> None:
+    wire = FULL.to_wire()
+    del wire["attached-by"]
+    assert Record.from_wire(wire) == replace(FULL, attached_by=0)
 
 
 def test_the_next_writing_replaces_the_one_before(records: Records, tmp_path: Path) -> None:
