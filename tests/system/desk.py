@@ -13,7 +13,7 @@ from typing import Self
 
 from tests.desktop.screen import Picture
 from tests.system.lab import Lab
-from tests.system.seat import TERMINAL, to_front
+from tests.system.seat import at_the_machine
 
 DISPLAY = ":9"
 SLOW = 120
@@ -44,9 +44,7 @@ class Desk:
     def __enter__(self) -> Self:
         guest = self._lab.guest
         guest.write("/usr/local/bin/desk", _SESSION, 0o755)
-        kind = "-p User=visitor -p PAMName=runuser-l -E XDG_SESSION_TYPE=x11 -E XDG_SESSION_CLASS=user -E LANG=C.UTF-8"
-        place = f"-p TTYPath=/dev/tty{TERMINAL} -E XDG_SEAT=seat0 -E XDG_VTNR={TERMINAL}"
-        guest.run(f"{to_front(TERMINAL)}; systemd-run --quiet --collect --unit=desk {place} {kind} /usr/local/bin/desk")
+        guest.run(f"{at_the_machine('x11', '--unit=desk')} /usr/local/bin/desk")
         agent = "Registered Authentication Agent for unix-session"
         self._lab.until(
             f"[ -e /tmp/desk/up ] && journalctl -q -b -u polkit --since -{SLOW} -g '{agent}'", SLOW,

@@ -59,7 +59,7 @@ def test_by_prompt_a_disk_is_detached_that_somebody_else_attached(lab: Lab, seat
 
 
 @pytest.mark.usefixtures("photos")
-def test_a_wrong_password_none_and_nobody_to_ask_each_get_their_sentence_and_nothing_is_done(
+def test_a_wrong_password_none_a_cancel_and_nobody_to_ask_each_get_their_sentence_and_nothing_is_done(
     lab: Lab, seat: Seat
 ) -> None:
     seat.know_password()
@@ -68,6 +68,11 @@ def test_a_wrong_password_none_and_nobody_to_ask_each_get_their_sentence_and_not
     left = seat.type("nbdctl attach photos", (ASKED, "\x03"))
     assert left.returncode == 130, left.stdout
     assert "nbdctl:" not in left.stdout, "nobody goes on attaching what nobody allowed"
+    cancelled = seat.with_cancelling_agent("nbdctl attach photos")
+    assert cancelled.stdout.splitlines()[-1] == QUESTION.format("attach")
+    assert (cancelled.returncode, cancelled.stderr) == (
+        1, "nbdctl: Nothing was done: the question for a password was cancelled (org.nbdd1.attach).\n"
+    )  # fmt: skip
     unasked = seat.run("nbdctl attach photos </dev/null", check=False)
     assert unasked.returncode == 1
     assert "nothing here can ask for it (no polkit agent runs for this session); run it as root.\n" in unasked.stderr
