@@ -74,7 +74,7 @@ def rounds_table(release: str, seconds: list[float], looks: list[dict[str, Any]]
     return "\n".join(lines)
 
 
-@pytest.mark.quick_on("debian13")
+@pytest.mark.prove_only
 def test_many_attached_devices_cost_little_memory(lab: Lab, show: Show, release: str) -> None:
     # What a test with thousands of devices left in the manager's heap is not what these cost.
     lab.guest.run("systemctl restart nbdd", timeout=ATTACH_SECONDS)

@@ -46,7 +46,7 @@ def far(tmp_path: Path) -> Iterator[FarServers]:
         yield servers
 
 
-@pytest.mark.quick_on("debian13")
+@pytest.mark.prove_only
 @pytest.mark.timeout(900 + 180 * BOOTS, func_only=True)
 def test_filesystem_luks_lvm_mdraid_and_swap_are_there_after_each_boot_also_where_the_server_is_late(
     clean_guest: CleanGuest, far: FarServers, show: Show, release: str
