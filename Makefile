@@ -73,6 +73,8 @@ host-tools:
 	@command -v mandoc >/dev/null || (($$(id -u) != 0)) || { $(call apt,mandoc,it checks the manual pages); }
 	@PATH=$$PATH:/usr/sbin; command -v apparmor_parser >/dev/null || (($$(id -u) != 0)) || \
 	  { $(call apt,apparmor,it reads the profile); }
+	@command -v zsh >/dev/null && command -v fish >/dev/null || (($$(id -u) != 0)) || \
+	  { $(call apt,zsh fish,what they complete is tested in them); }
 	@command -v dbus-daemon >/dev/null || (($$(id -u) != 0)) || { $(call apt,dbus,the tests of the bus run a private one); }
 # promtool checks the alerts. Not by apt: its package, prometheus, is 96 MB and starts a server; the one program is taken out.
 	@command -v promtool $(VENV)/bin/promtool >/dev/null || ! command -v apt-get dpkg-deb >/dev/null || { \
