@@ -451,6 +451,9 @@ class Device:
             # An attempt that fails like the one before it is not worth a line.
             if live < self._status.live_connections or changes["last_error"] != self._status.last_error:
                 self._log.warning("%s", error)
+        elif live < self._status.live_connections:
+            # We ended them ourselves, as somebody asked for other ones; what went wrong before has no part in it.
+            changes["last_error"] = ("", "")
         elif reconnects > self._status.reconnects:
             self._log.info("connected to %s again, %d of %d links", uri, live, self._status.connections)
         if self._status.bound:

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import IO, Any
 
 from nbdd.bus.client import Client, Event, Kind
+from nbdd.ctl.find import is_uri, same
 from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean, fit
-from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice, ServerError
-from nbdd.uri import URI
+from nbdd.errors import AlreadyAttached, NbddError, NoSuchDevice, ServerError
 
 _FIELDS_OF_OPTIONS = {
     "device": "node",
@@ -30,12 +30,6 @@ PATIENCE = 0.7
 
 RETRY = 1.0
 """Seconds between two tries of an attach that may wait for its server."""
-
-
-def is_uri(target: str) -> bool:
-    """Whether a command's NAME|URI means a URI. A name may hold a colon, but no such beginning."""
-    scheme, colon, rest = target.partition(":")
-    return rest.startswith("//") or bool(colon and scheme.lower() in {"nbd", "nbds", "nbd+unix", "nbds+unix"})
 
 
 class Attempt:
@@ -68,6 +62,8 @@ class Attempt:
         self.name = str(self._options.get("name", "")) if self._uri else target
         """The device's name; "" until the service has given it one."""
         self._asked = False
+        self.twins: list[str] = []
+        """The names of other devices of the same export, where they and this one can be written to."""
 
     @property
     def goes_on(self) -> bool:
@@ -93,7 +89,12 @@ class Attempt:
         finally:
             call.cancel()
             self._wipe()
-        return await self._found(client, path)
+        device = await self._found(client, path)
+        if not device.read_only:
+            others = map(Device.of, await client.devices())
+            self.twins = [each.name for each in others if _writes(each) and same(each.uri, device.uri)]
+            self.twins.remove(device.name)
+        return device
 
     async def existing(self, client: Client) -> Device | None:
         """The device that is attached already; None where that is another one.
@@ -105,7 +106,7 @@ class Attempt:
         for properties in await client.devices():
             device = Device.of(properties)
             # A name that is taken by another export must not pass for success.
-            if device.node and _same(device.uri, self._target) and self.name in {"", device.name}:
+            if device.node and same(device.uri, self._target) and self.name in {"", device.name}:
                 return self._as_wanted(device)
         return None
 
@@ -174,7 +175,7 @@ class Attempt:
                 self._device = found
 
     def _hear(self, event: Event) -> None:
-        if not self.name and event.kind is Kind.ADDED and _same(event.properties.get("URI", ""), self._target):
+        if not self.name and event.kind is Kind.ADDED and same(event.properties.get("URI", ""), self._target):
             self.name = event.name
         if event.name and event.name == self.name and event.kind in {Kind.ADDED, Kind.CHANGED}:
             if self._quiet:
@@ -205,9 +206,5 @@ class Attempt:
             self._terminal.flush()
 
 
-def _same(one: str, other: str) -> bool:
-    """Whether two URIs mean the same export."""
-    try:
-        return URI.parse(one) == URI.parse(other)
-    except InvalidURI:
-        return one == other
+def _writes(device: Device) -> bool:
+    return bool(device.node) and not device.read_only

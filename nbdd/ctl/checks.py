@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,11 +22,11 @@ from nbdd.ctl.show import size
 from nbdd.errors import InvalidConfig, NbddError, NegotiationFailed, NoSuchExport
 from nbdd.kernel import NetlinkNBD, module_loaded, nodes
 from nbdd.transport import Deadline, connect, list_exports, negotiate
+from nbdd.uri import URI
 
 if TYPE_CHECKING:
     from nbdd.config import Configuration
     from nbdd.ctl.record import Device
-    from nbdd.uri import URI
 
 SERVER_SECONDS = 3.0
 """How long a server may take to tell of an export."""
@@ -264,13 +264,20 @@ def _unsafe(path: Path) -> str:
     return f"{path} belongs to user {status.st_uid}, who can change it; `chown root: {path}`" if status.st_uid else ""
 
 
-def servers(found: Configuration, devices: Iterable[Device]) -> list[Finding]:
+def known_servers(configured: Configuration | None, devices: Iterable[Device]) -> dict[str, tuple[URI, ...]]:
+    """The servers of each device: as configured or, where that can't be read, as nbdd has them."""
+    if configured is not None:
+        return {name: definition.uri for name, definition in configured.devices.items()}
+    return {device.name: (URI.parse(device.uri),) for device in devices}
+
+
+def servers(known: Mapping[str, Sequence[URI]], devices: Iterable[Device]) -> list[Finding]:
     """Whether the servers of devices that have no link now answer, and have the export."""
     linked = {device.name for device in devices if device.live_connections}
-    wanted = [(name, uri) for name, definition in found.devices.items() if name not in linked for uri in definition.uri]
+    wanted = [(name, uri) for name, uris in known.items() if name not in linked for uri in uris]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         asked = list(pool.map(lambda each: server(f"server of {each[0]}", each[1]), wanted))
-    return [ok(f"server of {name}", "it is connected to") for name in found.devices if name in linked] + asked
+    return [ok(f"server of {name}", "it is connected to") for name in known if name in linked] + asked
 
 
 def server(subject: str, uri: URI) -> Finding:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -33,6 +34,8 @@ from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice
 
 if TYPE_CHECKING:
     from nbdd.bus.client import Client
+
+T = TypeVar("T")
 
 
 def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -121,12 +124,13 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
     nbdctl attach backup
     nbdctl attach nbd://storage.example/backup --name copy --read-only
     """  # noqa: D301 - the backspace is click's sign to leave lines as they are
-    from nbdd.ctl.attempt import Attempt, is_uri  # noqa: PLC0415 - brings D-Bus along
+    from nbdd.ctl.attempt import Attempt  # noqa: PLC0415 - brings D-Bus along
 
     options = {key.replace("_", "-"): value for key, value in given.items() if value is not None and value is not False}
-    if "name" in options and not is_uri(target):
+    is_uri = find.is_uri(target)
+    if "name" in options and not is_uri:
         raise click.UsageError("--name goes with a URI only; a definition has its name.")
-    if "/" in target and not is_uri(target):
+    if "/" in target and not is_uri:
         raise InvalidURI(f"{target} is neither a name nor a URI; perhaps nbd://{target.lstrip('/')} is meant.")
     attempt = Attempt(target, options, terminal(), wait=wait, quiet=may_ask())
 
@@ -151,6 +155,9 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
         document({"name": device.name, "node": device.node, "size": device.size})
     else:
         print(show.attached(device))
+    if attempt.twins:
+        others = " and ".join(attempt.twins)
+        say(show.clean(f"Beware: {others} can write to the same export. What is mounted twice is destroyed."))
 
 
 @cli.command()
@@ -164,8 +171,8 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
 )
 @click.option("--if-needed", is_flag=True, help="Succeed if it is not attached.")
 @as_json
-def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: bool) -> None:
-    """Detach the device NAME, or end an attach that is under way.
+def detach(target: str, force: bool, wait: int | None, if_needed: bool, as_json: bool) -> None:
+    """Detach a device, or end an attach that is under way.
 
     Ends when the kernel's device is free. Refused while somebody uses the device, with the names of those who do.
     """
@@ -175,19 +182,23 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
     if wait is not None:
         options["wait"] = wait
 
-    async def action(client: Client) -> bool:
+    here = not elsewhere()
+
+    async def action(client: Client) -> tuple[str, bool]:
+        meant = target
         try:
-            await client.detach(name, options)
+            meant = await find.name(client, target, here=here)
+            await client.detach(meant, options)
         except (NotAttached, NoSuchDevice):
             if not if_needed:
                 raise
-            return False
-        return True
+            return meant, False
+        return meant, True
 
     try:
-        done = call(action, asks=True)
+        name, done = call(action, asks=True)
     except KeyboardInterrupt:
-        say(show.clean(f"Stopped waiting; nbdd may still detach {name}. `nbdctl status {name}` shows it."))
+        say(show.clean(f"Stopped waiting; nbdd may still detach {target}. `nbdctl status {target}` shows it."))
         raise click.exceptions.Exit(130) from None
     if as_json:
         document({"name": name, "detached": done})
@@ -200,7 +211,8 @@ def detach(name: str, force: bool, wait: int | None, if_needed: bool, as_json: b
 def list_(as_json: bool) -> None:
     """List all devices, attached or not, with their servers.
 
-    The last column tells what is mounted, used as swap or stacked on them; of another machine that is not known.
+    The last column tells what is mounted, used as swap or stacked on them. It has a ? where that is not known: on
+    another machine.
     """
     here = not elsewhere()
 
@@ -218,7 +230,7 @@ def list_(as_json: bool) -> None:
         known = [None if claims is None else claims.get(device.node, []) for device in found]
         document({"devices": [each.to_json() | {"users": using} for each, using in zip(found, known, strict=True)]})
     elif found:
-        print(show.devices(found, claims or {}, show.Look.of(sys.stdout)))
+        print(show.devices(found, claims, show.Look.of(sys.stdout)))
     else:
         say(
             "There are no devices. Define some in /etc/nbdd/devices.d/ and `nbdctl reload`, or try: "
@@ -227,14 +239,13 @@ def list_(as_json: bool) -> None:
 
 
 @cli.command(short_help="Show all about one device: who uses it, too.")
-@click.argument("target", metavar="NAME|NODE", type=text, shell_complete=complete.names(nodes=True))
+@device_argument()
 @as_json
 def status(target: str, as_json: bool) -> None:
     """Show all about one device: its state, who uses it, its links, what was read and written, the last error.
 
-    It is told by its NAME or by its NODE: /dev/nbd5, a partition of it, a link to it, or just nbd5. The processes of
-    other users are shown to root only; where some may be missing, that is said. Of another machine, who uses a device
-    is not known.
+    The NODE is /dev/nbd5, a partition of it, a link to it, or just nbd5. The processes of other users are shown to root
+    only; where some may be missing, that is said. Of another machine, who uses a device is not known.
     """
     here = not elsewhere()
 
@@ -255,18 +266,29 @@ def status(target: str, as_json: bool) -> None:
         print(show.status(device, statistics, using, show.Look.of(sys.stdout)))
 
 
+def _do(target: str, order: Callable[[Client, str], Awaitable[T]]) -> tuple[str, T]:
+    """Do something with the device that is meant; its name, and what came of it."""
+    here = not elsewhere()
+
+    async def action(client: Client) -> tuple[str, T]:
+        name = await find.name(client, target, here=here)
+        return name, await order(client, name)
+
+    return call(action, asks=True)
+
+
 # "-1" is a number out of range here, not an option.
 @cli.command("set-timeout", context_settings={"ignore_unknown_options": True})
 @device_argument(lambda device: bool(device.node))
 @click.argument("seconds", metavar="SECONDS", type=number)
 @as_json
-def set_timeout(name: str, seconds: int, as_json: bool) -> None:
-    """Set how long a request of the attached device NAME may take.
+def set_timeout(target: str, seconds: int, as_json: bool) -> None:
+    """Set how long a request of an attached device may take.
 
     It is done live, under I/O. A request that takes longer ends its link, not the I/O; 0 is no limit. It holds until
     the device is detached.
     """
-    call(lambda client: client.set_timeout(name, seconds), asks=True)
+    name, _ = _do(target, lambda client, name: client.set_timeout(name, seconds))
     if as_json:
         document({"name": name, "timeout": seconds})
     else:
@@ -277,13 +299,13 @@ def set_timeout(name: str, seconds: int, as_json: bool) -> None:
 @cli.command()
 @device_argument(lambda device: bool(device.node))
 @as_json
-def reconnect(name: str, as_json: bool) -> None:
-    """Exchange the links of the attached device NAME for new ones, under I/O.
+def reconnect(target: str, as_json: bool) -> None:
+    """Exchange the links of an attached device for new ones, under I/O.
 
     For a server that is about to be restarted or moved, and for going back to the first server of a list: the servers
     are asked in the order of the definition, and one that does not have the same data is refused.
     """
-    call(lambda client: client.reconnect(name), asks=True)
+    name, _ = _do(target, lambda client, name: client.reconnect(name))
     if as_json:
         document({"name": name, "reconnected": True})
     else:
@@ -293,12 +315,12 @@ def reconnect(name: str, as_json: bool) -> None:
 @cli.command()
 @device_argument(lambda device: bool(device.node))
 @as_json
-def resize(name: str, as_json: bool) -> None:
-    """Let the attached device NAME take the size that its server says now, if it has grown, under I/O.
+def resize(target: str, as_json: bool) -> None:
+    """Let an attached device take the size that its server says now, if it has grown, under I/O.
 
     What is on the device is grown afterwards, with resize2fs, xfs_growfs and the like.
     """
-    size = call(lambda client: client.resize(name), asks=True)
+    name, size = _do(target, lambda client, name: client.resize(name))
     if as_json:
         document({"name": name, "size": size})
     else:

@@ -69,8 +69,9 @@ def only_here() -> None:
 
 
 def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
-    """The argument NAME, completed with the devices that are `wanted`."""
-    return click.argument("name", metavar="NAME", type=text, shell_complete=complete.names(wanted))
+    """The argument `target`, which find.py knows to read, completed with the devices that are `wanted`."""
+    completer = complete.names(wanted, nodes=True)
+    return click.argument("target", metavar="NAME|NODE|URI", type=text, shell_complete=completer)
 
 
 def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, asks: bool = False) -> T:

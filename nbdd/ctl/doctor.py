@@ -59,9 +59,7 @@ def findings() -> list[Finding]:
     configured, told = checks.configuration(Path(DIRECTORY))
     found += told
     found += [*checks.states(devices), *checks.links(devices)]
-    if configured is not None:
-        found += checks.servers(configured, devices)
-    return found
+    return found + checks.servers(checks.known_servers(configured, devices), devices)
 
 
 async def _bus() -> tuple[list[Finding], list[Device]]:

@@ -8,7 +8,8 @@ import re
 from typing import TYPE_CHECKING
 
 from nbdd.ctl.record import Device
-from nbdd.errors import NoSuchDevice
+from nbdd.errors import InvalidArgs, InvalidURI, NoSuchDevice
+from nbdd.uri import URI
 
 if TYPE_CHECKING:
     from nbdd.bus.client import Client
@@ -25,9 +26,35 @@ def index_of(target: str, *, here: bool = True) -> int | None:
     return int(found[1]) if found else None
 
 
+def is_uri(target: str) -> bool:
+    """Whether a person means a URI. A name may hold a colon, but no such beginning."""
+    scheme, colon, rest = target.partition(":")
+    return rest.startswith("//") or bool(colon and scheme.lower() in {"nbd", "nbds", "nbd+unix", "nbds+unix"})
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two URIs mean the same export."""
+    try:
+        return URI.parse(one) == URI.parse(other)
+    except InvalidURI:
+        return one == other
+
+
+async def name(client: Client, target: str, *, here: bool = True) -> str:
+    """The name of the device that is meant, as `device` finds it; what can be nothing but a name is one."""
+    if index_of(target, here=here) is None and "/" not in target:
+        return target
+    return (await device(client, target, here=here)).name
+
+
 async def device(client: Client, target: str, *, here: bool = True) -> Device:
-    """The device that has the name `target` or, where none has, that node; raises NoSuchDevice."""
+    """The device that has the name `target` or, where none has, that node; or the one of that URI.
+
+    Raises NoSuchDevice, or InvalidArgs where several have it.
+    """
     index = index_of(target, here=here)
+    if index is None and "/" in target:
+        return await _by_uri(client, target)
     try:
         return Device.of(await client.device(target))
     except NoSuchDevice:
@@ -38,6 +65,19 @@ async def device(client: Client, target: str, *, here: bool = True) -> Device:
         if found.node == node:
             return found
     raise NoSuchDevice(_not_ours(index, here=here))
+
+
+async def _by_uri(client: Client, target: str) -> Device:
+    if not is_uri(target):
+        raise NoSuchDevice(f"{target} is no NBD device that is attached; `nbdctl list` shows what is where.")
+    known = [known for known in map(Device.of, await client.devices()) if same(known.uri, target)]
+    found = [known for known in known if known.node] or known
+    if not found:
+        raise NoSuchDevice(f"No device has {target}; `nbdctl list` shows the servers of all.")
+    if len(found) > 1:
+        names = ", ".join(sorted(known.name for known in found))
+        raise InvalidArgs(f"Several devices have {target}: {names}; say which by its name.")
+    return found[0]
 
 
 def _not_ours(index: int, *, here: bool) -> str:

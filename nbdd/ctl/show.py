@@ -183,10 +183,10 @@ def state(word: str, look: Look) -> str:
     return look.paint(word, fg=colour) if colour else look.paint(word, dim=True)
 
 
-def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]], look: Look) -> str:
+def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None, look: Look) -> str:
     """The table of `nbdctl list`; on a terminal, below it, what went wrong with those that are not well.
 
-    `claims` are sentences about who uses a device, by its node.
+    `claims` are sentences about who uses a device, by its node; None where that is not known.
     """
     known = list(found)
     rows = [
@@ -198,23 +198,31 @@ def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]], look: 
             "ro" if device.read_only else "rw",
             f"{device.live_connections}/{device.connections}",
             clean(device.uri),
-            clean(", ".join(_use(claim) for claim in claims.get(device.node, ()))),
+            clean(_uses(device, claims)),
         )
         for device in known
     ]
+    used = any(row[-1] for row in rows)
     text = table(
         ("NAME", "NODE", "STATE", "SIZE", "MODE", "LINKS", "SERVER", "USE"),
         rows,
         look,
         right=("SIZE",),
         flexible=("NAME", "SERVER", "USE"),
-        spare=("LINKS", "MODE", "SIZE") if any(row[-1] for row in rows) else ("USE", "LINKS", "MODE", "SIZE"),
+        spare=("LINKS", "MODE", "SIZE") if claims and used else ("USE", "LINKS", "MODE", "SIZE"),
     )
     if look.terminal:
         ill = [device for device in known if device.last_error and device.state not in {"attached", "detached"}]
         notes = [clean(f"{device.name}: {device.last_error.message}") for device in ill if device.last_error]
         text = "\n".join([text, "", *notes] if notes else [text])
     return text
+
+
+def _uses(device: Device, claims: Mapping[str, Sequence[str]] | None) -> str:
+    """Who uses a device, for the table; "" for nobody."""
+    if claims is None:
+        return "?" if device.node else ""
+    return ", ".join(_use(claim) for claim in claims.get(device.node, ()))
 
 
 def _use(claim: str) -> str:

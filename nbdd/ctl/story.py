@@ -80,7 +80,8 @@ class Story:
             case "degraded":
                 text = f"{self._back(old)} on {_links(new)}{self._took(new)}"
             case "reconnecting":
-                text = f"{_because(new)}reconnecting{_patience(new)}"
+                why = _because(new) or "the links are exchanged for new ones; "
+                text = f"{why}reconnecting{_patience(new)}"
             case "failed":
                 end = "I/O fails until its server is back; reconnecting" if new.node else "not attached, given up"
                 text = f"{_because(new)}{end}"

@@ -100,7 +100,7 @@ async def open_link(text: str, voice: Voice, session: CallerBus | None) -> None:
 
 
 async def detach(target: str, voice: Voice) -> None:
-    """Unmount and detach what is meant by `target`: a name, a link, a node, a folder; "" is all that links opened."""
+    """Unmount and detach what is meant by `target`: a name, a link, a node, a folder; "" is all that they attached."""
     # Of what is unmounted here, nbdd-notify shall not think that it was the file manager.
     async with one_at_a_time(), Client() as client, system_bus() as bus:
         disks = Disks(client, UDisks(bus))
@@ -172,7 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"nbdd-open {__version__}")
     parser.add_argument(
-        "--detach", action="store_true", help="unmount and detach; without a name, all that links opened"
+        "--detach",
+        action="store_true",
+        help="unmount and detach; without a name, all disks that you attached",
     )
     parser.add_argument("what", nargs="?", metavar="URI", help="an NBD URI, such as nbd://storage.example/photos")
     given = parser.parse_args(arguments)

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Runs in a guest, in a session: runs a command with an agent for polkit beside it whose person always says "Cancel".
+"""Runs in a guest, in a session: runs a command with an agent for polkit beside it whose person gives no password.
 
-python3 cancelling_agent.py COMMAND...    The last line of the output is what the person was asked.
+python3 cancelling_agent.py cancels COMMAND...    The person always says "Cancel".
+python3 cancelling_agent.py thinks COMMAND...     The person says nothing, and the command is ended at the question; we
+                                                  stay until the question is withdrawn.
+
+The last line of the output is what the person was asked.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 
 from dbus_next import BusType, Message, MessageType, Variant
 from dbus_next.aio import MessageBus
+
+_LIMIT = 60
 
 _PATH = "/org/nbdd1/TestAgent"
 _POLKIT = "org.freedesktop.PolicyKit1"
@@ -19,12 +26,19 @@ _POLKIT = "org.freedesktop.PolicyKit1"
 
 async def main() -> int:
     """The command's exit code."""
-    asked = []
+    way, *command = sys.argv[1:]
+    asked: asyncio.Queue[str] = asyncio.Queue()
+    withdrawn = asyncio.Event()
 
-    def answer(message: Message) -> Message | None:
-        if (message.message_type, message.member) != (MessageType.METHOD_CALL, "BeginAuthentication"):
+    def answer(message: Message) -> Message | bool | None:
+        if message.message_type is not MessageType.METHOD_CALL or message.path != _PATH:
             return None
-        asked.append(message.body[1])
+        if message.member == "CancelAuthentication":
+            withdrawn.set()
+            return Message.new_method_return(message)
+        asked.put_nowait(message.body[1])
+        if way == "thinks":
+            return True
         return Message.new_error(message, f"{_POLKIT}.Error.Cancelled", "The person said: Cancel")
 
     bus = await MessageBus(bus_type=BusType.SYSTEM).connect()
@@ -42,9 +56,14 @@ async def main() -> int:
     )
     assert registered is not None
     assert registered.message_type is MessageType.METHOD_RETURN, registered.body
-    process = await asyncio.create_subprocess_exec(*sys.argv[1:], stdin=asyncio.subprocess.DEVNULL)
+    process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.DEVNULL)
+    question = await asked.get()
+    if way == "thinks":
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(_LIMIT):
+            await withdrawn.wait()
     status = await process.wait()
-    print(*asked)
+    print(question)
     return status
 
 

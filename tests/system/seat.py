@@ -53,10 +53,10 @@ class Seat:
         """From now on there is an administrator with a password."""
         self._lab.guest.run(f"echo root:{PASSWORD} | chpasswd")
 
-    def with_cancelling_agent(self, command: str) -> Result:
-        """Run a command beside an agent whose person always says "Cancel"; see cancelling_agent.py."""
+    def with_cancelling_agent(self, way: str, command: str) -> Result:
+        """Run a command beside an agent whose person "cancels" or "thinks"; see cancelling_agent.py."""
         self._lab.guest.put(_CANCELLING_AGENT, "/usr/local/bin/cancelling_agent.py")
-        return self.run(f"python3 /usr/local/bin/cancelling_agent.py {command}", check=False)
+        return self.run(f"timeout 90 python3 /usr/local/bin/cancelling_agent.py {way} {command}", check=False)
 
     def type(self, command: str, *answers: tuple[str, str]) -> Result:
         """Run a command on a terminal, and type each answer as soon as its words are there; see at_terminal.py.

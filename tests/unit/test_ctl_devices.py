@@ -51,6 +51,51 @@ def test_status_takes_a_name_or_a_node(run: Run, target: str) -> None:
     assert (status, json.loads(out)["name"]) == (0, "photos")
 
 
+BY_NODE = ["nbd5", "/dev/nbd5p1", "nbd://one.example/photos", "NBD://One.Example:10809/photos"]
+
+
+@pytest.mark.parametrize("target", BY_NODE)
+@pytest.mark.parametrize(
+    ("command", "member"),
+    [("detach", "Detach"), ("reconnect", "Reconnect"), ("resize", "Resize"), ("set-timeout", "SetTimeout")],
+)
+def test_whatever_is_done_to_a_device_it_is_told_by_name_node_or_uri(
+    photos: FakeManager, run: Run, command: str, member: str, target: str
+) -> None:
+    status, out, err = run(command, target, *(["5"] if command == "set-timeout" else []))
+    assert (status, out.split()[0].rstrip(":"), err) == (0, "photos", "")
+    assert photos.wait_for(member).body[0] == "photos"
+
+
+@pytest.mark.usefixtures("photos")
+@pytest.mark.parametrize("command", ["detach", "status"])
+@pytest.mark.parametrize(
+    ("target", "told"),
+    [
+        ("/dev/nbd77", "Nothing is attached as /dev/nbd77; `nbdctl list` shows what is where."),
+        ("/dev/disk/by-nbd/none", "/dev/disk/by-nbd/none is no NBD device that is attached; `nbdctl list` shows what"),
+        ("nbd://one.example/none", "No device has nbd://one.example/none; `nbdctl list` shows the servers of all."),
+    ],
+)
+def test_what_is_no_device_is_told_in_its_own_words(run: Run, command: str, target: str, told: str) -> None:
+    status, out, err = run(command, target)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"nbdctl: {told}")
+    if command == "detach":
+        assert run(command, target, "--if-needed")[:2] == (0, f"{target} was not attached\n")
+
+
+def test_a_uri_that_several_have_is_not_guessed_at_and_one_that_is_not_attached_does_not_count(
+    photos: FakeManager, run: Run
+) -> None:
+    uri = photos.devices["photos"]["URI"]
+    photos.devices["copy"] = ABSENT | {"Name": "copy", "URI": uri}
+    assert run("detach", uri)[:2] == (0, "photos is detached\n")
+    photos.devices["copy"] |= {"Node": "/dev/nbd6", "State": "attached"}
+    status, _, err = run("detach", uri)
+    assert (status, err) == (1, f"nbdctl: Several devices have {uri}: copy, photos; say which by its name.\n")
+
+
 def test_a_device_that_is_named_like_a_node_is_found_by_its_name_and_the_node_by_its_path(
     photos: FakeManager, run: Run
 ) -> None:

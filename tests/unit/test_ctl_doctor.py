@@ -326,6 +326,18 @@ def test_a_fault_is_status_1_and_a_document(fake: FakeManager, sound: Path, run:
     assert "systemctl restart nbdd" in by_subject["nbdd"]["text"]
 
 
+def test_with_a_faulty_configuration_the_servers_that_nbdd_knows_are_still_asked(
+    fake: FakeManager, sound: Path, run: Run
+) -> None:
+    (sound / "nbdd.yaml").write_text("devices: 5\n")
+    with Server(offers({b"disk": MIB})) as server:
+        fake.devices["other"] = ABSENT | {"Name": "other", "URI": str(server.uri("none"))}
+        status, out, _ = run("doctor")
+    found = lines(out)
+    assert status == 1
+    assert (found["configuration"], found["server of backup"], found["server of other"]) == ("fault", "ok", "fault")
+
+
 @pytest.mark.usefixtures("no_service", "sound")
 def test_it_starts_no_service(run: Run) -> None:
     status, out, _ = run("doctor")

@@ -96,7 +96,8 @@ def test_one_link_of_several_is_told_as_one() -> None:
 
 def test_links_that_come_back_one_by_one_are_told_so() -> None:
     told = Told(Connections=2, LiveConnections=2)
-    told.change(State="reconnecting", LiveConnections=0)
+    exchanged = told.change(State="reconnecting", LiveConnections=0)
+    assert exchanged == "the links are exchanged for new ones; reconnecting"
     assert told.change(1, State="degraded", LiveConnections=1) == "attached again on 1 of 2 links after 1.0 s"
     assert told.change(1, State="attached", LiveConnections=2) == "all 2 links are back after 2.0 s"
 

@@ -830,6 +830,10 @@ def test_links_that_die_and_come_back_are_told(bench: MakeBench) -> None:
             assert it.device.status.reconnects == 2
             assert it.device.status.uri == "nbd://second.example/disk"
             assert len(it.kept["disk"]) == 2
+            assert it.device.status.last_error[1] == "A connection ended."
+            # Links that are exchanged because somebody asked for it end without an error, and not for the last one.
+            it.spawner.worker.say("links", [], live=0, **links)
+            assert (it.now(), it.device.status.last_error) == (State.RECONNECTING, ("", ""))
 
     play(script)
 
