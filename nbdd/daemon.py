@@ -18,7 +18,7 @@ from pathlib import Path
 from nbdd.bus.connection import BusConnection
 from nbdd.config import load
 from nbdd.device import Device
-from nbdd.errors import NbddError
+from nbdd.errors import InvalidConfig, NbddError
 from nbdd.manager import Manager, Observer
 from nbdd.records import Records, runtime_directory
 from nbdd.status import State, Status
@@ -58,9 +58,12 @@ async def run(directory: Path) -> int:
     )
     try:
         await manager.start(kept_sockets())
-    except NbddError:
+    except NbddError as error:
         await manager.stop(detach=False)
-        await bus.close()
+        if isinstance(error, InvalidConfig):
+            await bus.close(InvalidConfig(*error.problems, "nbdd does not start with that."))
+        else:
+            await bus.close(error)
         raise
     bus.serve(manager)
     watchdog = asyncio.create_task(notifier.watchdog())

@@ -12,7 +12,7 @@ from typing import Any
 from nbdd.errors import InvalidArgs
 from nbdd.uri import URI
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,62}$"
+NAME_PATTERN = r"^(?!.*-part[0-9]+$)[A-Za-z0-9][A-Za-z0-9._:-]{0,62}$"
 """Names become links, unit instances and object paths, hence so few characters."""
 
 DEFAULT_DEAD_TIMEOUT = 300
@@ -34,7 +34,8 @@ def check_name(name: str) -> str:
     if not re.fullmatch(NAME_PATTERN.strip("^$"), name):
         shown = name if len(name) <= 80 else name[:77] + "..."
         raise InvalidArgs(
-            f"{shown!r} can't name a device: use 1 to 63 letters, digits and '. _ - :', the first a letter or digit."
+            f"{shown!r} can't name a device: use 1 to 63 letters, digits and '. _ - :', the first a letter or digit, "
+            "and no -partN at the end, as partitions have."
         )
     return name
 

@@ -305,6 +305,7 @@ class Manager:
 
     def _name_for(self, uri: URI) -> str:
         base = re.sub(r"[^A-Za-z0-9._:-]+", "-", uri.export or uri.host or "nbd").strip("-._:")[:56] or "nbd"
+        base = re.sub(r"-part([0-9]+)$", r"-p\1", base)
         if base not in self._devices:
             return base
         return next(name for number in count(2) if (name := f"{base}-{number}") not in self._devices)

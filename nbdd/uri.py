@@ -151,7 +151,7 @@ class _Parser:
         user = ""
         if at:
             if ":" in userinfo:
-                self.fail("a password must not stand in a URI; keep keys in a file (tls-psk-file=).")
+                self.fail("a password must not stand in a URI, where everyone can read it.")
             if not tls:
                 self.fail("a user name is of use with TLS only; leave it out, or use nbds://.")
             user = self.decode(userinfo, "user name")

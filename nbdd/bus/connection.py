@@ -72,7 +72,7 @@ class BusConnection:
         except (EOFError, OSError):
             return
 
-    async def close(self) -> None:
-        """Answer what is still open, and leave."""
-        await self._bus.finish()
+    async def close(self, reason: NbddError | None = None) -> None:
+        """Answer what is still open, and leave; `reason` is for an end that nobody asked for."""
+        await self._bus.finish(reason)
         self._bus.disconnect()

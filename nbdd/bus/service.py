@@ -100,6 +100,7 @@ class ServiceBus(MessageBus):
         self._served: dict[str, tuple[ExportedInterface, ...]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
+        self._end = NbddError("nbdd is stopping; try again when it runs.")
         self._reader = Reader(self._stream)
         self._turn: asyncio.Handle | None = None
         self._written: asyncio.Future[None] | None = None
@@ -132,8 +133,9 @@ class ServiceBus(MessageBus):
             body = [exported.interface.name, changed, []]
             self._signal(PROPERTIES, "PropertiesChanged", "sa{sv}as", body, path)
 
-    async def finish(self) -> None:
-        """Answer the calls that are still under way with an error, and let the answers reach the bus."""
+    async def finish(self, reason: NbddError | None = None) -> None:
+        """Answer the calls that are still under way with `reason`, and let the answers reach the bus."""
+        self._end = reason or self._end
         for task in self._calls:
             task.cancel()
         if self._calls:
@@ -191,7 +193,7 @@ class ServiceBus(MessageBus):
         self._calls.discard(task)
         if task.cancelled():
             # Told here, as a task that had not begun knows nothing of its end.
-            self._fail(message, _FREEDESKTOP + "Failed", "nbdd is stopping; try again when it runs.")
+            self._fail(message, self._end.dbus_name, str(self._end))
 
     async def _serve(self, message: Message) -> None:
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def systemd_unit(show: Callable[[], str] | None = None) -> Finding:
         case "loaded":
             return warning(subject, f"nbdd.service is {state}; any call starts it, and so does `systemctl start nbdd`")
         case "masked":
-            return fault(subject, "nbdd.service is masked; `systemctl unmask nbdd` lets it start again")
+            until_boot = " --runtime" if told.get("UnitFileState") == "masked-runtime" else ""
+            return fault(subject, f"nbdd.service is masked; `systemctl unmask{until_boot} nbdd` lets it start again")
         case "not-found":
             return fault(subject, "there is no nbdd.service; install the package nbdd")
         case other:
@@ -226,7 +228,10 @@ def states(devices: Iterable[Device]) -> Iterator[Finding]:
         last = f": {_clause(device.last_error.message)}" if device.last_error else ""
         subject = f"device {device.name}"
         if device.state == "failed" and device.node:
-            yield fault(subject, f"its I/O fails{last}; nbdd keeps trying, and `nbdctl status {device.name}` says more")
+            does = "waits" if device.fails_at > time.time_ns() // 1000 else "fails"
+            yield fault(
+                subject, f"its I/O {does}{last}; nbdd keeps trying, and `nbdctl status {device.name}` says more"
+            )
         elif device.state == "failed":
             yield fault(subject, f"it is not attached{last}; `nbdctl attach {device.name}` tries again")
         elif device.state in {"reconnecting", "degraded"} or (device.state == "connecting" and last):

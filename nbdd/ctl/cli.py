@@ -183,11 +183,17 @@ def detach(target: str, force: bool, wait: int | None, if_needed: bool, as_json:
         options["wait"] = wait
 
     here = not elsewhere()
+    node = ""
 
     async def action(client: Client) -> tuple[str, bool]:
+        nonlocal node
         meant = target
         try:
-            meant = await find.name(client, target, here=here)
+            if force:
+                device = await find.device(client, target, here=here)
+                meant, node = device.name, device.node
+            else:
+                meant = await find.name(client, target, here=here)
             await client.detach(meant, options)
         except (NotAttached, NoSuchDevice):
             if not if_needed:
@@ -204,6 +210,9 @@ def detach(target: str, force: bool, wait: int | None, if_needed: bool, as_json:
         document({"name": name, "detached": done})
     else:
         print(show.clean(f"{name} is detached" if done else f"{name} was not attached"))
+    if node and here:
+        for claim in users.claims().get(node, []):
+            say(show.clean(f"{claim} still: what was not written is lost, and all I/O there fails."))
 
 
 @cli.command("list", short_help="List all devices, attached or not.")

@@ -120,6 +120,16 @@ def fit(text: str, columns: int | None) -> str:
     return text + "…"
 
 
+def squeeze(text: str, columns: int) -> str:
+    """The text, cut in its middle to so many columns: of a URI both ends tell it from others."""
+    if width(text) <= columns:
+        return text
+    end = text[len(text) - columns // 2 :]
+    while width(end) > columns // 2:
+        end = end[1:]
+    return fit(text, columns - width(end)) + end
+
+
 def table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]],
@@ -132,8 +142,8 @@ def table(
     """Aligned columns, two spaces apart; an empty cell is "-", so that a script finds each column in its place.
 
     On a terminal it is made to fit: columns that are `spare` go, the first one first, until the `flexible` ones have
-    MODEST columns each, and those are cut. `right` names the columns that are aligned to the right. The column STATE
-    has its colours.
+    MODEST columns each, and those are cut, a SERVER in its middle. `right` names the columns that are aligned to the
+    right. The column STATE has its colours.
     """
     lines = [list(head), *([cell or "-" for cell in row] for row in rows)]
     widths = {name: max(width(line[column]) for line in lines) for column, name in enumerate(head)}
@@ -145,7 +155,7 @@ def table(
         for name, cell in zip(head, line, strict=True):
             if name not in widths:
                 continue
-            shown = fit(cell, widths[name])
+            shown = (squeeze if name == "SERVER" else fit)(cell, widths[name])
             padding = " " * (widths[name] - width(shown))
             painted = look.paint(shown, bold=True) if number == 0 else _painted(name, shown, look)
             cells.append(padding + painted if name in right else painted + padding)
@@ -287,7 +297,8 @@ def status(device: Device, statistics: Mapping[str, int] | None, users: Users | 
     if statistics:
         lines |= _traffic(statistics)
     if device.last_error:
-        lines["Last error"] = f"{device.last_error.message} ({device.last_error.name})"
+        mended = "; mended since" if device.state == "attached" else ""
+        lines["Last error"] = f"{device.last_error.message} ({device.last_error.name}){mended}"
     longest = max(map(len, lines))
     out = [look.paint(clean(device.name), bold=True)]
     for label, texts in lines.items():

@@ -83,8 +83,7 @@ class Story:
                 why = _because(new) or "the links are exchanged for new ones; "
                 text = f"{why}reconnecting{_patience(new)}"
             case "failed":
-                end = "I/O fails until its server is back; reconnecting" if new.node else "not attached, given up"
-                text = f"{_because(new)}{end}"
+                text = f"{_because(new)}{_end(new)}"
             case "detached" if old.state == "connecting":
                 text = "the attach was ended"
             case _:
@@ -154,6 +153,15 @@ def _because(new: Device) -> str:
 
 def _links(device: Device) -> str:
     return f"{device.live_connections} of {device.connections} links"
+
+
+def _end(device: Device) -> str:
+    """What it means that the device has failed."""
+    if not device.node:
+        return "not attached, given up"
+    if device.fails_at > time.time_ns() // 1000:
+        return f"I/O waits until {_clock_time(device.fails_at)}"
+    return "I/O fails until its server is back; reconnecting"
 
 
 def _patience(device: Device) -> str:

@@ -38,11 +38,14 @@ async def one_at_a_time() -> AsyncIterator[None]:
 
     Two clicks on one link are one disk: the second waits, and finds what the first has attached.
     """
-    folder = os.environ.get("XDG_RUNTIME_DIR")
-    if folder is None:
+    try:
+        place = Path(os.environ["XDG_RUNTIME_DIR"], "nbdd-open.lock")
+        lock = os.open(place, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except (KeyError, OSError):  # There is no session, or none of this person's.
+        lock = None
+    if lock is None:
         yield
         return
-    lock = os.open(Path(folder, "nbdd-open.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         while True:
             try:

@@ -76,14 +76,18 @@ def judge(device: Device, *, now: float, lost_since: float, was_bound: bool) -> 
     """
     if device.state in _WORKS or device.state == "detached":
         return Verdict()
+    fails = device.fails_at / 1e6
     if not device.node and was_bound and device.state in {"failed", "connecting"}:
         return Verdict(_gone(device))
     if device.state in _UNDECIDED:
         return Verdict(decided=False)
     if device.state == "failed":
-        return Verdict(_failed(device) if device.node else None)
+        if not device.node:
+            return Verdict()
+        # Of a server that has something else now, no answer is waited for; I/O waits all the same.
+        waits = now < fails
+        return Verdict(_failed(device, fails if waits else 0), look_at=fails if waits else None)
     # reconnecting
-    fails = device.fails_at / 1e6
     patience = (fails - device.dead_timeout if fails else lost_since) + GRACE
     if now < patience:
         return Verdict(look_at=patience)
@@ -192,12 +196,14 @@ def _why(device: Device) -> str:
     return f" {one_line(device.last_error.message)}" if device.last_error is not None else ""
 
 
-def _failed(device: Device) -> Notice:
+def _failed(device: Device, waits_until: float) -> Notice:
+    fails = "Reading and writing fails until the server is back."
+    waits = f"Programs that use the disk wait, until {clock(waits_until)} at most."
     return Notice(
         Kind.FAILED,
         Notification(
             f"{title(device)} has failed",
-            f"Reading and writing fails until the server is back.{_why(device)}",
+            f"{waits if waits_until else fails}{_why(device)}",
             "dialog-error",
             Urgency.CRITICAL,
             "device.error",

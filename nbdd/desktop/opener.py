@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -106,7 +107,8 @@ async def detach(target: str, voice: Voice) -> None:
         disks = Disks(client, UDisks(bus))
         found = await disks.find(target)
         if not found:
-            await voice.say("Nothing to detach", "No link has opened a network disk.", "drive-harddisk", lasting=False)
+            await voice.say("Nothing to detach", "No network disk is yours.", "drive-harddisk", lasting=False)
+            _tell("Nothing to detach: no network disk is yours")
         for device in found:
             name = notice.title(device)
             async with voice.waiting(f"Detaching {name}", "What is not written yet is being written."):
@@ -116,8 +118,10 @@ async def detach(target: str, voice: Voice) -> None:
 
 
 def _tell(what: object) -> None:
-    with contextlib.suppress(OSError):  # a script that does not want to know
+    try:
         print(what, flush=True)
+    except OSError:  # a script that does not want to know; Python would try again at our end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _what(uri: URI) -> str:

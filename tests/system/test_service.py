@@ -64,6 +64,10 @@ def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(la
     assert lab.guest.run("systemctl start nbdd", check=False, timeout=ATTACH_SECONDS).returncode != 0
     assert lab.guest.run("systemctl show -P ExecMainStatus nbdd").stdout.strip() == "78"
     assert "/etc/nbdd/devices.d/test.yaml:" in lab.guest.journal("nbdd", 20)
+    # Whoever starts it by a call is told, too.
+    asked = lab.guest.run("nbdctl list", check=False, timeout=ATTACH_SECONDS)
+    assert (asked.returncode, asked.stderr.startswith("nbdctl: /etc/nbdd/devices.d/test.yaml:")) == (1, True), asked
+    assert asked.stderr.endswith("nbdctl: nbdd does not start with that.\n")
     lab.guest.run("rm /etc/nbdd/devices.d/test.yaml; systemctl start nbdd", timeout=ATTACH_SECONDS)
 
 

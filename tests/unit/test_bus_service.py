@@ -25,7 +25,7 @@ from nbdd.bus.interface import Interface
 from nbdd.bus.reader import MAX_BODY, Reader
 from nbdd.bus.service import Caller as Asker
 from nbdd.bus.service import ExportedInterface, ServiceBus, clean
-from nbdd.errors import Busy, NbddError
+from nbdd.errors import Busy, InvalidConfig, NbddError
 from tests.unit.busd import (
     DEADLINE,
     ERROR,
@@ -378,6 +378,17 @@ def test_calls_under_way_are_answered_when_the_service_ends(address: str) -> Non
             for call in open_calls:
                 assert await call == ("Failed", "nbdd is stopping; try again when it runs.")
             assert len(client.replies) == 3
+
+    run(main())
+
+
+def test_calls_that_started_a_service_which_can_not_serve_get_the_reason(address: str) -> None:
+    async def main() -> None:
+        async with serving(opened=False) as service, caller(address) as client:
+            call = asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing")))
+            await until(lambda: bool(service.bus._calls))
+            await service.bus.finish(InvalidConfig("a.yaml:1:2: it is bad.", "nbdd does not start with that."))
+            assert await call == (InvalidConfig.dbus_name, "a.yaml:1:2: it is bad.\nnbdd does not start with that.")
 
     run(main())
 

@@ -139,6 +139,16 @@ def test_status_says_what_its_caller_may_not_see(run: Run, monkeypatch: pytest.M
     assert json.loads(run("status", "backup", "--json")[1])["users-complete"] is False
 
 
+@pytest.mark.usefixtures("photos")
+def test_who_detaches_by_force_is_told_what_is_mounted_still(run: Run) -> None:
+    status, out, err = run("detach", "--force", "photos")
+    assert (status, out) == (0, "photos is detached\n")
+    assert err.splitlines() == [
+        f"nbdctl: {claim} still: what was not written is lost, and all I/O there fails."
+        for claim in (MOUNTED, "/dev/nbd5 is used as swap")
+    ]
+
+
 def test_status_of_a_device_without_a_node_has_no_users(photos: FakeManager, run: Run) -> None:
     photos.devices["photos"] |= {"State": "detached", "Node": ""}
     assert "Used by" not in run("status", "photos")[1]
@@ -172,6 +182,19 @@ def test_a_table_fits_its_terminal(columns: int) -> None:
     for kept in ("NAME", "NODE", "STATE"):
         assert kept in text
     assert ("LINKS" in text) == (columns > 100)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 16, 17, 30, 100])
+@pytest.mark.parametrize(
+    "text", ["nbd://storage.example/photos", "nbd://storage.example/\u5199\u771f\u5199\u771f", "x"]
+)
+def test_of_a_server_that_is_cut_both_ends_are_seen(text: str, columns: int) -> None:
+    cut = show.squeeze(text, columns)
+    assert show.width(cut) <= columns
+    assert (cut == text) == (show.width(text) <= columns)
+    if 16 <= columns < show.width(text):
+        assert cut.startswith("nbd://s")
+        assert cut.endswith(text[-4:])
 
 
 def test_a_table_that_is_no_terminals_is_cut_nowhere() -> None:

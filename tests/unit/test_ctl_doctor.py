@@ -109,6 +109,7 @@ def test_a_device_without_its_node_is_a_fault(machine: Machine, monkeypatch: pyt
         ("LoadState=loaded\nActiveState=inactive\n", WARNING, "systemctl start nbdd"),
         ("LoadState=loaded\nActiveState=failed\nResult=exit-code\n", FAULT, "journalctl -u nbdd"),
         ("LoadState=masked\nActiveState=inactive\n", FAULT, "systemctl unmask nbdd"),
+        ("LoadState=masked\nUnitFileState=masked-runtime\n", FAULT, "systemctl unmask --runtime nbdd"),
         ("LoadState=not-found\n", FAULT, "install"),
         ("", FAULT, "systemd does not run"),
     ],
@@ -170,6 +171,7 @@ def test_a_device_that_is_well_is_not_mentioned() -> None:
     ("properties", "verdict", "says"),
     [
         ({"State": "failed"}, FAULT, "its I/O fails: gone; nbdd keeps trying"),
+        ({"State": "failed", "FailsAt": 1 << 60}, FAULT, "its I/O waits: gone; nbdd keeps trying"),
         ({"State": "failed", "Node": ""}, FAULT, "it is not attached: gone; `nbdctl attach backup`"),
         ({"State": "reconnecting"}, WARNING, "reconnecting: gone"),
         ({"State": "connecting", "Node": ""}, WARNING, "connecting: gone"),

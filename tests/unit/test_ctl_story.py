@@ -57,6 +57,13 @@ def test_a_server_that_stays_away_ends_in_failing_io_and_may_still_come_back() -
     assert told.change(300, State="attached", LiveConnections=1) == "attached again after 10 min"
 
 
+def test_io_that_waits_for_a_server_with_something_else_is_not_called_failing() -> None:
+    later = (int(time.time()) + 100) * 1_000_000
+    told = Told().change(State="failed", LiveConnections=0, LastError=["x.y", "It has other data."], FailsAt=later)
+    clock = time.strftime("%H:%M:%S", time.localtime(later / 1e6))
+    assert told == f"it has other data; I/O waits until {clock}"
+
+
 def test_an_attach_is_told_from_its_beginning_to_its_end() -> None:
     told = Told(**ABSENT | {"Name": "backup"})
     assert told.change(State="connecting") == "connecting to nbd://storage.example/backup"

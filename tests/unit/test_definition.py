@@ -13,7 +13,9 @@ from nbdd.errors import InvalidArgs, InvalidURI
 from nbdd.uri import URI
 
 
-@pytest.mark.parametrize("name", ["a", "7", "backup", "A.b_c-d:e", "on", "1:30", "x" * 63])
+@pytest.mark.parametrize(
+    "name", ["a", "7", "backup", "A.b_c-d:e", "on", "1:30", "x" * 63, "part1", "a-part", "p-part1b"]
+)
 def test_a_name_of_the_allowed_characters_is_taken_as_it_is(name: str) -> None:
     assert check_name(name) == name
     assert re.search(NAME_PATTERN, name)
@@ -42,6 +44,8 @@ def test_a_name_of_the_allowed_characters_is_taken_as_it_is(name: str) -> None:
         "x" * 255,
         "é" * 127,
         "a%b",
+        "photos-part1",
+        "a-part10",
         "a@b",
         "\N{FULLWIDTH DIGIT ONE}",
         "\N{ARABIC-INDIC DIGIT ONE}a",

@@ -127,6 +127,17 @@ def test_that_nothing_was_lost_is_said_only_where_that_is_so() -> None:
     assert not notice.back(attached, Kind.LOST).notification.lasting
 
 
+def test_a_disk_whose_server_has_something_else_now_waits_first_and_fails_later() -> None:
+    device = replace(lost(100), state="failed")
+    waiting = verdict(device)
+    assert waiting.notice is not None
+    assert waiting.notice.notification.body.startswith("Programs that use the disk wait, until ")
+    assert waiting.look_at == pytest.approx(NOW + 200)
+    failing = judge(device, now=NOW + 201, lost_since=NOW, was_bound=True)
+    assert failing.notice is not None
+    assert failing.notice.notification.body.startswith("Reading and writing fails until the server is back.")
+
+
 def test_an_error_that_a_server_wrote_is_one_short_line_without_tricks() -> None:
     failure = Failure("org.nbdd1.Error.NegotiationFailed", "no\n\x1b[2J" + "\u202eevil " * 100)
     found = verdict(replace(PHOTOS, state="failed", last_error=failure)).notice

@@ -385,8 +385,13 @@ def test_without_a_target_all_goes_that_this_person_attached_for_the_desktop_and
 
 
 def test_nothing_to_detach_is_no_fault(world: World) -> None:
-    assert world.run("--detach") == (0, "", "")
+    assert world.run("--detach") == (0, "Nothing to detach: no network disk is yours\n", "")
     world.shower.wait_for_summary("Nothing to detach")
+
+
+def test_without_a_folder_for_the_session_a_disk_is_detached_all_the_same(world: World) -> None:
+    world.environment["XDG_RUNTIME_DIR"] = "/nowhere/at/all"
+    assert world.run("--detach")[0] == 0
 
 
 def test_a_disk_in_use_stays_attached_and_the_person_reads_why(world: World) -> None:
