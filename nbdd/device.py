@@ -87,6 +87,7 @@ class Device:
         self._record: Record | None = None
         self._kick = asyncio.Event()
         self._outcome: asyncio.Future[None] | None = None
+        self._counting: asyncio.Task[Message] | None = None
         # Whether only the attempt under way can have bound the device: then nobody was told of it and uses it.
         self._fresh = False
         self._closed = False
@@ -240,14 +241,20 @@ class Device:
 
     async def statistics(self) -> dict[str, int]:
         """What the kernel counted since the device was attached; the keys are those of GetStatistics."""
-        reply = await self._ask("statistics")
+        # Everyone may ask, as often as they like; the worker is asked once at a time.
+        if self._counting is None or self._counting.done():
+            self._counting = asyncio.create_task(self._ask("statistics"))
+            self._counting.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+        reply = await asyncio.shield(self._counting)
         return {str(key): int(value) for key, value in reply["statistics"].items()}
 
     def redefine(self, definition: Definition) -> None:
         """Take a changed definition: at once where the device is idle, else at its next attach, or attempt to."""
         self._definition = definition
-        self._set(configured=True)
-        self._note(configured=True)
+        if not self._status.configured:
+            # It is the configuration's from now on, and no longer that of whoever had attached it.
+            self._set(configured=True, attached_by=0)
+            self._note(configured=True, attached_by=0)
         if not self.active:
             self._active = definition
             self._set(**self._told_by(definition))
@@ -629,6 +636,7 @@ class Device:
     def _told_by(self, definition: Definition) -> dict[str, Any]:
         return {
             "uri": str(definition.uri[0]),
+            "uris": tuple(map(str, definition.uri)),
             "read_only": bool(definition.read_only),
             "timeout": definition.timeout,
             "dead_timeout": definition.dead_timeout,

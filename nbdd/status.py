@@ -32,6 +32,9 @@ class Status:
 
     name: str
     uri: str
+    """The server that it is connected to, or was, or will be first."""
+    uris: tuple[str, ...]
+    """All its servers, in the order in which they are asked."""
     state: State
     read_only: bool
     timeout: int

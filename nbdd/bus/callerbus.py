@@ -12,12 +12,11 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from dbus_next import AuthError, InvalidAddressError
-from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import BusType
 
 from nbdd.bus.bridge import Bridge, Unnamed
 from nbdd.bus.calls import DBUS
-from nbdd.bus.patient import PatientSocket
+from nbdd.bus.mended import MendedBus
 from nbdd.errors import NbddError
 
 _DO_NOT_QUEUE = 4
@@ -27,7 +26,7 @@ _CONNECT_SECONDS = 25
 """How long the bus may take to let us in; a healthy one needs a millisecond."""
 
 
-class CallerBus(MessageBus):
+class CallerBus(MendedBus):
     """A connection that ends when the bus ends, and leaves nothing open. Make it in a running loop.
 
     To the system bus or the session's, or through a bridge to the system bus of another machine.
@@ -37,11 +36,9 @@ class CallerBus(MessageBus):
         self._bridge = way if isinstance(way, Bridge) else None
         if isinstance(way, Bridge):
             # dbus-next: wants an address, but never looks at it where _setup_socket below needs none.
-            super().__init__(bus_address="unixexec:path=ssh", auth=Unnamed())
+            super().__init__(long_replies=True, bus_address="unixexec:path=ssh", auth=Unnamed())
         else:
-            super().__init__(bus_type=way)
-        # dbus-next: takes a full socket for a broken one, and a few hundred calls at once fill it.
-        self._writer.sock = PatientSocket(self._sock)
+            super().__init__(long_replies=True, bus_type=way)
 
     def _setup_socket(self) -> None:
         if self._bridge is not None:
@@ -57,16 +54,6 @@ class CallerBus(MessageBus):
             if hasattr(self, "_sock"):
                 self.close()
             raise
-
-    async def _auth_readline(self) -> str:
-        # dbus-next: its own loop never ends, and never yields, when the bus hangs up during authentication.
-        line = b""
-        while not line.endswith(b"\r\n"):
-            piece = await self._loop.sock_recv(self._sock, 2)
-            if not piece:
-                raise EOFError
-            line += piece
-        return line[:-2].decode()
 
     async def own(self, name: str) -> bool:
         """Own a well-known name; False where somebody else has it."""

@@ -215,6 +215,7 @@ class DeviceInterface(ExportedInterface):
 _PROPERTIES: dict[str, Callable[[Status], Any]] = {
     "Name": lambda status: status.name,
     "URI": lambda status: status.uri,
+    "URIs": lambda status: list(status.uris),
     "State": lambda status: str(status.state),
     "Node": lambda status: status.node,
     "Size": lambda status: status.size,

@@ -11,7 +11,7 @@ import io
 import logging
 from struct import unpack_from
 
-from dbus_next import Message
+from dbus_next import Message, MessageType
 from dbus_next._private.constants import LITTLE_ENDIAN
 from dbus_next._private.unmarshaller import Unmarshaller
 
@@ -25,18 +25,25 @@ _FIXED = 16
 
 
 class Reader:
-    """Takes messages off a stream that does not block."""
+    """Takes messages off a stream that does not block.
 
-    def __init__(self, stream: io.BufferedIOBase) -> None:
+    With `long_replies`, what answers our own calls is of any size: the bus lets through what we asked for alone.
+    """
+
+    def __init__(self, stream: io.BufferedIOBase, *, long_replies: bool) -> None:
         self._stream = stream
+        self._long_replies = long_replies
         self._octets = bytearray()
 
     def next(self) -> Message | None:
         """The next message, or None where none is complete yet; raises EOFError at the end, and OSError.
 
-        What can't be read is skipped. A message with a body of more than MAX_BODY bytes comes without its body.
+        What can't be read is skipped, and so is a signal with a body of more than MAX_BODY bytes; another message comes
+        without such a body.
         """
         while (octets := self._message()) is not None:
+            if not octets:
+                continue
             try:
                 message: Message | None = Unmarshaller(io.BytesIO(octets)).unmarshall()
             except Exception as error:  # noqa: BLE001 - dbus-next raises all sorts
@@ -48,7 +55,7 @@ class Reader:
         return None
 
     def _message(self) -> bytes | None:
-        """The octets of one whole message."""
+        """The octets of one whole message; none for one that is skipped."""
         if not self._fill(_FIXED):
             return None
         order = "<" if self._octets[0] == LITTLE_ENDIAN else ">"
@@ -57,7 +64,11 @@ class Reader:
         if not self._fill(header + body):
             return None
         octets, self._octets = self._octets, bytearray()
-        if body > MAX_BODY:
+        kind = octets[1]
+        if body > MAX_BODY and kind == MessageType.SIGNAL.value:
+            return b""
+        reply = kind in (MessageType.METHOD_RETURN.value, MessageType.ERROR.value)
+        if body > MAX_BODY and not (reply and self._long_replies):
             octets[4:8] = bytes(4)
             del octets[header:]
         return bytes(octets)

@@ -5,7 +5,7 @@ What dbus-next 0.2.3 gets wrong in its own service layer is done here instead, a
 each point: methods see their caller; InterfacesAdded and InterfacesRemoved come from the object manager's path, and
 GetManagedObjects answers there alone; children are whole path elements; no traceback reaches a caller; a cancelled
 call is answered; no descriptors are taken; introspection is the XML of dbus/, with named arguments and annotations.
-Its message layer has faults that any user of the machine could stop us with; those are mended here and in reader.py.
+Its message layer has faults that any user of the machine could stop us with; those are mended in mended.py.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from dbus_next import BusType, Message, MessageFlag, MessageType, Variant
-from dbus_next.aio import MessageBus
 
 from nbdd.bus.interface import INTROSPECTABLE, OBJECT_MANAGER, PEER, PROPERTIES, Interface
-from nbdd.bus.patient import PatientSocket
-from nbdd.bus.reader import MAX_BODY, Reader
+from nbdd.bus.mended import MendedBus
+from nbdd.bus.reader import MAX_BODY
 from nbdd.errors import InvalidArgs, NbddError
 
 log = logging.getLogger(__name__)
 
 _FREEDESKTOP = "org.freedesktop.DBus.Error."
-
-_AT_ONCE = 8
-"""Messages taken in one turn of the loop, so that a flood of them leaves turns for everything else."""
 
 _FLUSH_DEADLINE = 5.0
 """Seconds for the last answers to reach the bus."""
@@ -85,7 +81,7 @@ Body: TypeAlias = list[Any] | Callable[[], list[Any]]
 """The values of a reply, or what makes them where that takes long."""
 
 
-class ServiceBus(MessageBus):
+class ServiceBus(MendedBus):
     """A system bus connection that serves objects below one object manager.
 
     Make it in a running loop, `connect`, export, then `open` and request the name: calls that come early wait.
@@ -93,16 +89,12 @@ class ServiceBus(MessageBus):
 
     def __init__(self, root: str) -> None:
         # negotiate_unix_fd stays off: dbus-next leaks the descriptors of calls that nobody handles.
-        super().__init__(bus_type=BusType.SYSTEM, negotiate_unix_fd=False)
-        # Its writer takes a full socket for a broken one, and a few hundred signals fill it.
-        self._writer.sock = PatientSocket(self._sock)
+        super().__init__(long_replies=False, bus_type=BusType.SYSTEM, negotiate_unix_fd=False)
         self._root = root
         self._served: dict[str, tuple[ExportedInterface, ...]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._opened = asyncio.Event()
         self._end = NbddError("nbdd is stopping; try again when it runs.")
-        self._reader = Reader(self._stream)
-        self._turn: asyncio.Handle | None = None
         self._written: asyncio.Future[None] | None = None
         self.add_message_handler(self._received)
 
@@ -144,34 +136,6 @@ class ServiceBus(MessageBus):
             await asyncio.wait({self._written}, timeout=_FLUSH_DEADLINE)
 
     # The message layer
-
-    async def _auth_readline(self) -> str:
-        # dbus-next waits for the end of the line even after the end of the stream, and never lets go of the loop.
-        line = b""
-        while not line.endswith(b"\r\n"):
-            more = await self._loop.sock_recv(self._sock, 1)
-            if not more:
-                raise EOFError("the bus hung up during the login")
-            line += more
-        return line.decode().removesuffix("\r\n")
-
-    def _message_reader(self) -> None:
-        if self._turn is not None:
-            self._turn.cancel()
-            self._turn = None
-        if self._disconnected:
-            return
-        try:
-            for _ in range(_AT_ONCE):
-                message = self._reader.next()
-                if message is None:
-                    return
-                self._on_message(message)
-        except (EOFError, OSError) as error:
-            self._finalize(error)
-        else:
-            # The stream may hold what the socket no longer announces.
-            self._turn = self._loop.call_soon(self._message_reader)
 
     def _put(self, message: Message) -> None:
         """Send; it is marshalled at once, so a value of the wrong type raises here."""

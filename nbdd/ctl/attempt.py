@@ -92,7 +92,7 @@ class Attempt:
         device = await self._found(client, path)
         if not device.read_only:
             others = map(Device.of, await client.devices())
-            self.twins = [each.name for each in others if _writes(each) and same(each.uri, device.uri)]
+            self.twins = [each.name for each in others if _writes(each) and _shared(each, device)]
             self.twins.remove(device.name)
         return device
 
@@ -204,6 +204,11 @@ class Attempt:
         if self._terminal is not None and self._shown:
             self._terminal.write("\r\x1b[K")
             self._terminal.flush()
+
+
+def _shared(one: Device, other: Device) -> bool:
+    """Whether two devices have a server in common."""
+    return any(same(mine, theirs) for mine in one.servers for theirs in other.servers)
 
 
 def _writes(device: Device) -> bool:

@@ -70,8 +70,9 @@ async def device(client: Client, target: str, *, here: bool = True) -> Device:
 async def _by_uri(client: Client, target: str) -> Device:
     if not is_uri(target):
         raise NoSuchDevice(f"{target} is no NBD device that is attached; `nbdctl list` shows what is where.")
-    known = [known for known in map(Device.of, await client.devices()) if same(known.uri, target)]
-    found = [known for known in known if known.node] or known
+    devices = map(Device.of, await client.devices())
+    known = [each for each in devices if any(same(uri, target) for uri in each.servers)]
+    found = [each for each in known if each.node] or known
     if not found:
         raise NoSuchDevice(f"No device has {target}; `nbdctl list` shows the servers of all.")
     if len(found) > 1:

@@ -20,6 +20,9 @@ from nbdd.uri import DEFAULT_PORT, URI
 
 _DEVICE = re.compile(r"(?:/dev/)?(nbd(?:0|[1-9][0-9]{0,4}))")
 
+_BLANKS = re.compile(r"[ \t\r\v\f]+")
+"""What parts fields; a no-break space is a part of one."""
+
 _KEYS = {"bs": "block-size", "conns": "connections", "timeout": "timeout", "dead-timeout": "dead-timeout"}
 """Options with a number that nbdd has, too, and its names for them."""
 
@@ -58,7 +61,7 @@ def read(text: str, place: str) -> list[Entry]:
     problems: list[str] = []
     known: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
-        fields = line.partition("#")[0].split()
+        fields = [field for field in _BLANKS.split(line.partition("#")[0]) if field]
         if not fields:
             continue
         try:
@@ -111,7 +114,7 @@ def _uri(host: str, export: str, options: Iterable[tuple[str, str | None]]) -> U
     if not _NO_HOST.isdisjoint(host):
         raise InvalidURI(f"{clean(host)!r} is no host.")
     port = given.get("port") or str(DEFAULT_PORT)
-    if not (port.isascii() and port.isdigit() and 0 < int(port[:9]) < 65536):
+    if not (port.isascii() and port.isdigit() and len(port) < 10 and 0 < int(port) < 65536):
         raise InvalidURI(f"the port must be a number from 1 to 65535, not {clean(port)!r}.")
     return URI.parse(str(URI(tls=False, host=host, port=int(port), socket=None, export=export)))
 

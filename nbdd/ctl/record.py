@@ -15,6 +15,7 @@ _FIELDS = {
     "BlockSize": "block_size",
     "ReadOnly": "read_only",
     "URI": "uri",
+    "URIs": "uris",
     "Timeout": "timeout",
     "DeadTimeout": "dead_timeout",
     "Connections": "connections",
@@ -56,6 +57,8 @@ class Device:
     block_size: int = 0
     read_only: bool = False
     uri: str = ""
+    uris: tuple[str, ...] = ()
+    """All its servers, in the order in which they are asked."""
     timeout: int = 0
     """Seconds; 0 is no limit."""
     dead_timeout: int = 0
@@ -77,6 +80,11 @@ class Device:
     """Whether desktops show it like a removable drive."""
     display_name: str = ""
     icon_name: str = ""
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """The URIs that mean this device; a service from before URIs has one."""
+        return self.uris or (self.uri,)
 
     @classmethod
     def of(cls, properties: Mapping[str, Any]) -> Self:
@@ -105,6 +113,8 @@ def _document(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _value(key: str, value: Any) -> Any:
+    if key == "URIs" and value is not None:
+        return tuple(value)
     if key == "LastError" and value is not None:
         name, message = value
         return Failure(name, message) if name or message else None

@@ -285,7 +285,7 @@ def status(device: Device, statistics: Mapping[str, int] | None, users: Users | 
         lines["Size"] = f"{size(device.size)} ({device.size} bytes, blocks of {device.block_size})"
     if users is not None:
         lines["Used by"] = _used(users)
-    lines["Server"] = device.uri
+    lines["Server"] = [device.uri, *(f"or {other}" for other in device.servers if other != device.uri)]
     lines["Mode"] = "read-only" if device.read_only else "read and write"
     replaced = f", {device.reconnects} replaced" if device.reconnects else ""
     lines["Links"] = f"{device.live_connections} of {device.connections}{replaced}"

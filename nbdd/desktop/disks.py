@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -30,6 +31,11 @@ _LOCK_INTERVAL = 0.1
 """Seconds between two looks whether it is our turn; what waits in the kernel could not be interrupted."""
 
 _SYS = Path("/sys/class/block")
+
+_PASSING = {"detaching": "being detached", "connecting": "being taken up again by nbdd"}
+"""States of a device that has its node, and that are soon over."""
+
+log = logging.getLogger("nbdd-open")
 
 
 @contextlib.asynccontextmanager
@@ -82,9 +88,11 @@ class Disks:
         Two devices of one export, both mounted, would destroy the filesystem.
         """
         for device in await self._devices():
-            if not _same(device.uri, uri):
+            if not any(_same(known, uri) for known in device.servers):
                 continue
             if device.node:
+                if device.state in _PASSING:
+                    raise NbddError(f"{notice.title(device)} is {_PASSING[device.state]}; try again in a moment.")
                 if not notice.works(device):
                     raise NbddError(
                         f"{notice.title(device)} is attached as {device.node}, but {notice.server(device)} does not "
@@ -100,7 +108,7 @@ class Disks:
         return Device.of(await self._client.device_at(path))
 
     async def mount(self, device: Device) -> Path:
-        """Mount every filesystem on the device; returns where the largest is."""
+        """Mount every filesystem on the device that can be; returns where the largest of them is."""
         partitions = {f"/dev/{path.name}" for path in _SYS.joinpath(Path(device.node).name).glob("nbd*p*")}
 
         def known(blocks: list[Block]) -> bool:
@@ -112,7 +120,17 @@ class Disks:
         if not wanted:
             raise NbddError(_nothing_to_mount(device, blocks))
         wanted.sort(key=lambda block: block.size, reverse=True)
-        folders = [await self._udisks.mount(block) for block in wanted]
+        folders: list[str] = []
+        problems: list[NbddError] = []
+        for block in wanted:
+            try:
+                folders.append(await self._udisks.mount(block))
+            except NbddError as problem:
+                problems.append(problem)
+        if not folders:
+            raise problems[0]
+        for left in problems:
+            log.warning("nbdd-open: %s", notice.one_line(str(left)))
         return Path(folders[0])
 
     async def find(self, target: str) -> list[Device]:
@@ -122,7 +140,8 @@ class Disks:
         attached = [device for device in await self._devices() if device.node]
         place = os.path.realpath(target) if target.startswith("/") else ""  # noqa: ASYNC240 - one call, nothing waits
         for device in attached:
-            if target == device.name or _same(device.uri, target) or (place and await self._holds(device, place)):
+            named = target == device.name or any(_same(known, target) for known in device.servers)
+            if named or (place and await self._holds(device, place)):
                 return [device]
         raise NoSuchDevice(f"{notice.one_line(target)} is no network disk that is attached; 'nbdctl list' shows them.")
 

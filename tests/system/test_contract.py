@@ -174,6 +174,7 @@ def test_properties_of_an_attached_device_are_true(scene: Scene) -> None:
     assert told == {
         "Name": "work",
         "URI": scene.server.uri,
+        "URIs": [scene.server.uri],
         "State": "attached",
         "Node": node,
         "Size": int(size),
@@ -217,6 +218,7 @@ def test_properties_of_a_detached_device_are_its_definition_and_nothing_more(sce
     assert scene.lab.device("idle") == {
         "Name": "idle",
         "URI": scene.server.uri,
+        "URIs": [scene.server.uri],
         "State": "detached",
         "Node": "",
         "Size": 0,

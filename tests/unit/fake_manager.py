@@ -25,10 +25,10 @@ DEADLINE = 20.0
 """Seconds after which a test gives up on something that takes a moment."""
 
 ABSENT: dict[str, Any] = {
-    "Name": "", "URI": "nbd://storage.example/backup", "State": "detached", "Node": "", "Size": 0, "BlockSize": 0,
-    "ReadOnly": False, "Timeout": 0, "DeadTimeout": 300, "Connections": 1, "LiveConnections": 0, "Encryption": "none",
-    "WorkerPID": 0, "Reconnects": 0, "AttachedSince": 0, "AttachedBy": 0, "FailsAt": 0, "Configured": True,
-    "LastError": ["", ""], "Desktop": False, "DisplayName": "", "IconName": "",
+    "Name": "", "URI": "nbd://storage.example/backup", "URIs": [], "State": "detached", "Node": "", "Size": 0,
+    "BlockSize": 0, "ReadOnly": False, "Timeout": 0, "DeadTimeout": 300, "Connections": 1, "LiveConnections": 0,
+    "Encryption": "none", "WorkerPID": 0, "Reconnects": 0, "AttachedSince": 0, "AttachedBy": 0, "FailsAt": 0,
+    "Configured": True, "LastError": ["", ""], "Desktop": False, "DisplayName": "", "IconName": "",
 }  # fmt: skip
 
 PRESENT = ABSENT | {

@@ -75,6 +75,7 @@ BACKUP = f"{ROOT}/device/backup"
 STATUS = Status(
     name="backup",
     uri="nbd://storage.example/backup",
+    uris=("nbd://storage.example/backup", "nbd://two.example/backup"),
     state=State.DETACHED,
     read_only=False,
     timeout=0,
@@ -292,6 +293,7 @@ def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, stat
             assert {name: variant.value for name, variant in told.items()} == {
                 "Name": "backup",
                 "URI": "nbd://storage.example/backup",
+                "URIs": ["nbd://storage.example/backup", "nbd://two.example/backup"],
                 "State": str(status.state),
                 "Node": status.node,
                 "Size": status.size,

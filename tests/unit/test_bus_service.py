@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -789,6 +790,32 @@ def test_a_flood_of_calls_leaves_turns_for_everything_else(address: str) -> None
     run(main())
 
 
+@pytest.mark.parametrize("long_replies", [False, True])
+def test_what_is_long_is_let_through_only_where_it_was_asked_for(long_replies: bool) -> None:
+    text = "x" * (MAX_BODY + 1)
+    call: Any = Message(path="/", interface="a.b", member="Call", serial=1, signature="s", body=[text])
+    call.sender = ":1.1"
+    signal: Any = Message.new_signal("/", "a.b", "Signal", "s", [text])
+    signal.serial = 2
+    reply: Any = Message.new_method_return(call, "s", [text])
+    reply.serial = 3
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ours.makefile("rwb") as stream:
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        reader = Reader(stream, long_replies=long_replies)
+        left = memoryview(bytes(call._marshall()) + bytes(signal._marshall()) + bytes(reply._marshall()))
+        got: list[tuple[str | None, int | None, int]] = []
+        while len(got) < 2:
+            if left:
+                with contextlib.suppress(BlockingIOError):
+                    left = left[theirs.send(left) :]
+            if (message := reader.next()) is not None:
+                got.append((message.member, message.reply_serial, len(message.body)))
+    assert not left
+    assert got == [("Call", None, 0), (None, 1, 1 if long_replies else 0)]
+
+
 def test_a_message_that_cannot_be_read_is_skipped_and_the_next_one_read() -> None:
     good: Any = Message(path="/", member="Good", serial=7)
     bad = bytearray(good._marshall())
@@ -798,7 +825,7 @@ def test_a_message_that_cannot_be_read_is_skipped_and_the_next_one_read() -> Non
     ours, theirs = socket.socketpair()
     with ours, theirs, ours.makefile("rwb") as stream:
         ours.setblocking(False)
-        reader = Reader(stream)
+        reader = Reader(stream, long_replies=False)
         assert reader.next() is None
         octets = bytes(bad) + bytes(liar) + bytes(good._marshall())
         got = []

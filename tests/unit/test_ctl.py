@@ -306,7 +306,8 @@ def test_list_holds_thousands_of_devices(fake: FakeManager, run: Run) -> None:
 
 DOCUMENT = {
     "name": "backup", "node": "/dev/nbd0", "state": "attached", "size": 10 << 30, "block-size": 512,
-    "read-only": False, "uri": "nbd://storage.example/backup", "timeout": 0, "dead-timeout": 300, "connections": 1,
+    "read-only": False, "uri": "nbd://storage.example/backup", "uris": [],
+    "timeout": 0, "dead-timeout": 300, "connections": 1,
     "live-connections": 1, "encryption": "none", "worker-pid": 4711, "reconnects": 0,
     "attached-since": 1_700_000_000_000_000, "attached-by": 0, "fails-at": 0, "configured": True, "last-error": None,
     "desktop": False, "display-name": "backup", "icon-name": "",
@@ -323,6 +324,7 @@ def test_list_as_json_has_keys_that_scripts_can_rely_on(fake: FakeManager, run: 
 def test_status_shows_everything_and_what_the_kernel_counted(fake: FakeManager, run: Run) -> None:
     fake.replies["GetStatistics"] = ("a{st}", [{"reads": 3, "read-bytes": 3 << 20, "writes": 0, "flushes": 2}])
     fake.devices["backup"]["LastError"] = ["org.nbdd1.Error.TimedOut", "slow"]
+    fake.devices["backup"]["URIs"] = ["nbd://storage.example/backup", "nbd://two.example/backup"]
     status, out, _ = run("status", "backup")
     lines = [line.strip() for line in out.splitlines()]
     assert status == 0
@@ -330,6 +332,8 @@ def test_status_shows_everything_and_what_the_kernel_counted(fake: FakeManager, 
     assert "Size: 10 GiB (10737418240 bytes, blocks of 512)" in lines
     assert "Timeout: none; without any link I/O fails after 300 s" in lines
     assert "Read: 3 MiB in 3 requests" in lines
+    assert "Server: nbd://storage.example/backup" in lines
+    assert "or nbd://two.example/backup" in lines
     assert "Last error: slow (org.nbdd1.Error.TimedOut); mended since" in lines
     found = json.loads(run("status", "backup", "--json")[1])
     assert found["statistics"] == {"reads": 3, "read-bytes": 3 << 20, "writes": 0, "flushes": 2}

@@ -68,6 +68,7 @@ def test_the_example_of_the_manual_becomes_definitions(run: Run, tab: Path) -> N
         ("nbd0 /run/nbd.sock x unix", "nbd+unix:///x?socket=/run/nbd.sock"),
         ("nbd0 h a?b/%41:", "nbd://h/a%3Fb/%2541:"),
         ("nbd0 h ü", "nbd://h/%C3%BC"),
+        ("nbd0 h a\u00a0b\r", "nbd://h/a%C2%A0b"),
     ],
 )
 def test_host_port_and_export_become_a_uri(run: Run, tab: Path, line: str, uri: str) -> None:
@@ -138,6 +139,7 @@ def test_a_device_that_nbdd_can_not_have_becomes_a_comment_and_status_1(run: Run
         ("nbd01 h x", "no device"),
         ("nbd0 h x port=ssh", "the port must be a number"),
         ("nbd0 h x port=0", "the port must be a number"),
+        (f"nbd0 h x port=00000000{'1' * 5000}", "the port must be a number"),
         ("nbd0 h x a,,b", "an empty place"),
         ("nbd0 h x bs=", "an empty place"),
         ("nbd0 h/y x", "'h/y' is no host"),

@@ -1234,6 +1234,30 @@ def test_a_detach_that_waits_for_users_leaves_time_to_mend_between_its_looks(
     play(script)
 
 
+def test_however_many_ask_for_statistics_the_worker_is_asked_once_at_a_time(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench() as it:
+            await it.device.attach()
+            for rounds in (1, 2):
+                asked = [asyncio.ensure_future(it.device.statistics()) for _ in range(100)]
+                asked.pop().cancel()
+                assert await asyncio.gather(*asked) == [{"reads": 7}] * 99
+                assert it.spawner.names().count("statistics") == rounds
+
+    play(script)
+
+
+def test_what_somebody_attached_is_the_configurations_once_that_defines_it(bench: MakeBench) -> None:
+    async def script() -> None:
+        async with bench(configured=False) as it:
+            await it.device.attach(by=1000)
+            assert it.device.status.attached_by == it.records.load()[0].attached_by == 1000
+            it.device.redefine(it.device.definition)
+            assert it.device.status.attached_by == it.records.load()[0].attached_by == 0
+
+    play(script)
+
+
 @pytest.mark.parametrize("ask", [lambda device: device.set_timeout(5), lambda device: device.statistics()])
 def test_what_is_asked_of_a_device_that_is_being_taken_up_waits_until_it_is(
     bench: MakeBench, ask: Callable[[Any], Coroutine[Any, Any, Any]]

@@ -245,6 +245,29 @@ def test_a_disk_whose_server_is_away_is_not_mounted_as_that_would_hang(world: Wo
     assert world.udisks.calls == []
 
 
+@pytest.mark.parametrize("state", ["detaching", "connecting"])
+def test_a_disk_that_is_on_its_way_is_not_called_dead(world: World, state: str) -> None:
+    world.nbdd.devices["photos"] = FOUND | {"Name": "photos", "State": state}
+    assert world.fails(LINK).endswith("; try again in a moment.")
+
+
+def test_a_disk_is_known_by_each_of_its_servers(world: World) -> None:
+    uris = ["nbd://one.example/photos", LINK]
+    world.nbdd.devices["photos"] = FOUND | {"Name": "photos", "URI": uris[0], "URIs": uris}
+    world.udisks.know(FakeBlock("/dev/nbd0"))
+    assert world.run(LINK) == (0, "/media/eve/nbd0\n", "")
+    assert world.asked(world.nbdd, "AttachURI") == []
+    assert world.run("--detach", LINK) == (0, "photos is detached\n", "")
+
+
+def test_one_filesystem_that_can_not_be_mounted_does_not_hide_the_others(world: World) -> None:
+    world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
+    parts = [FakeBlock(f"/dev/nbd0p{number}", table="/dev/nbd0", size=number << 20) for number in (1, 2)]
+    world.udisks.know(FakeBlock("/dev/nbd0", usage=""), *parts)
+    world.udisks.refuses["/dev/nbd0p2"] = (f"{UDISKS}.Error.Failed", "wrong fs type")
+    assert world.run(LINK) == (0, "/media/eve/nbd0p1\n", "nbdd-open: UDisks could not mount it: wrong fs type.\n")
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
