@@ -154,6 +154,12 @@ class Device:
         """
         if self._closed:
             raise WorkerFailed("nbdd is stopping.")
+        if self._status.bound and self._is_elsewhere():
+            # Whoever is content with a device that is attached already shall not get another disk.
+            raise Busy(
+                f"{self.name!r} is attached as {self._status.node} from {self._status.uri}, which its definition does "
+                "not name; detach it first."
+            )
         if self._status.bound:
             raise AlreadyAttached(f"{self.name!r} is attached already, as {self._status.node}.")
         if self._status.state is State.DETACHING:
@@ -255,6 +261,8 @@ class Device:
             # It is the configuration's from now on, and no longer that of whoever had attached it.
             self._set(configured=True, attached_by=0)
             self._note(configured=True, attached_by=0)
+        if self._status.bound and self._is_elsewhere():
+            self._log.warning("it stays attached from %s, which its definition does not name", self._status.uri)
         if not self.active:
             self._active = definition
             self._set(**self._told_by(definition))
@@ -589,6 +597,10 @@ class Device:
         if worker is None:
             raise WorkerFailed(f"{self.name!r} has no worker at the moment; try again.")
         return worker
+
+    def _is_elsewhere(self) -> bool:
+        """Whether it is attached from none of the servers of its definition, which has changed meanwhile."""
+        return not {*self._definition.uri} & {*self._active.uri}
 
     def _fails_at(self, told: Message) -> int:
         """When I/O that waits begins to fail, microseconds since 1970; 0 while it does not wait."""

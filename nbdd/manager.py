@@ -341,7 +341,7 @@ class Manager:
     def _warn_of_twins(self, new: Status) -> None:
         """Say if an export is written to through two devices: no filesystem but a clustered one survives that."""
         for other in (device.status for device in self._devices.values()):
-            if other.name == new.name or other.uri != new.uri or not other.bound:
+            if other.name == new.name or not {*other.uris} & {*new.uris} or not other.bound:
                 continue
             if not (other.read_only and new.read_only):
                 DeviceLog(log, new.name).warning(

@@ -23,6 +23,8 @@ MAX_BYTES = 16 * 1024 * 1024
 MAX_DEPTH = 32
 """Of mappings and lists in each other. The schema has use for 4; the stack of the process has room for some 300."""
 
+_TOO_DEEP = f"mappings and lists are nested more than {MAX_DEPTH} deep."
+
 MAX_VALUES = 500_000
 """Of one file with every alias counted as what it stands for, so that a few lines can't become a billion values."""
 
@@ -237,7 +239,7 @@ class _Composer:
             value, entry = self.scalar(event, mark), Entry(mark, mark, event.value)
         else:
             if len(self.inside) >= MAX_DEPTH:
-                self.fail(mark, f"mappings and lists are nested more than {MAX_DEPTH} deep.")
+                self.fail(mark, _TOO_DEEP)
             entry = Entry(mark, mark, None)
             kind = "map" if isinstance(event, yaml.MappingStartEvent) else "seq"
             if event.tag not in (None, "!", _TAG + kind):  # type: ignore[attr-defined]
@@ -361,6 +363,8 @@ class _Composer:
         at = error.problem_mark
         if at is None:
             return _Unusable(None, f"the file can't be read as YAML: {said}.")
+        if "nesting depth" in said:  # PyYAML has a limit of its own since 6.0.4, of what it reads ahead
+            return _Unusable(Mark(at.line + 1, at.column + 1), _TOO_DEEP)
         lines = self.text.split("\n")
         line = lines[at.line] if at.line < len(lines) else ""
         indent = line[: len(line) - len(line.lstrip())]

@@ -23,6 +23,10 @@ _MOUNTS_RULE = (
     f"type='signal',sender='{_NAME}',path_namespace='{_ROOT.path}',interface='org.freedesktop.DBus.Properties',"
     f"member='PropertiesChanged',arg0='{_FILESYSTEM}'"
 )
+_LONG = ("Mount", "Unmount")
+_ANSWER_SECONDS = 5
+"""How long UDisks may take to tell what it knows; a healthy one needs some milliseconds, or a second to start."""
+
 _MOUNTED_ALREADY = f"{_NAME}.Error.AlreadyMounted"
 _REFUSALS = tuple(f"{_NAME}.Error.NotAuthorized{how}" for how in ("", "CanObtain", "Dismissed"))
 _BUSY = f"{_NAME}.Error.DeviceBusy"
@@ -43,6 +47,8 @@ class Block:
     ignored: bool
     mountable: bool
     mount_points: tuple[str, ...]
+    uuid: str = ""
+    """Of the filesystem; "" where it has none."""
 
 
 class UDisks:
@@ -62,6 +68,16 @@ class UDisks:
             _block(path, interfaces)
             for path, interfaces in objects.items()
             if path == disk or (_BLOCK in interfaces and _value(interfaces, _PARTITION, "Table") == disk)
+        ]
+
+    async def mounted_twins(self, block: Block) -> list[Block]:
+        """Filesystems with the UUID of this one that are mounted from other NBD devices: its copies, or itself."""
+        [objects] = await self._call(_ROOT, "GetManagedObjects", returns="a{oa{sa{sv}}}")
+        found = [_block(path, interfaces) for path, interfaces in objects.items() if path != block.path]
+        return [
+            each
+            for each in found
+            if block.uuid and each.uuid == block.uuid and each.mount_points and each.node.startswith("/dev/nbd")
         ]
 
     async def blocks_when(self, node: str, true: Callable[[list[Block]], bool], seconds: float) -> list[Block]:
@@ -123,8 +139,13 @@ class UDisks:
 
     async def _call(self, peer: Peer, member: str, signature: str = "", *body: Any, returns: str = "") -> list[Any]:
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
+        # To mount and to unmount may take long: a person is asked, a journal is replayed, all is written.
+        seconds = None if member in _LONG else _ANSWER_SECONDS
         try:
-            return await peer.call(self._bus, member, signature, body, returns=returns, flags=flags)
+            async with asyncio.timeout(seconds):
+                return await peer.call(self._bus, member, signature, body, returns=returns, flags=flags)
+        except TimeoutError:
+            raise NbddError(f"UDisks does not answer within {_ANSWER_SECONDS} s.") from None
         except CallError as problem:
             what = " ".join(str(problem).split()).rstrip(".")
             if problem.name == _MOUNTED_ALREADY:
@@ -167,4 +188,5 @@ def _block(path: str, interfaces: Mapping[str, Mapping[str, Variant]]) -> Block:
         ignored=bool(_value(interfaces, _BLOCK, "HintIgnore")),
         mountable=_FILESYSTEM in interfaces,
         mount_points=tuple(map(_path, _value(interfaces, _FILESYSTEM, "MountPoints") or ())),
+        uuid=str(_value(interfaces, _BLOCK, "IdUUID") or ""),
     )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from nbdd.ctl.show import clean
 
 if TYPE_CHECKING:
     from nbdd.bus.client import Client
+
+_ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 LEAST_SECONDS, MOST_SECONDS = 0.1, 3600.0
 
@@ -41,23 +44,44 @@ def top(frames: int | None, delay: float, as_json: bool) -> None:
     INFLIGHT counts the requests under way, BUSY is the part of the time in which there were some. Without a terminal
     it prints a table for each look; with --json an object on a line.
     """
+    ended: list[int] = []
 
     async def action(client: Client) -> None:
         import asyncio  # noqa: PLC0415 - comes with the bus
 
-        from nbdd.ctl.frames import Looker, display  # noqa: PLC0415 - no other command wants it
+        watching = asyncio.ensure_future(_watch(client, frames, delay, as_json=as_json))
 
-        looker = Looker(client)
-        await looker.look()
-        with display(as_json, sys.stdout) as show:
-            shown = 0
-            while frames is None or shown < frames:
-                await asyncio.sleep(delay)
-                show(await looker.look())
-                shown += 1
+        def end(number: int) -> None:
+            ended.append(number)
+            watching.cancel()
+
+        # The terminal is to be as it was, however we are ended.
+        for number in _ENDS:
+            asyncio.get_running_loop().add_signal_handler(number, end, number)
+        try:
+            await watching
+        except asyncio.CancelledError:
+            if not ended:
+                raise
+            raise click.exceptions.Exit(128 + ended[0]) from None
 
     try:
         # Who only looks starts nothing.
         call(action, activate=False)
     except KeyboardInterrupt:
         return
+
+
+async def _watch(client: Client, frames: int | None, delay: float, *, as_json: bool) -> None:
+    import asyncio  # noqa: PLC0415 - comes with the bus
+
+    from nbdd.ctl.frames import Looker, display  # noqa: PLC0415 - no other command wants it
+
+    looker = Looker(client)
+    await looker.look()
+    with display(as_json, sys.stdout) as show:
+        shown = 0
+        while frames is None or shown < frames:
+            await asyncio.sleep(delay)
+            show(await looker.look())
+            shown += 1

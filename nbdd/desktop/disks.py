@@ -45,7 +45,7 @@ async def one_at_a_time() -> AsyncIterator[None]:
     Two clicks on one link are one disk: the second waits, and finds what the first has attached.
     """
     try:
-        place = Path(os.environ["XDG_RUNTIME_DIR"], "nbdd-open.lock")
+        place = Path("/", os.environ["XDG_RUNTIME_DIR"] or "nowhere", "nbdd-open.lock")
         lock = os.open(place, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except (KeyError, OSError):  # There is no session, or none of this person's.
         lock = None
@@ -120,6 +120,13 @@ class Disks:
         if not wanted:
             raise NbddError(_nothing_to_mount(device, blocks))
         wanted.sort(key=lambda block: block.size, reverse=True)
+        for block in wanted:
+            for twin in () if block.mount_points else await self._udisks.mounted_twins(block):
+                raise NbddError(
+                    f"{notice.title(device)} holds the same filesystem as {twin.node}, which is mounted at "
+                    f"{twin.mount_points[0]}; mounted twice, it would be destroyed. If it is a copy, mount it by hand; "
+                    f"'nbdd-open --detach {device.name}' takes it away again."
+                )
         folders: list[str] = []
         problems: list[NbddError] = []
         for block in wanted:

@@ -184,6 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.what is None and not given.detach:
         parser.error("give it an NBD URI, such as nbd://storage.example/photos")
+    if given.what == "":
+        parser.error("the name is empty")  # of a variable that is not set; it must not mean all disks
     logging.basicConfig(stream=sys.stderr, format="%(message)s")
     uri, target = (None, given.what or "") if given.detach else (given.what, None)
     try:

@@ -87,6 +87,8 @@ def _run(chosen: argparse.Namespace) -> None:
         from nbdd.metrics.textfile import write  # noqa: PLC0415
 
         write(chosen.textfile, text(snapshot))
+    elif sys.stdout is None:
+        raise NbddError("There is no standard output to write to.")
     else:
         sys.stdout.write(text(snapshot).decode())
         sys.stdout.flush()

@@ -166,6 +166,7 @@ class FakeBlock:
     """The node of the disk that it is a partition of."""
     ignored: bool = False
     mount_points: list[str] = field(default_factory=list)
+    uuid: str = ""
 
     @property
     def path(self) -> str:
@@ -229,6 +230,7 @@ class FakeUDisks(FakeManager):
                     "Device": Variant("ay", block.node.encode() + b"\0"),
                     "Size": Variant("t", block.size),
                     "IdUsage": Variant("s", block.usage),
+                    "IdUUID": Variant("s", block.uuid),
                     "HintIgnore": Variant("b", block.ignored),
                 }
             }

@@ -167,6 +167,16 @@ def test_on_a_terminal_it_fits_and_ends_with_ctrl_c(fake: FakeManager, environme
     assert "…" not in text
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_however_it_is_ended_the_terminal_is_as_it_was(fake: FakeManager, number: signal.Signals) -> None:
+    fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
+    with Terminal("top", "-d", "0.1") as terminal:
+        terminal.wait_for("w_await")
+        terminal.process.send_signal(number)
+        status, text = terminal.finish()
+    assert (status, text.rpartition("\x1b[?1049")[2][:1], "Traceback" in text) == (128 + number, "l", False)
+
+
 def test_a_frame_tells_that_nothing_is_attached() -> None:
     assert Frame(1.0).sum() == "nothing is attached, reading 0.0 MB/s, writing 0.0 MB/s"
     assert list(Frame(1.0).cells()) == []

@@ -32,6 +32,7 @@ from nbdd.errors import (
 from nbdd.records import Record
 from nbdd.status import State
 from nbdd.supervisor import Ending, How
+from nbdd.uri import URI
 from tests.unit.fake_worker import Bench, definition, open_fds, run
 
 DOWN = ConnectFailed("storage.example refuses.")
@@ -1254,8 +1255,27 @@ def test_what_somebody_attached_is_the_configurations_once_that_defines_it(bench
             assert it.device.status.attached_by == it.records.load()[0].attached_by == 1000
             it.device.redefine(it.device.definition)
             assert it.device.status.attached_by == it.records.load()[0].attached_by == 0
+            with pytest.raises(AlreadyAttached):
+                await it.device.attach()
 
     play(script)
+
+
+def test_a_device_of_another_server_than_its_new_definitions_does_not_pass_for_attached(
+    bench: MakeBench, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def script() -> None:
+        async with bench(configured=False) as it:
+            await it.device.attach()
+            it.device.redefine(replace(it.device.definition, uri=(URI.parse("nbd://other.example/disk"),)))
+            with pytest.raises(Busy, match=r"from nbd://storage\.example/disk, which its definition does not name"):
+                await it.device.attach()
+            assert it.now() is State.ATTACHED
+            await it.device.detach()
+            await it.device.attach()
+
+    play(script)
+    assert "it stays attached from nbd://storage.example/disk, which its definition does not name" in caplog.text
 
 
 @pytest.mark.parametrize("ask", [lambda device: device.set_timeout(5), lambda device: device.statistics()])

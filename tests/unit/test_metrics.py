@@ -573,6 +573,15 @@ def test_an_output_that_nobody_reads_is_no_traceback() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_service")
+def test_without_an_output_it_is_a_sentence() -> None:
+    run = ["sh", "-c", '"$0" -m nbdd.metrics >&-', sys.executable]
+    done = subprocess.run(run, stderr=-1, text=True, check=False, timeout=DEADLINE)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        1, "nbdd-metrics: There is no standard output to write to.",
+    )  # fmt: skip
+
+
 def test_it_serves_on_the_sockets_that_systemd_passes(fake: FakeManager) -> None:
     # LISTEN_PID is the program's own, which only a child between fork and exec knows: so a shell is that child.
     with socket.create_server(("127.0.0.1", 0)) as listener:

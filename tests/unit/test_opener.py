@@ -260,6 +260,22 @@ def test_a_disk_is_known_by_each_of_its_servers(world: World) -> None:
     assert world.run("--detach", LINK) == (0, "photos is detached\n", "")
 
 
+def test_a_filesystem_that_is_mounted_from_another_device_is_not_mounted_twice(world: World) -> None:
+    world.nbdd.devices["photos"] = FOUND | {"Name": "photos", "Node": "/dev/nbd1"}
+    block = FakeBlock("/dev/nbd1", uuid="3D1A")
+    world.udisks.know(FakeBlock("/dev/nbd0", uuid="3D1A", mount_points=["/media/eve/a"]), block)
+    assert "holds the same filesystem as /dev/nbd0, which is mounted at /media/eve/a; mounted" in world.fails(LINK)
+    assert world.asked(world.udisks, "Mount") == []
+    # Where it is mounted itself, by hand or meanwhile, there is nothing left to prevent.
+    block.mount_points.append("/media/eve/b")
+    assert world.run(LINK)[:2] == (0, "/media/eve/b\n")
+
+
+def test_an_empty_name_is_not_all_disks(world: World) -> None:
+    assert world.run("--detach", "")[0] == 2
+    assert world.nbdd.calls == []
+
+
 def test_one_filesystem_that_can_not_be_mounted_does_not_hide_the_others(world: World) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     parts = [FakeBlock(f"/dev/nbd0p{number}", table="/dev/nbd0", size=number << 20) for number in (1, 2)]
