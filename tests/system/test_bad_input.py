@@ -782,6 +782,16 @@ def test_a_device_that_nbd_client_has_is_busy_and_stays_as_it_is(lab: Lab, inter
 
 
 @pytest.mark.usefixtures("unharmed")
+@pytest.mark.prove_only
+def test_a_flood_of_questions_from_anybody_costs_no_worker_and_ends(lab: Lab) -> None:
+    worker = lab.device("bystander")["WorkerPID"]
+    lab.guest.put(Path(__file__).with_name("flood.py"), "/run/flood.py")
+    lab.guest.run("runuser -u nobody -- python3 /run/flood.py bystander 100000", timeout=500)
+    lab.guest.run("timeout 200 nbdctl status bystander", timeout=300)
+    assert lab.device("bystander")["WorkerPID"] == worker
+    assert "was killed" not in lab.guest.journal("nbdd")
+
+
 def test_a_second_nbdd_ends_with_one_sentence_and_touches_nothing(lab: Lab) -> None:
     before = lab.guest.run("sha256sum /run/nbdd/devices/*").stdout
     second = lab.guest.run("/usr/bin/nbdd", check=False)
