@@ -68,6 +68,8 @@ def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(la
     asked = lab.guest.run("nbdctl list", check=False, timeout=ATTACH_SECONDS)
     assert (asked.returncode, asked.stderr.startswith("nbdctl: /etc/nbdd/devices.d/test.yaml:")) == (1, True), asked
     assert asked.stderr.endswith("nbdctl: nbdd does not start with that.\n")
+    # It has told why before it ends, and a start meanwhile would join the one that fails.
+    lab.guest.run("until systemctl is-failed --quiet nbdd; do sleep 0.1; done", timeout=ATTACH_SECONDS)
     lab.guest.run("rm /etc/nbdd/devices.d/test.yaml; systemctl start nbdd", timeout=ATTACH_SECONDS)
 
 
