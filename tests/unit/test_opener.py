@@ -314,6 +314,12 @@ def test_a_disk_that_the_desktop_mounts_meanwhile_is_shown_where_that_put_it(wor
     assert process.communicate(timeout=DEADLINE)[0] == "/media/eve/label\n"
 
 
+def test_udisks_that_does_not_answer_is_not_waited_for(world: World) -> None:
+    attached_by_link(world)
+    world.udisks.held.add("GetManagedObjects")
+    assert world.fails(LINK) == "UDisks does not answer within 5 s."
+
+
 def test_a_machine_without_udisks_is_told_what_is_missing(buses: tuple[str, str], world: World) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     world.udisks.leave()
