@@ -154,13 +154,13 @@ class Device:
         """
         if self._closed:
             raise WorkerFailed("nbdd is stopping.")
-        if self._status.bound and self._is_elsewhere():
-            # Whoever is content with a device that is attached already shall not get another disk.
-            raise Busy(
-                f"{self.name!r} is attached as {self._status.node} from {self._status.uri}, which its definition does "
-                "not name; detach it first."
-            )
         if self._status.bound:
+            if self._is_elsewhere():
+                # Whoever is content with a device that is attached already shall not get another disk.
+                raise Busy(
+                    f"{self.name!r} is attached as {self._status.node} from {self._status.uri}, which its definition "
+                    "does not name; detach it first."
+                )
             raise AlreadyAttached(f"{self.name!r} is attached already, as {self._status.node}.")
         if self._status.state is State.DETACHING:
             raise Busy(f"{self.name!r} is being detached; try again in a moment.")

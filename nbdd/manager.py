@@ -341,9 +341,10 @@ class Manager:
     def _warn_of_twins(self, new: Status) -> None:
         """Say if an export is written to through two devices: no filesystem but a clustered one survives that."""
         for other in (device.status for device in self._devices.values()):
-            if other.name == new.name or not {*other.uris} & {*new.uris} or not other.bound:
+            shared = [uri for uri in new.uris if uri in other.uris]
+            if other.name == new.name or not shared or not other.bound:
                 continue
             if not (other.read_only and new.read_only):
                 DeviceLog(log, new.name).warning(
-                    "%s is attached as %s too; mount it through one of them only", new.uri, other.name
+                    "%s is attached as %s too; mount it through one of them only", shared[0], other.name
                 )

@@ -298,3 +298,11 @@ def _without_secrets(text: str) -> str:
         text = scheme + colon + "...@" + after
     text, question, _ = text.partition("?")
     return text + ("?..." if question else "")
+
+
+def same_export(one: str, other: str) -> bool:
+    """Whether two URIs mean the same export; of texts that are none, whether they are equal."""
+    try:
+        return URI.parse(one) == URI.parse(other)
+    except InvalidURI:
+        return one == other

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import IO, Any
 
 from nbdd.bus.client import Client, Event, Kind
-from nbdd.ctl.find import is_uri, same
+from nbdd.ctl.find import is_uri
 from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean, fit
 from nbdd.errors import AlreadyAttached, NbddError, NoSuchDevice, ServerError
+from nbdd.uri import same_export
 
 _FIELDS_OF_OPTIONS = {
     "device": "node",
@@ -106,7 +107,7 @@ class Attempt:
         for properties in await client.devices():
             device = Device.of(properties)
             # A name that is taken by another export must not pass for success.
-            if device.node and same(device.uri, self._target) and self.name in {"", device.name}:
+            if device.node and device.is_at(self._target) and self.name in {"", device.name}:
                 return self._as_wanted(device)
         return None
 
@@ -175,7 +176,7 @@ class Attempt:
                 self._device = found
 
     def _hear(self, event: Event) -> None:
-        if not self.name and event.kind is Kind.ADDED and same(event.properties.get("URI", ""), self._target):
+        if not self.name and event.kind is Kind.ADDED and same_export(event.properties.get("URI", ""), self._target):
             self.name = event.name
         if event.name and event.name == self.name and event.kind in {Kind.ADDED, Kind.CHANGED}:
             if self._quiet:
@@ -208,7 +209,7 @@ class Attempt:
 
 def _shared(one: Device, other: Device) -> bool:
     """Whether two devices have a server in common."""
-    return any(same(mine, theirs) for mine in one.servers for theirs in other.servers)
+    return any(other.is_at(uri) for uri in one.servers)
 
 
 def _writes(device: Device) -> bool:

@@ -273,7 +273,7 @@ def known_servers(configured: Configuration | None, devices: Iterable[Device]) -
     """The servers of each device: as configured or, where that can't be read, as nbdd has them."""
     if configured is not None:
         return {name: definition.uri for name, definition in configured.devices.items()}
-    return {device.name: (URI.parse(device.uri),) for device in devices}
+    return {device.name: tuple(map(URI.parse, device.servers)) for device in devices}
 
 
 def servers(known: Mapping[str, Sequence[URI]], devices: Iterable[Device]) -> list[Finding]:

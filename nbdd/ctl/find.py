@@ -8,8 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from nbdd.ctl.record import Device
-from nbdd.errors import InvalidArgs, InvalidURI, NoSuchDevice
-from nbdd.uri import URI
+from nbdd.errors import InvalidArgs, NoSuchDevice
 
 if TYPE_CHECKING:
     from nbdd.bus.client import Client
@@ -30,14 +29,6 @@ def is_uri(target: str) -> bool:
     """Whether a person means a URI. A name may hold a colon, but no such beginning."""
     scheme, colon, rest = target.partition(":")
     return rest.startswith("//") or bool(colon and scheme.lower() in {"nbd", "nbds", "nbd+unix", "nbds+unix"})
-
-
-def same(one: str, other: str) -> bool:
-    """Whether two URIs mean the same export."""
-    try:
-        return URI.parse(one) == URI.parse(other)
-    except InvalidURI:
-        return one == other
 
 
 async def name(client: Client, target: str, *, here: bool = True) -> str:
@@ -70,8 +61,7 @@ async def device(client: Client, target: str, *, here: bool = True) -> Device:
 async def _by_uri(client: Client, target: str) -> Device:
     if not is_uri(target):
         raise NoSuchDevice(f"{target} is no NBD device that is attached; `nbdctl list` shows what is where.")
-    devices = map(Device.of, await client.devices())
-    known = [each for each in devices if any(same(uri, target) for uri in each.servers)]
+    known = [each for each in map(Device.of, await client.devices()) if each.is_at(target)]
     found = [each for each in known if each.node] or known
     if not found:
         raise NoSuchDevice(f"No device has {target}; `nbdctl list` shows the servers of all.")

@@ -86,6 +86,12 @@ class Device:
         """The URIs that mean this device; a service from before URIs has one."""
         return self.uris or (self.uri,)
 
+    def is_at(self, uri: str) -> bool:
+        """Whether the URI means an export of this device."""
+        from nbdd.uri import same_export  # noqa: PLC0415 - most commands compare none
+
+        return any(same_export(mine, uri) for mine in self.servers)
+
     @classmethod
     def of(cls, properties: Mapping[str, Any]) -> Self:
         """A device from its D-Bus properties; those that nbdctl does not know are left out."""

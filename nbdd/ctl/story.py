@@ -80,8 +80,8 @@ class Story:
             case "degraded":
                 text = f"{self._back(old)} on {_links(new)}{self._took(new)}"
             case "reconnecting":
-                why = _because(new) or "the links are exchanged for new ones; "
-                text = f"{why}reconnecting{_patience(new)}"
+                exchanged = "the links are exchanged for new ones; " if old.state in _WHOLE else ""
+                text = f"{_because(new) or exchanged}reconnecting{_patience(new)}"
             case "failed":
                 text = f"{_because(new)}{_end(new)}"
             case "detached" if old.state == "connecting":

@@ -44,11 +44,11 @@ async def one_at_a_time() -> AsyncIterator[None]:
 
     Two clicks on one link are one disk: the second waits, and finds what the first has attached.
     """
-    try:
-        place = Path("/", os.environ["XDG_RUNTIME_DIR"] or "nowhere", "nbdd-open.lock")
-        lock = os.open(place, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except (KeyError, OSError):  # There is no session, or none of this person's.
-        lock = None
+    place = Path(os.environ.get("XDG_RUNTIME_DIR", ""), "nbdd-open.lock")
+    lock = None
+    with contextlib.suppress(OSError):  # There is no session, or none of this person's.
+        if place.is_absolute():
+            lock = os.open(place, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if lock is None:
         yield
         return
@@ -88,7 +88,7 @@ class Disks:
         Two devices of one export, both mounted, would destroy the filesystem.
         """
         for device in await self._devices():
-            if not any(_same(known, uri) for known in device.servers):
+            if not device.is_at(str(uri)):
                 continue
             if device.node:
                 if device.state in _PASSING:
@@ -147,8 +147,7 @@ class Disks:
         attached = [device for device in await self._devices() if device.node]
         place = os.path.realpath(target) if target.startswith("/") else ""  # noqa: ASYNC240 - one call, nothing waits
         for device in attached:
-            named = target == device.name or any(_same(known, target) for known in device.servers)
-            if named or (place and await self._holds(device, place)):
+            if target == device.name or device.is_at(target) or (place and await self._holds(device, place)):
                 return [device]
         raise NoSuchDevice(f"{notice.one_line(target)} is no network disk that is attached; 'nbdctl list' shows them.")
 
@@ -186,11 +185,3 @@ def _nothing_to_mount(device: Device, blocks: list[Block]) -> str:
         f"{name} is attached as {node}, but has no filesystem that could be opened; 'nbdd-open --detach {device.name}' "
         "takes it away again."
     )
-
-
-def _same(one: str, other: str | URI) -> bool:
-    """Whether two URIs mean the same export."""
-    try:
-        return URI.parse(one) == (URI.parse(other) if isinstance(other, str) else other)
-    except InvalidURI:
-        return False

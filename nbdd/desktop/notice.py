@@ -197,13 +197,14 @@ def _why(device: Device) -> str:
 
 
 def _failed(device: Device, waits_until: float) -> Notice:
-    fails = "Reading and writing fails until the server is back."
-    waits = f"Programs that use the disk wait, until {clock(waits_until)} at most."
+    state = "Reading and writing fails until the server is back."
+    if waits_until:
+        state = f"Programs that use the disk wait, until {clock(waits_until)} at most."
     return Notice(
         Kind.FAILED,
         Notification(
             f"{title(device)} has failed",
-            f"{waits if waits_until else fails}{_why(device)}",
+            f"{state}{_why(device)}",
             "dialog-error",
             Urgency.CRITICAL,
             "device.error",

@@ -792,6 +792,7 @@ def test_a_flood_of_questions_from_anybody_costs_no_worker_and_ends(lab: Lab) ->
     assert "was killed" not in lab.guest.journal("nbdd")
 
 
+@pytest.mark.usefixtures("unharmed")
 def test_a_second_nbdd_ends_with_one_sentence_and_touches_nothing(lab: Lab) -> None:
     before = lab.guest.run("sha256sum /run/nbdd/devices/*").stdout
     second = lab.guest.run("/usr/bin/nbdd", check=False)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(la
     # It has told why before it ends, and a start meanwhile would join the one that fails.
     lab.guest.run("until systemctl is-failed --quiet nbdd; do sleep 0.1; done", timeout=ATTACH_SECONDS)
     lab.guest.run("rm /etc/nbdd/devices.d/test.yaml; systemctl start nbdd", timeout=ATTACH_SECONDS)
+
+
+@pytest.mark.quick_on("debian13")
+def test_the_server_that_the_readme_says_to_try_with_is_there(lab: Lab) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    found = re.search(r"`(nbdkit [^`]+)` \(.*\) serves `(nbd://[^`]+)`", readme)
+    assert found is not None
+    lab.guest.run(f"systemd-run -q --collect -p Type=forking --unit=tried {found[1]}")
+    try:
+        attached = lab.guest.run(f"nbdctl attach --wait 30 {found[2]}", timeout=ATTACH_SECONDS).stdout
+        assert ", 1 GiB, from nbd://localhost/" in attached
+        lab.guest.run(f"nbdctl detach {found[2]}", timeout=ATTACH_SECONDS)
+    finally:
+        lab.guest.run("systemctl stop tried")
 
 
 @pytest.mark.quick_on("debian13")

@@ -109,6 +109,11 @@ def test_links_that_come_back_one_by_one_are_told_so() -> None:
     assert told.change(1, State="attached", LiveConnections=2) == "all 2 links are back after 2.0 s"
 
 
+def test_a_device_without_links_that_a_new_nbdd_takes_up_is_not_called_exchanged() -> None:
+    told = Told(State="connecting", LiveConnections=0)
+    assert told.change(State="reconnecting") == "reconnecting"
+
+
 def test_a_device_that_a_new_nbdd_takes_up_is_not_called_new() -> None:
     told = Told()
     assert told.story.tell(Event(Kind.STOPPED)).startswith("nbdd stopped; what is attached stays so")

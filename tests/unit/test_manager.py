@@ -9,6 +9,7 @@ import itertools
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -35,6 +36,7 @@ from nbdd.manager import Changes, Manager
 from nbdd.records import Record, Records
 from nbdd.status import State, Status
 from nbdd.supervisor import Supervisor
+from nbdd.uri import URI
 from tests.unit.fake_worker import FakeSpawner, definition, open_fds, run
 
 DOWN = ConnectFailed("storage.example refuses.")
@@ -296,6 +298,20 @@ def test_an_export_that_is_attached_twice_is_warned_of(tmp_path: Path, caplog: p
         assert "b: nbd://storage.example/disk is attached as a too" in caplog.text
 
     play(tmp_path, script)
+
+
+def test_an_export_of_two_lists_of_servers_is_warned_of_by_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared, other = URI.parse("nbd://two.example/disk"), URI.parse("nbd://one.example/disk")
+
+    async def script(it: Desk) -> None:
+        await it.start(replace(definition("a"), uri=(other, shared)), replace(definition("b"), uri=(shared,)))
+        await it.manager.attach("a", {})
+        await it.manager.attach("b", {})
+
+    play(tmp_path, script)
+    assert "b: nbd://two.example/disk is attached as a too; mount it through one of them only" in caplog.text
 
 
 # Names
