@@ -7,22 +7,22 @@ TYPE_CHECKING = False
 """As in `typing`, which costs every start more than all the rest of this."""
 
 if TYPE_CHECKING:
-    from nbdd.client import Client
-    from nbdd.connection import Connection, connect
+    from nbdd.client.client import Client
+    from nbdd.client.open import Connection, connect
+    from nbdd.client.service import End, Reason
     from nbdd.errors import NbddError
-    from nbdd.service import End, Reason
 
 __version__ = "0.1.0"
 
 __all__ = ["Client", "Connection", "End", "NbddError", "Reason", "connect"]
 
 _HOMES = {
-    "Client": "nbdd.client",
-    "Connection": "nbdd.connection",
-    "End": "nbdd.service",
+    "Client": "nbdd.client.client",
+    "Connection": "nbdd.client.open",
+    "End": "nbdd.client.service",
     "NbddError": "nbdd.errors",
-    "Reason": "nbdd.service",
-    "connect": "nbdd.connection",
+    "Reason": "nbdd.client.service",
+    "connect": "nbdd.client.open",
 }
 
 if not TYPE_CHECKING:

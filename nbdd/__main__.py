@@ -49,12 +49,12 @@ def arguments() -> argparse.ArgumentParser:
 
 def _run(given: argparse.Namespace) -> int:
     if given.check:
-        from nbdd.config import check  # noqa: PLC0415 - without the daemon's parts
+        from nbdd.config.loader import check  # noqa: PLC0415 - without the daemon's parts
 
         return check(given.directory, sys.stdout)
     # Here, not above, so that --check and --version need neither a bus nor its library.
     from nbdd.daemon import run  # noqa: PLC0415
-    from nbdd.journal import log_to_journal  # noqa: PLC0415
+    from nbdd.system.journal import log_to_journal  # noqa: PLC0415
 
     log_to_journal(logging.DEBUG if given.debug else logging.INFO)
     try:

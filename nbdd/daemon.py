@@ -15,15 +15,15 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-from nbdd.bus.connection import BusConnection
-from nbdd.config import load
-from nbdd.device import Device
+from nbdd.bus.daemon.connection import BusConnection
+from nbdd.config.loader import load
 from nbdd.errors import InvalidConfig, NbddError
-from nbdd.manager import Manager, Observer
-from nbdd.records import Records, runtime_directory
-from nbdd.status import State, Status
-from nbdd.supervisor import Supervisor
-from nbdd.systemd import Notifier, kept_sockets
+from nbdd.manager.device import Device
+from nbdd.manager.manager import Manager, Observer
+from nbdd.manager.records import Records, runtime_directory
+from nbdd.manager.status import State, Status
+from nbdd.manager.supervisor import Supervisor
+from nbdd.system.notify import Notifier, kept_sockets
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import IO, Any
 
-from nbdd.bus.client import Client, Event, Kind
+from nbdd.bus.caller.client import Client, Event, Kind
+from nbdd.bus.caller.device import Device
 from nbdd.ctl.find import is_uri
-from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean, fit
 from nbdd.errors import AlreadyAttached, NbddError, NoSuchDevice, ServerError
 from nbdd.uri import same_export

@@ -22,12 +22,12 @@ from nbdd import protocol
 from nbdd.ctl.show import size
 from nbdd.errors import InvalidConfig, NbddError, NegotiationFailed, NoSuchExport
 from nbdd.kernel import NetlinkNBD, module_loaded, nodes
-from nbdd.transport import Deadline, connect, list_exports, negotiate
+from nbdd.server.connect import Deadline, connect, list_exports, negotiate
 from nbdd.uri import URI
 
 if TYPE_CHECKING:
-    from nbdd.config import Configuration
-    from nbdd.ctl.record import Device
+    from nbdd.bus.caller.device import Device
+    from nbdd.config.loader import Configuration
 
 SERVER_SECONDS = 3.0
 """How long a server may take to tell of an export."""
@@ -243,7 +243,7 @@ def states(devices: Iterable[Device]) -> Iterator[Finding]:
 
 def configuration(directory: Path) -> tuple[Configuration | None, list[Finding]]:
     """What is configured, or None, and what is to be said about it."""
-    from nbdd.config import load  # noqa: PLC0415 - brings YAML and JSON schema along
+    from nbdd.config.loader import load  # noqa: PLC0415 - brings YAML and JSON schema along
 
     subject = "configuration"
     try:

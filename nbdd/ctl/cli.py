@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from nbdd.bus.caller.device import Device
 from nbdd.ctl import complete, find, remote, show, users
 from nbdd.ctl.common import (
     as_json,
@@ -28,12 +29,11 @@ from nbdd.ctl.common import (
 from nbdd.ctl.doctor import doctor
 from nbdd.ctl.importing import import_
 from nbdd.ctl.monitor import monitor
-from nbdd.ctl.record import Device
 from nbdd.ctl.top import top
 from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client
+    from nbdd.bus.caller.client import Client
 
 T = TypeVar("T")
 

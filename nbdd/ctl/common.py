@@ -17,8 +17,8 @@ from nbdd.ctl import complete, remote, show
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from nbdd.bus.client import Client
-    from nbdd.ctl.record import Device
+    from nbdd.bus.caller.client import Client
+    from nbdd.bus.caller.device import Device
 
 T = TypeVar("T")
 
@@ -83,7 +83,7 @@ def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, ask
     with _no_ssl():
         import asyncio  # noqa: PLC0415
 
-        from nbdd.bus.client import Client  # noqa: PLC0415
+        from nbdd.bus.caller.client import Client  # noqa: PLC0415
         from nbdd.ctl import agent  # noqa: PLC0415
 
     host = remote.host(click.get_current_context())

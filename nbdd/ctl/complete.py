@@ -12,8 +12,8 @@ from collections.abc import Callable
 import click
 from click.shell_completion import CompletionItem
 
+from nbdd.bus.caller.device import Device
 from nbdd.ctl import remote
-from nbdd.ctl.record import Device
 
 _SECONDS = 1
 _REMOTE_SECONDS = 4
@@ -45,7 +45,7 @@ async def _devices(host: str | None) -> list[Device]:
     # Imported here: they take longer than all else together, and --help needs neither.
     import asyncio  # noqa: PLC0415
 
-    from nbdd.bus.client import Client  # noqa: PLC0415
+    from nbdd.bus.caller.client import Client  # noqa: PLC0415
 
     seconds = _SECONDS if host is None else _REMOTE_SECONDS
     async with asyncio.timeout(seconds), Client(activate=False, host=host) as client:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nbdd.bus.caller.device import Device
 from nbdd.ctl.common import as_json_here, document, only_here
-from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean
 from nbdd.errors import NbddError
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client
+    from nbdd.bus.caller.client import Client
     from nbdd.ctl.checks import Finding
 
 DIRECTORY = "/etc/nbdd"
@@ -65,7 +65,7 @@ def findings() -> list[Finding]:
 async def _bus() -> tuple[list[Finding], list[Device]]:
     """What there is to say of the bus and of who is on it; and nbdd's devices, if it is there."""
     from nbdd import __version__  # noqa: PLC0415
-    from nbdd.bus.client import NAME, Client  # noqa: PLC0415
+    from nbdd.bus.caller.client import NAME, Client  # noqa: PLC0415
     from nbdd.ctl import checks  # noqa: PLC0415
 
     try:

@@ -7,11 +7,11 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.device import Device
 from nbdd.errors import InvalidArgs, NoSuchDevice
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client
+    from nbdd.bus.caller.client import Client
 
 _NODE = re.compile(r"(?:/dev/)?nbd(0|[1-9][0-9]{0,4})(?:p[0-9]+)?")
 

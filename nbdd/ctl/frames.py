@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
+from nbdd.bus.caller.device import Device
 from nbdd.ctl.common import order
 from nbdd.ctl.rates import Rates, Sample, between
-from nbdd.ctl.record import Device
 from nbdd.ctl.show import Look, clean, table
 from nbdd.errors import NbddError
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client
+    from nbdd.bus.caller.client import Client
 
 HEAD = ("NAME", "NODE", "STATE", "LINKS", "rMB/s", "wMB/s", "r/s", "w/s", "r_await", "w_await", "INFLIGHT", "BUSY")
 """The figures under the names that iostat gives them."""

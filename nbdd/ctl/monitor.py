@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nbdd.bus.caller.device import Device, changes
 from nbdd.ctl.common import as_json, call, say, terminal
-from nbdd.ctl.record import Device, changes
 from nbdd.ctl.show import Look
 from nbdd.errors import NbddError
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client, Event
+    from nbdd.bus.caller.client import Client, Event
     from nbdd.ctl.story import Story
 
 

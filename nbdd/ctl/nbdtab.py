@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbdd.config import definition_from_options
+from nbdd.config.loader import definition_from_options
 from nbdd.ctl.show import clean
 from nbdd.errors import InvalidConfig, InvalidURI, NbddError
 from nbdd.uri import DEFAULT_PORT, URI

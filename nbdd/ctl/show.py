@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.device import Device
 
 if TYPE_CHECKING:
     from nbdd.ctl.users import Users

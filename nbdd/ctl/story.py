@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nbdd.ctl.record import Device, Failure, fields
+from nbdd.bus.caller.device import Device, Failure, fields
 from nbdd.ctl.show import clean, duration, size
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Event
+    from nbdd.bus.caller.client import Event
 
 _LOST = {"reconnecting", "degraded"}
 _WHOLE = {"attached", "degraded"}

@@ -13,7 +13,7 @@ from nbdd.ctl.common import as_json, call, count
 from nbdd.ctl.show import clean
 
 if TYPE_CHECKING:
-    from nbdd.bus.client import Client
+    from nbdd.bus.caller.client import Client
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 

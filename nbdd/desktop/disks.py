@@ -14,10 +14,10 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from nbdd.bus.client import Client
-from nbdd.bus.udisks import Block, UDisks
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.client import Client
+from nbdd.bus.caller.device import Device
 from nbdd.desktop import notice
+from nbdd.desktop.udisks import Block, UDisks
 from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice
 from nbdd.uri import URI
 

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 
-from nbdd.bus.notifications import Notification, Urgency
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.device import Device
+from nbdd.desktop.notifications import Notification, Urgency
 from nbdd.errors import InvalidURI
 from nbdd.uri import URI
 

@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from nbdd import __version__
-from nbdd.bus.callerbus import session_bus, system_bus
-from nbdd.bus.calls import CallError
-from nbdd.bus.client import Client, Event, Kind, Properties
-from nbdd.bus.notifications import Closed, Invoked, Notifications, NotShown, Renewed
-from nbdd.bus.notifications import Event as Answer
-from nbdd.bus.udisks import UDisks
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.client import Client, Event, Kind, Properties
+from nbdd.bus.caller.connection import session_bus, system_bus
+from nbdd.bus.caller.device import Device
+from nbdd.bus.wire.calls import CallError
 from nbdd.desktop import notice
 from nbdd.desktop.notice import Notice
+from nbdd.desktop.notifications import Closed, Invoked, Notifications, NotShown, Renewed
+from nbdd.desktop.notifications import Event as Answer
+from nbdd.desktop.udisks import UDisks
 from nbdd.desktop.unmounted import Unmounted
 from nbdd.errors import Busy, NbddError
 

@@ -19,13 +19,13 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from nbdd import __version__
-from nbdd.bus.callerbus import CallerBus, session_bus, system_bus
-from nbdd.bus.client import Client
-from nbdd.bus.filemanager import show_folder
-from nbdd.bus.notifications import Notification, Notifications, NotShown
-from nbdd.bus.udisks import UDisks
+from nbdd.bus.caller.client import Client
+from nbdd.bus.caller.connection import CallerBus, session_bus, system_bus
 from nbdd.desktop import notice
 from nbdd.desktop.disks import Disks, link, one_at_a_time
+from nbdd.desktop.file_manager import show_folder
+from nbdd.desktop.notifications import Notification, Notifications, NotShown
+from nbdd.desktop.udisks import UDisks
 from nbdd.errors import NbddError
 from nbdd.uri import URI
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nbdd.bus.client import Client
-from nbdd.bus.udisks import UDisks
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.client import Client
+from nbdd.bus.caller.device import Device
 from nbdd.desktop.disks import Disks, is_own, one_at_a_time
+from nbdd.desktop.udisks import UDisks
 
 
 class Unmounted:

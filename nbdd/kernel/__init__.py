@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from nbdd.kernel.connection_watch import LinkDeadMonitor
 from nbdd.kernel.family import ClientFlags, ServerFlags
-from nbdd.kernel.link import LinkDeadMonitor
 from nbdd.kernel.netlink import NetlinkNBD
 from nbdd.kernel.release import identify, let_udev_finish, release
 from nbdd.kernel.sysfs import Node, find, module_loaded, nodes

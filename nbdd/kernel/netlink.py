@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from nbdd.errors import Busy, KernelError, NoFreeDevice, NotAttached
 from nbdd.kernel import genl, sysfs
+from nbdd.kernel.connection_watch import LinkDeadMonitor
 from nbdd.kernel.family import (
     FAMILY,
     GROUP,
@@ -27,7 +28,6 @@ from nbdd.kernel.family import (
     Cmd,
     ServerFlags,
 )
-from nbdd.kernel.link import LinkDeadMonitor
 from nbdd.kernel.usage import Usage
 
 if TYPE_CHECKING:

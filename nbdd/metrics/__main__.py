@@ -67,8 +67,8 @@ def _run(chosen: argparse.Namespace) -> None:
     from nbdd.metrics.gather import gather  # noqa: PLC0415
 
     if chosen.serve:
-        from nbdd.journal import stderr_handler  # noqa: PLC0415
         from nbdd.metrics.server import Server  # noqa: PLC0415
+        from nbdd.system.journal import stderr_handler  # noqa: PLC0415
 
         logging.basicConfig(level=logging.INFO, handlers=[stderr_handler()])
         listeners = _listeners()
@@ -96,7 +96,7 @@ def _run(chosen: argparse.Namespace) -> None:
 
 def _listeners() -> list[socket.socket]:
     """The sockets that systemd listens on for us."""
-    from nbdd.systemd import kept_sockets  # noqa: PLC0415
+    from nbdd.system.notify import kept_sockets  # noqa: PLC0415
 
     found = [socket.socket(fileno=fd) for fds in kept_sockets().values() for fd in fds]
     if not found or not all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in found):

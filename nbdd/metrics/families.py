@@ -21,9 +21,9 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.registry import Collector
 
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.device import Device
+from nbdd.manager.status import State
 from nbdd.metrics.gather import Snapshot
-from nbdd.status import State
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 """The content type of the older text, which every Prometheus and the textfile collector read."""

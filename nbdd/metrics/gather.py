@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nbdd.bus.client import Client
-from nbdd.ctl.record import Device
+from nbdd.bus.caller.client import Client
+from nbdd.bus.caller.device import Device
 from nbdd.errors import NbddError
 
 LIST_SECONDS = 3.0

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from tests.desktop.dunst import Dunst
 from tests.desktop.screen import DEADLINE, Picture, Screen
-from tests.unit.fake_manager import PRESENT, FakeManager, private_bus
+from tests.fakes.manager import PRESENT, FakeManager, private_bus
 
 TREE = Path(__file__).resolve().parents[2]
 PHOTOS: dict[str, Any] = PRESENT | {

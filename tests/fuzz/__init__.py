@@ -7,7 +7,7 @@
 
 `judge` holds a negotiation against what it promises, whatever the server does: a result that is exactly what the server
 said, or a typed error in a printable sentence; bounded reads, bounded steps, nothing sent that has no place. The whole
-client is run, the generators of nbdd.protocol and nbdd.transport.negotiate, on a `Wire` in the place of a socket.
+client is run, the generators of nbdd.protocol and nbdd.server.connect.negotiate, on a `Wire` in the place of a socket.
 
 `script` makes a server of arbitrary bytes: each byte is a move (a greeting, an info, an entry of a list, an error, a
 reply that is crooked somewhere, a repetition, silence) and most moves answer the option that is open. So a fuzzer gets

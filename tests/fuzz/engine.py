@@ -8,7 +8,7 @@ import sys
 import atheris
 
 # What is imported here is watched for the branches that an input reaches.
-with atheris.instrument_imports(include=["nbdd.protocol", "nbdd.transport"]):
+with atheris.instrument_imports(include=["nbdd.protocol", "nbdd.server.connect"]):
     from tests.fuzz.script import judge_script, lower_limits
 
 

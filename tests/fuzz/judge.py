@@ -12,8 +12,8 @@ from typing import Any, Protocol, cast
 from nbdd.errors import NegotiationFailed, NoSuchExport, ServerError, TimedOut, TLSFailed
 from nbdd.protocol import Export, Flags, Steps, go, info, list_exports, negotiation
 from nbdd.protocol.constants import REPLY_MAGIC, HandshakeFlags, Info, Opt, Rep, RepErr
-from nbdd.transport import Deadline, negotiate
-from tests.unit.servers import parse_client
+from nbdd.server.connect import Deadline, negotiate
+from tests.fakes.servers import parse_client
 
 LIST, INFO, GO, EXPORT_NAME, ABORT = (
     int(option)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from nbdd.errors import ServerError
 from nbdd.protocol import Export, negotiation
 from nbdd.protocol.constants import IHAVEOPT, NBDMAGIC, OLDSTYLE_MAGIC, REP_FLAG_ERROR, REPLY_MAGIC
+from tests.fakes import servers
 from tests.fuzz.judge import GO, LIST, NEGOTIATIONS, judge
-from tests.unit import servers
 
 LIMITS = {
     "MAX_INFOS": 12,

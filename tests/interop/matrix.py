@@ -27,7 +27,7 @@ from typing import Any, Self
 from nbdd.errors import NbddError, ServerError
 from nbdd.protocol import Export as Described
 from nbdd.protocol import Flags
-from nbdd.transport import Deadline, list_exports, open_export
+from nbdd.server.connect import Deadline, list_exports, open_export
 from nbdd.uri import URI
 from tests.interop.cells import BY_COMMAND, MANY, REFUSALS, SERVERS, Caveat
 from tests.interop.servers import Place, serving
@@ -181,7 +181,7 @@ def _open(uri: str) -> Told | str:
 
 async def ask_daemon(places: Mapping[Place, Answers]) -> None:
     """Ask the running nbdd about all places, over one connection to the bus; it is what nbdctl does."""
-    from nbdd.bus.client import Client  # noqa: PLC0415 - dbus_next is not everywhere
+    from nbdd.bus.caller.client import Client  # noqa: PLC0415 - dbus_next is not everywhere
 
     async with Client() as client:
         for place, answers in places.items():

@@ -112,7 +112,7 @@ class Lab:
         `timeout`, in seconds, is for each call.
         """
         wanted = [{**asdict(call), "first": (first or {}).get(label, "")} for label, call in calls.items()]
-        self.guest.put(Path(__file__).with_name("caller.py"), "/run/caller.py")
+        self.guest.put(Path(__file__).with_name("in_guest") / "caller.py", "/run/caller.py")
         done = self.guest.run(
             f"python3 /run/caller.py {'together' if together else 'in-turn'} {timeout:g}",
             input=json.dumps(wanted).encode(),

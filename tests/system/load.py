@@ -129,7 +129,7 @@ def strike(
 ) -> dict[str, Recovery]:
     """See strikes.py; `seconds` is for all of them. No strike may cost a device its binding."""
     lab = loads[0].lab
-    lab.guest.put(Path(__file__).with_name("strikes.py"), "/run/strikes.py")
+    lab.guest.put(Path(__file__).with_name("in_guest") / "strikes.py", "/run/strikes.py")
     done = lab.guest.run("python3 /run/strikes.py", input=json.dumps(strikes).encode(), check=False, timeout=seconds)
     assert done.returncode == 0, f"{done.stderr}\n{lab.guest.journal('nbdd', 40)}"
     found = json.loads(done.stdout)

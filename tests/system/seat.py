@@ -18,8 +18,8 @@ RULES_FILE = "/etc/polkit-1/rules.d/60-desktop-test.rules"
 PASSWORD = "tr0ub4dor"
 """Of root, once `know_password` has set it."""
 
-_AT_TERMINAL = Path(__file__).with_name("at_terminal.py")
-_CANCELLING_AGENT = Path(__file__).with_name("cancelling_agent.py")
+_AT_TERMINAL = Path(__file__).with_name("in_guest") / "at_terminal.py"
+_CANCELLING_AGENT = Path(__file__).with_name("in_guest") / "cancelling_agent.py"
 
 
 def to_front(terminal: int) -> str:

@@ -23,7 +23,7 @@ import pytest
 
 from tests.guest import Guest
 from tests.scale import times
-from tests.system.bad_servers import PORTS
+from tests.system.in_guest.bad_servers import PORTS
 from tests.system.lab import BusError, Call, Lab, Outcome, object_path
 
 # What nbdd says to nonsense is the same on both.
@@ -596,7 +596,7 @@ DETACH_SECONDS = 20
 @pytest.fixture(scope="module")
 def bad_servers(lab: Lab) -> Mapping[str, str]:
     """The URI of each server that misbehaves, by its behaviour."""
-    lab.guest.put(Path(__file__).parent / "bad_servers.py", "/run/bad_servers.py")
+    lab.guest.put(Path(__file__).parent / "in_guest" / "bad_servers.py", "/run/bad_servers.py")
     last = FIRST_PORT + len(PORTS) - 1
     listening = f"ss -ltnH sport ge :{FIRST_PORT} and sport le :{last} | wc -l"
     lab.serve(f"python3 /run/bad_servers.py {FIRST_PORT}", "", ready=f"[ $({listening}) = {len(PORTS)} ]")
@@ -785,7 +785,7 @@ def test_a_device_that_nbd_client_has_is_busy_and_stays_as_it_is(lab: Lab, inter
 @pytest.mark.prove_only
 def test_a_flood_of_questions_from_anybody_costs_no_worker_and_ends(lab: Lab) -> None:
     worker = lab.device("bystander")["WorkerPID"]
-    lab.guest.put(Path(__file__).with_name("flood.py"), "/run/flood.py")
+    lab.guest.put(Path(__file__).with_name("in_guest") / "flood.py", "/run/flood.py")
     lab.guest.run("runuser -u nobody -- python3 /run/flood.py bystander 100000", timeout=500)
     lab.guest.run("timeout 200 nbdctl status bystander", timeout=300)
     assert lab.device("bystander")["WorkerPID"] == worker

@@ -18,15 +18,16 @@ import pytest
 from tests.conftest import Show
 from tests.guest import Guest
 from tests.scale import times
-from tests.system import client_checks, client_ends
+from tests.system.in_guest import client_checks, client_ends
 from tests.system.lab import Lab
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     "tests/__init__.py",
     "tests/system/__init__.py",
-    *(f"tests/system/client_{name}.py" for name in ("rig", "checks", "ends", "rounds", "examples")),
-    "tests/system/data_server.py",
+    "tests/system/in_guest/__init__.py",
+    *(f"tests/system/in_guest/client_{name}.py" for name in ("rig", "checks", "ends", "rounds", "examples")),
+    "tests/system/in_guest/data_server.py",
     "docs/client.md",
 )
 
@@ -55,7 +56,8 @@ def run(lab: Lab) -> Run:
     def in_guest(script: str, *arguments: object, seconds: float = 300) -> Any:
         words = " ".join(str(argument) for argument in arguments)
         # A script that hangs is asked where, and then killed.
-        command = f"timeout --signal=USR1 --kill-after=5 {seconds:.0f} python3 -m tests.system.client_{script} {words}"
+        module = f"tests.system.in_guest.client_{script}"
+        command = f"timeout --signal=USR1 --kill-after=5 {seconds:.0f} python3 -m {module} {words}"
         done = lab.guest.run(f"cd /root/lab && {command}", check=False, timeout=seconds + 60)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])

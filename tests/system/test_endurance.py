@@ -28,7 +28,7 @@ much to its errands."""
 
 def run(lab: Lab, module: str, arguments: str, timeout: float) -> Any:
     """Run one of our scripts in the guest; what it prints is JSON."""
-    for script in ("bench/memory.py", "tests/system/rounds.py"):
+    for script in ("bench/memory.py", "tests/system/in_guest/rounds.py"):
         lab.guest.write(f"/root/lab/{script}", (ROOT / script).read_text())
     return json.loads(lab.guest.run(f"cd /root/lab && python3 -m {module} {arguments}", timeout=timeout).stdout)
 
@@ -40,7 +40,7 @@ def test_many_rounds_of_attach_write_verify_detach_leave_nothing_behind(lab: Lab
     lab.guest.run("systemctl stop udisks2")
     server = lab.nbdkit("memory 16M")
     lab.define(f"devices:\n  round: {{uri: '{server.uri}'}}\n")
-    found = run(lab, "tests.system.rounds", f"round --rounds {ROUNDS} --warm-up {WARM_UP}", timeout=1100)
+    found = run(lab, "tests.system.in_guest.rounds", f"round --rounds {ROUNDS} --warm-up {WARM_UP}", timeout=1100)
     seconds, looks = found["seconds"], found["snapshots"]
     show(rounds_table(release, seconds, looks))
     first, last = looks[0], looks[-1]

@@ -20,7 +20,7 @@ BUSY = "org.nbdd1.Error.Busy"
 
 def put_scripts(lab: Lab) -> None:
     """Put what runs inside the guest there."""
-    for script in ("bench/memory.py", "tests/system/rounds.py"):
+    for script in ("bench/memory.py", "tests/system/in_guest/rounds.py"):
         lab.guest.write(f"/root/lab/{script}", (ROOT / script).read_text())
 
 
@@ -73,8 +73,8 @@ def test_the_partitions_links_are_there_when_attach_replies_and_gone_when_detach
     put_scripts(lab)
     # UDisks opens whatever appears, when it likes.
     lab.guest.run(
-        "systemctl start udisks2; cd /root/lab && python3 -m tests.system.rounds parted --rounds 5 --warm-up 5 "
-        "--link= --link=-part2 --link=-part1; code=$?; systemctl stop udisks2; exit $code",
+        "systemctl start udisks2; cd /root/lab && python3 -m tests.system.in_guest.rounds parted --rounds 5 "
+        "--warm-up 5 --link= --link=-part2 --link=-part1; code=$?; systemctl stop udisks2; exit $code",
         timeout=300,
     )
 

@@ -47,7 +47,7 @@ def kill(server: Server) -> str:
 
 def waiting(lab: Lab, device: str, link: str, seconds: float, server: Server) -> dict[str, Any]:
     """See waiting.py."""
-    lab.guest.put(Path(__file__).with_name("waiting.py"), "/run/waiting.py")
+    lab.guest.put(Path(__file__).with_name("in_guest") / "waiting.py", "/run/waiting.py")
     done = lab.guest.run(
         f"python3 /run/waiting.py {device} '{link}' {seconds} '{kill(server)}' '{again(server)}'", timeout=200
     )

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import settings
 
 from nbdd.ctl.__main__ import main
-from tests.unit.fake_manager import PRESENT, FakeManager, private_bus
-from tests.unit.terminal import Run
+from tests.fakes.manager import PRESENT, FakeManager, private_bus
+from tests.fakes.terminal import Run
 
 # Property tests here are about what holds, not about how fast a busy machine shows it.
 settings.register_profile("nbdd", deadline=None)

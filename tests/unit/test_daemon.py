@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.busd import (
+from tests.fakes.bus import (
     DEADLINE,
     ERROR,
     OBJECT_MANAGER,
@@ -34,7 +34,7 @@ from tests.unit.busd import (
     private_bus,
     run,
 )
-from tests.unit.servers import Server, offers
+from tests.fakes.servers import Server, offers
 
 # isort: split
 from dbus_next.signature import Variant

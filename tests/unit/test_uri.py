@@ -214,7 +214,7 @@ def test_any_text_is_a_uri_or_an_invalid_uri(text: str) -> None:
 
 def test_the_protocol_side_stays_light() -> None:
     """Each of many workers imports it: what is not loaded costs no memory."""
-    code = "import sys, nbdd.transport; print(*sys.modules)"
+    code = "import sys, nbdd.server.connect; print(*sys.modules)"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     heavy = {"asyncio", "ssl", "yaml", "jsonschema", "dbus_next", "urllib.parse", "ipaddress", "encodings.idna"}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""How processes of nbdd live and speak with each other."""

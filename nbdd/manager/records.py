@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: MIT
+"""What a successor of this manager must know: one small JSON file for each device that is, or may be, bound.
+
+A record is written before the kernel is asked for a device and taken away after the device is verified free, so at
+no moment is there a device of ours without one. What has no record is not ours and is never touched. The files live
+in /run: a device does not outlive a reboot, and neither do they. What udev shall know of a device stands beside its
+record for just as long; see hints.py.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbdd.config.definition import Definition, check_name
+from nbdd.errors import NbddError
+from nbdd.manager.hints import Hints
+from nbdd.system.journal import DeviceLog
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One device, as it was last known to be bound."""
+
+    definition: Definition
+    """With what Attach, AttachURI and SetTimeout changed."""
+    configured: bool
+    """Whether a YAML file defines it."""
+    binding: Mapping[str, Any] | None = None
+    """What the worker said of the device when it was bound, for the next worker; None before it said anything.
+
+    "index" (X of /dev/nbdX), "diskseq" (the kernel's number of this very disk, as an index is recycled; 0 where there
+    is none), "export" (what the server told) and more: the worker's own notes, kept whole.
+    """
+    attached_since: int = 0
+    """Microseconds since 1970."""
+    attached_by: int = 0
+    """The user id of who asked for it."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {
+            "definition": self.definition.to_wire(),
+            "configured": self.configured,
+            "binding": self.binding,
+            "attached-since": self.attached_since,
+            "attached-by": self.attached_by,
+        }
+
+    @staticmethod
+    def from_wire(wire: dict[str, Any]) -> Record:
+        """The inverse of `to_wire`."""
+        binding = wire["binding"]
+        if binding is not None and not all(isinstance(binding[key], kind) for key, kind in _BINDING.items()):
+            raise TypeError("the binding is not what a worker writes")
+        definition = Definition.from_wire(wire["definition"])
+        check_name(definition.name)
+        if not definition.uri:
+            raise ValueError("the definition names no server")
+        return Record(
+            definition=definition,
+            configured=bool(wire["configured"]),
+            binding=binding,
+            attached_since=int(wire["attached-since"]),
+            # An earlier version wrote none.
+            attached_by=int(wire.get("attached-by", 0)),
+        )
+
+
+_BINDING: dict[str, type] = {
+    "index": int, "live": int, "connections": int, "reconnects": int, "uri": str, "export": dict
+}  # fmt: skip
+"""What the next worker, and the manager, rely on in a binding."""
+
+
+class Records:
+    """The directory of records, by default /run/nbdd/devices, and that of udev's hints beside it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._hints = Hints(directory.with_name("udev"))
+
+    def write(self, record: Record) -> None:
+        """Write, or replace, the record of a device; whole or not at all.
+
+        Raises NbddError where it can't be written: then nothing must be bound.
+        """
+        path = self._path(record.definition.name)
+        try:
+            self._hints.write(record.definition)
+            self._directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+            draft = path.with_suffix(".new")
+            draft.write_text(json.dumps(record.to_wire()) + "\n")
+            draft.replace(path)
+        except OSError as error:
+            raise NbddError(f"The record {path} can't be written: {error.strerror}.") from None
+
+    def remove(self, name: str) -> None:
+        """Forget a device; it is no fault if it has no record."""
+        try:
+            self._path(name).unlink(missing_ok=True)
+            self._hints.remove(name)
+        except OSError as error:
+            DeviceLog(log, name).warning("the record can't be removed: %s", error)
+
+    def load(self) -> list[Record]:
+        """Every record that can be read, in name order; one that can't is told and left where it is."""
+        found = []
+        try:
+            paths = sorted(path for path in self._directory.iterdir() if path.suffix == ".json")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            log.error("%s can't be read, its devices are left alone: %s", self._directory, error)
+            return []
+        for path in paths:
+            try:
+                record = Record.from_wire(json.loads(path.read_text()))
+                if record.definition.name != path.stem:
+                    raise ValueError(f"it is about {record.definition.name!r}")
+                found.append(record)
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, NbddError) as error:
+                log.error("%s can't be read, its device is left alone: %s", path, error)
+        return found
+
+    def _path(self, name: str) -> Path:
+        return self._directory / f"{name}.json"
+
+
+def runtime_directory() -> Path:
+    """Where records live: below $RUNTIME_DIRECTORY as systemd sets it, else /run/nbdd."""
+    return Path(os.environ.get("RUNTIME_DIRECTORY", "/run/nbdd")) / "devices"

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""To an NBD server: connect, negotiate, compare what it has with what the device has."""

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""What lies on a disk, told by the UUIDs in it: is an export that came back still the same one?
+
+Size and flags say little: a server that was set up anew, or the next one of a list, may offer another disk of the same
+size. What is on the export is read through the new link before the kernel gets it, and put to libblkid, as udev does
+for the device itself; what was on the device stands in udev's database. Both must agree.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, fields
+
+from nbdd.errors import ServerError
+from nbdd.kernel import Node, Usage
+from nbdd.kernel.sysfs import read
+from nbdd.protocol.transmission import read as read_export
+from nbdd.server.connect import Deadline, negotiate
+
+_EDGE = 128 << 10
+"""Bytes that are read at the start and at the end: where filesystems, LUKS, LVM, mdraid and partition tables say who
+they are. (A superblock that lies deeper, as of ZFS or of a reiserfs, is not seen, and so not compared.)"""
+
+_BLKID = "/usr/sbin/blkid"
+_BLKID_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """UUIDs as libblkid writes them; "" is none, or not known."""
+
+    filesystem: str = ""
+    partition_table: str = ""
+
+    def differs(self, other: Identity) -> str:
+        """What both have and have differently, as a part of a sentence; "" where they agree or one does not know."""
+        for field in fields(self):
+            one, two = getattr(self, field.name), getattr(other, field.name)
+            if one and two and one != two:
+                return f"the UUID of its {field.name.replace('_', ' ')} was {one} and is {two}"
+        return ""
+
+
+_KEYS = {"ID_FS_UUID": "filesystem", "ID_PART_TABLE_UUID": "partition_table"}
+"""As udev's builtin and blkid's output format "udev" name them."""
+
+
+def of_device(node: Node, usage: Usage, *, udev: str = "/run/udev") -> Identity:
+    """What udev found on the device when it last looked; nothing where that may be out of date.
+
+    It is out of date while a program writes to the disk itself, as mkfs does: udev looks again when that is closed.
+    And as long as udev is busy, unless somebody has mounted or stacked what it had found.
+    """
+    number = node.devices().get(node.name)
+    stale = usage.written(node) or (os.path.exists(f"{udev}/queue") and not usage.claims(node))
+    return _parse("" if stale else read(f"{udev}/data/b{number}") or "", "E:")
+
+
+def of_export(sock: socket.socket, size: int, block_size: int, deadline: Deadline) -> Identity:
+    """What a server has now; `sock` is negotiated and not yet the kernel's. Raises ServerError.
+
+    `size` and `block_size` in bytes: no request is for less than a block.
+    """
+    whole = size - size % block_size
+    edge = max(_EDGE, block_size)
+    places = [(0, whole)] if whole <= 2 * edge else [(0, edge), (whole - edge, edge)]
+    parts = negotiate(sock, read_export(places), deadline)
+    return _probe(size, [(offset, part) for (offset, _), part in zip(places, parts, strict=True)])
+
+
+def _probe(size: int, parts: list[tuple[int, bytes]]) -> Identity:
+    """Have blkid look at a file that has these parts, and holes between them."""
+    import subprocess  # noqa: PLC0415 - the errand that looks pays for it, and not every worker
+
+    try:
+        with open(os.memfd_create("nbdd-export"), "w+b", buffering=0) as file:
+            file.truncate(size)
+            for offset, part in parts:
+                file.seek(offset)
+                file.write(part)
+            told = subprocess.run(
+                [_BLKID, "--probe", "--output", "udev", f"/proc/self/fd/{file.fileno()}"],
+                pass_fds=[file.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=_BLKID_SECONDS,
+                check=False,
+            )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServerError(f"What is on the export could not be looked at: {error}.") from error
+    return _parse(told.stdout.decode("utf-8", "replace"), "")
+
+
+def _parse(text: str, prefix: str) -> Identity:
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition("=")
+        if key.startswith(prefix) and (name := _KEYS.get(key.removeprefix(prefix))):
+            found[name] = value
+    return Identity(**found)

@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: MIT
+"""The jobs that a worker sends errands on: everything that connects, or that asks the kernel for something.
+
+Each is a function of a `Task`. It runs in a child of the worker, blocks as long as it must, within its deadlines,
+and returns its answer or raises an NbddError. A device is told from a later one of the same index by the worker's
+notes about it, each time anew.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nbdd.client.client import Client
+from nbdd.config.definition import Definition
+from nbdd.errors import (
+    Busy,
+    ConnectFailed,
+    InvalidArgs,
+    KernelError,
+    NbddError,
+    NegotiationFailed,
+    NoFreeDevice,
+    NotAttached,
+    NotRead,
+    OtherExport,
+    ServerError,
+)
+from nbdd.ipc.channel import Message
+from nbdd.kernel import Node, Usage, find
+from nbdd.protocol import Export
+from nbdd.server import fingerprint
+from nbdd.server.connect import Deadline, list_exports
+from nbdd.server.connections import Links, differs, open_links
+from nbdd.server.fingerprint import Identity
+from nbdd.uri import URI
+from nbdd.worker.child import Answer, Tell
+from nbdd.worker.error_server import withdraw
+
+CONNECT_SECONDS = 15.0
+"""For connecting and negotiating all links of an attach. With what binding and udev take, an attach that fails says so
+before busctl's 25 seconds are over."""
+
+MEND_SECONDS = 5.0
+"""For connecting and negotiating links anew. A server that comes back is found by a fresh attempt, not by waiting."""
+
+LOOK_SECONDS = 15.0
+"""For a look at what is on the export. A slow server gets it, and one that is slower still does without the look."""
+
+QUIET_SECONDS = 1.0
+"""How long a moment with nothing under way is waited for, before links are exchanged."""
+
+EXCHANGE_PATIENCE = 30
+"""Seconds of dead timeout, at least, while links are exchanged: I/O waits for a moment that we have made ourselves."""
+
+QUIET_INTERVAL = 0.002
+"""Seconds between two looks for it."""
+
+LATE_SECONDS = 1.0
+"""For the kernel to say so, where it saw a link die later than we did: it waited for a processor, which in a virtual
+machine may be away for long. I/O goes on meanwhile; only that all is well again is told later."""
+
+RESEND_SECONDS = 3.0
+"""How long a moment with nothing under way is waited for, before a size is set: what was lost with the old link of a
+device that has one is sent again by then."""
+
+DEAD_SECONDS = 3.0
+"""For the kernel to say that a link that was shut down is dead; it only has to run."""
+
+IO_TIMEOUT = 1000
+"""Milliseconds; for a device of one link, without a request timeout of the user's.
+
+What was under way when its link died is sent again when the kernel looks after it. By itself it does that after 30 s.
+With one link and no request timeout it only looks, so it may look often: slow servers are left in peace. With several
+links, or a timeout, it would give up the link of every request that takes so long (drivers/block/nbd.c,
+nbd_xmit_timeout), so that these keep the 30 s, or what the user said.
+"""
+
+DETACH_SECONDS = 20.0
+"""For the kernel to free a device and udev to take its links away."""
+
+FORCE_SECONDS = 5.0
+"""The same for a detach by force, which does not wait for the users that it overrides."""
+
+_EXPORTS_PER_MESSAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One order, and what the worker knows of the device when it sends the errand."""
+
+    order: Message
+    name: str
+    definition: Message
+    """As `Definition.to_wire`, or {} where none matters."""
+    notes: Message
+    """What the device is, as it was bound; {} where none is. See `_noted`."""
+    links: Sequence[int]
+    """Descriptors of the device's links, as far as anybody has them."""
+
+
+def look(task: Task, _tell: Tell) -> Answer:
+    """Refuse if the name is taken in the kernel. From a record on, a device of that name counts as our own."""
+    for node in find(task.name):
+        users = "; ".join(Usage().users(node))
+        who = f"it was detached by force and is still in use ({users})" if users else "by somebody else than nbdd"
+        raise Busy(
+            f"{node.path} is bound under the name {task.name!r} already: {who}. "
+            f"Free it, or use another name; 'nbd-client -d {node.path}' ends it when nobody uses it."
+        )
+    return {}, ()
+
+
+def attach(task: Task, tell: Tell) -> Answer:
+    """Connect, bind, and wait until the device is usable; answers the notes, with the links."""
+    definition = Definition.from_wire(task.definition)
+    bound = find(task.name)
+    if bound and task.order["resume"]:
+        # One before us died between the kernel's answer and its own: it knew the server, we must ask again.
+        try:
+            with open_links(definition, Deadline(CONNECT_SECONDS)) as links:
+                notes = {**_offered(links), "index": bound[0].index}
+            return _noted(_adopted(task, notes)[1], notes), ()
+        except ServerError as error:
+            # Our own device may hold the only place that the server has. As long as nobody uses it, it is made anew.
+            _unmake(task.name, bound[0], error)
+    look(task, tell)
+    deadline = Deadline(CONNECT_SECONDS)
+    for _ in range(definition.connections - 1):
+        try:
+            return _bind(task, definition, deadline, tell)
+        except NotRead as error:
+            # With each attempt the kernel has at least one more.
+            tell({"event": "info", "message": f"{error} They are connected anew."}, ())
+    return _bind(task, definition, deadline, tell)
+
+
+def _bind(task: Task, definition: Definition, deadline: Deadline, tell: Tell) -> Answer:
+    """Connect, and bind what comes of it."""
+    links = open_links(definition, deadline)
+    for warning in links.warnings:
+        tell({"event": "warning", "message": warning}, ())
+    try:
+        client = Client(
+            task.name,
+            socket=links.sockets,
+            size=links.export.size,
+            blocksize=links.block_size,
+            flags=int(links.export.flags),
+            read_only=links.read_only,
+            timeout=definition.timeout,
+            dead_timeout=definition.dead_timeout,
+            io_timeout=_io_timeout(len(links.sockets)),
+        )
+        node = client.bind(definition.device)
+    except ConnectFailed:
+        # It knows the socket, and not whose it is.
+        raise ConnectFailed(f"The NBD server {links.uri.address} hung up before the device was usable.") from None
+    except (Busy, InvalidArgs, NoFreeDevice):
+        links.close()  # The kernel took none of them.
+        raise
+    return _noted(node, _offered(links)), links.sockets
+
+
+def adopt(task: Task, _tell: Tell) -> Answer:
+    """Find the device of the notes still bound; answers them as they are now."""
+    if not task.notes:
+        raise NotAttached(f"{task.name!r} was not bound to any device yet.")
+    _, node = _adopted(task, task.notes)
+    # A link that died since is seen by the worker's first poll. Where nobody kept any, as many live as was last known.
+    return _noted(node, {**task.notes, "live": len(task.links) or task.notes["live"]}), ()
+
+
+def mend(task: Task, tell: Tell) -> Answer:
+    """Give the kernel `missing` new links for dead ones, checked to lead to the same data; answers their server.
+
+    `task.links` is the refuser's end, where the kernel has been given one; it is withdrawn first.
+    """
+    definition = Definition.from_wire(task.definition)
+    if task.notes["live"]:
+        # Writes over links to one server would be read over those to another late, or never.
+        definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
+    links = _open_same(task, definition, task.order["missing"], tell=tell)
+    client = _ours(task, links)
+    _offer(tell, links)
+    _give(task, client, links)
+    # A timeout may have been set while there was no link.
+    client.pace()
+    return {"uri": str(links.uri)}, ()
+
+
+def reconnect(task: Task, tell: Tell) -> Answer:
+    """Exchange all links for new ones to the first server of the definition that has the same data; answers it."""
+    _exchange(task, tell, _open_same(task, Definition.from_wire(task.definition), tell=tell))
+    return {}, ()
+
+
+def resize(task: Task, tell: Tell) -> Answer:
+    """Take the size that the server says now, if it has grown: over new links, as one keeps the size it began with."""
+    definition = Definition.from_wire(task.definition)
+    if task.notes["live"]:
+        definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
+    links = _open_same(task, definition, tell=tell, grown=True)
+    size = links.export.size - links.export.size % task.notes["block-size"]
+    if size == task.notes["size"] and task.notes["live"] == task.notes["connections"]:
+        links.close()
+        return {"size": size}, ()
+    client = _exchange(task, tell, links)
+    # From Linux 6.9 on the kernel waits for all that is under way, with every other command for any NBD device behind
+    # that. What was lost with one of several links is sent again after half a minute only.
+    if not _quiet(Node(task.notes["index"]), RESEND_SECONDS) and task.notes["connections"] > 1:
+        raise Busy(
+            f"{task.name!r} has several connections, and takes a size at a moment without I/O only: try again then."
+        )
+    client.set_size(size)
+    return {"size": size}, ()
+
+
+def refuse(task: Task, _tell: Tell) -> Answer:
+    """Give the kernel, for its dead links, one that fails every request: `task.links` is its end. See `refuser`."""
+    client, _ = _adopted(replace(task, links=()), task.notes)
+    client.replace_links([socket.socket(fileno=fd) for fd in task.links])
+    return {}, ()
+
+
+def set_timeout(task: Task, _tell: Tell) -> Answer:
+    """Set the request timeout, live."""
+    # Its pace waits, from Linux 6.12 on, for all that is under way, and with a dead link for ever. The mend sees to it.
+    whole = task.notes["live"] >= task.notes["connections"]
+    client, _ = _adopted(task, task.notes, paced=whole)
+    client.set_timeout(task.order["seconds"])
+    return {}, ()
+
+
+def detach(task: Task, tell: Tell) -> Answer:
+    """End the device of the notes; without notes, what an attach that was not over has left under the name."""
+    if task.notes:
+        with suppress(NotAttached):
+            _disconnect(task, tell, _adopted(task, task.notes)[0], force=task.order["force"])
+        return {}, ()
+    for node in find(task.name):
+        with suppress(NotAttached):
+            client = Client(task.name)
+            client.adopt(node.index)
+            # What has it open is udev, or the errand that died over it. But somebody quick may have mounted it.
+            if claims := client.claims():
+                raise Busy(f"{node.path} is in use: {'; '.join(claims)}.")
+            _disconnect(task, tell, client, force=True)
+    return {}, ()
+
+
+def exports(task: Task, tell: Tell) -> Answer:
+    """Ask a server what it exports; told in pieces."""
+    found = [export.to_wire() for export in list_exports(URI.parse(task.order["uri"]), Deadline(CONNECT_SECONDS))]
+    for start in range(0, len(found), _EXPORTS_PER_MESSAGE):
+        tell({"event": "exports", "exports": found[start : start + _EXPORTS_PER_MESSAGE]}, ())
+    return {}, ()
+
+
+ORDERS: Mapping[str, Callable[[Task, Tell], Answer]] = {
+    "look": look,
+    "attach": attach,
+    "adopt": adopt,
+    "set-timeout": set_timeout,
+    "detach": detach,
+    "list-exports": exports,
+}
+"""What the manager may order, and what is done for it."""
+
+RENEWALS: Mapping[str, Callable[[Task, Tell], Answer]] = {"reconnect": reconnect, "resize": resize}
+"""The same, for what exchanges the links of a device."""
+
+
+# What a job opens is closed by the end of its process; only servers want to be told.
+
+
+class _Unseen(Exception):
+    """What is on an export can't be looked at. No ServerError: no reason to refuse it, nor to try another one."""
+
+    def __init__(self, uri: URI, why: str) -> None:
+        super().__init__(f"{why} What is on the export is not compared with what is on the device.")
+        self.uri = uri
+
+
+def _open_same(
+    task: Task, definition: Definition, connections: int | None = None, *, tell: Tell, grown: bool = False
+) -> Links:
+    """New links, as many as the device has or as are said, to what the notes say; it may have `grown`."""
+    known = Export.from_wire(task.notes["export"])
+
+    def check(links: Links) -> None:
+        found = links.export
+        if grown and found.size < known.size:
+            raise OtherExport(
+                f"{links.uri} has {found.size} bytes now, less than the {known.size} of the device. A device that is "
+                "attached can't shrink: detach it, and attach it again."
+            )
+        if difference := differs(known, replace(found, size=known.size) if grown else found):
+            raise _other(links, difference)
+
+    def look(links: Links) -> None:
+        check(links)
+        # What stands at the end of a device that grew stands where its end was.
+        _look_same(Node(task.notes["index"]), links, known.size)
+
+    count = connections or task.notes["connections"]
+    try:
+        return open_links(definition, Deadline(MEND_SECONDS), count, check=look)
+    except _Unseen as error:
+        tell({"event": "warning", "message": str(error)}, ())
+        # That server alone: one before it in the list may have been looked at, and refused.
+        return open_links(replace(definition, uri=(error.uri,)), Deadline(MEND_SECONDS), count, check=check)
+
+
+def _ours(task: Task, links: Links) -> Client:
+    """The device of the notes, for links that are about to be its own."""
+    try:
+        return _adopted(replace(task, links=()), task.notes)[0]
+    except NbddError:
+        links.close()
+        raise
+
+
+def _offer(tell: Tell, links: Links) -> None:
+    """Before the kernel is asked: whatever becomes of us, the worker holds what the kernel may have taken."""
+    tell({"event": "offered", "export": links.export.to_wire()}, [sock.fileno() for sock in links.sockets])
+
+
+def _give(task: Task, client: Client, links: Links) -> None:
+    """Have the kernel take the links in place of dead ones, and of the refuser; raises KernelError if it may not have.
+
+    It replaces what it has seen die by then, and drops the rest without a word. So one that it sees die only now may
+    have been in the way.
+    """
+    index = task.notes["index"]
+    with client.link_dead() as reports:
+        for fd in task.links:
+            withdraw(fd)
+        client.replace_links(links.sockets)
+        late, end = -len(task.links), time.monotonic() + LATE_SECONDS
+        while (left := end - time.monotonic()) > 0:
+            late += reports.wait(left).count(index)
+    if late > 0:
+        raise KernelError("A link died while the kernel was given new ones; it is given others.")
+
+
+def _exchange(task: Task, tell: Tell, links: Links) -> Client:
+    """Give the kernel these links in place of all that it has, at a quiet moment where there is one."""
+    client = _ours(task, links)
+    index, live = task.notes["index"], task.notes["live"]
+    patience = task.definition["dead-timeout"]
+    if patience < EXCHANGE_PATIENCE:
+        client.set_dead_timeout(EXCHANGE_PATIENCE)
+    with client.link_dead() as reports:
+        _quiet(Node(index), QUIET_SECONDS)
+        _offer(tell, links)  # Upon this the worker shuts the old ones down.
+        # Only what the kernel counts as dead is replaced.
+        deadline = Deadline(DEAD_SECONDS)
+        while live > 0:
+            live -= reports.wait(deadline.remaining("The kernel did not let go of the old links")).count(index)
+    _give(task, client, links)
+    tell({"event": "linked", "uri": str(links.uri)}, ())
+    if patience < EXCHANGE_PATIENCE:
+        client.set_dead_timeout(patience)
+    return client
+
+
+def _quiet(node: Node, seconds: float) -> bool:
+    """Wait for a moment with nothing under way; whether there was one. What is will be sent again, but not at once."""
+    end = time.monotonic() + seconds
+    while node.statistics().get("in-flight"):
+        if time.monotonic() >= end:
+            return False
+        time.sleep(QUIET_INTERVAL)
+    return True
+
+
+def _look_same(node: Node, links: Links, size: int) -> None:
+    """Refuse an export that has another filesystem on it, or another partition table, than the device of that size."""
+    known = fingerprint.of_device(node, Usage())
+    if known == Identity():
+        return
+    try:
+        found = fingerprint.of_export(links.sockets[0], size, links.block_size, Deadline(LOOK_SECONDS))
+    except (ConnectFailed, NegotiationFailed):
+        # It went away, or speaks no NBD: nothing for the kernel.
+        raise
+    except ServerError as error:
+        # Too slow, or it can't read there. I/O that can go on does not wait for that.
+        raise _Unseen(links.uri, str(error)) from None
+    if difference := known.differs(found):
+        raise _other(links, difference)
+
+
+def _other(links: Links, difference: str) -> OtherExport:
+    return OtherExport(
+        f"{links.uri} came back as something else, and is not used: {difference}. I/O waits; detach the device if this "
+        "is what you want."
+    )
+
+
+def _io_timeout(connections: int) -> int | None:
+    return IO_TIMEOUT if connections == 1 else None
+
+
+def _adopted(task: Task, notes: Message, *, paced: bool = True) -> tuple[Client, Node]:
+    """The device of the notes, if it is still that: else NotAttached."""
+    definition = Definition.from_wire(task.definition)
+    client = Client(
+        task.name,
+        timeout=definition.timeout,
+        dead_timeout=definition.dead_timeout,
+        io_timeout=_io_timeout(notes.get("connections", 0)) if paced else None,
+    )
+    sockets = [socket.socket(fileno=fd) for fd in task.links]
+    return client, client.adopt(notes["index"], **_identity(notes), sockets=sockets)
+
+
+def _unmake(name: str, node: Node, error: ServerError) -> None:
+    """Free a device that nobody uses yet; raises the error that made it necessary where somebody does."""
+    with Client(name) as client:
+        try:
+            client.adopt(node.index)
+            client.disconnect(seconds=DETACH_SECONDS)
+        except NotAttached:
+            return
+        except Busy as busy:
+            raise type(error)(f"{error} It stays bound as it is: {busy}") from None
+
+
+def _identity(notes: Message) -> dict[str, Any]:
+    """What tells a device from a later one of the same index, as `Client.adopt` takes it."""
+    return {"diskseq": notes.get("diskseq") or None, "pid": notes.get("pid") or None}
+
+
+def _offered(links: Links) -> Message:
+    """The notes about a device, but for what only the kernel knows."""
+    return {
+        "uri": str(links.uri),
+        "export": links.export.to_wire(),
+        "connections": len(links.sockets),
+        "live": len(links.sockets),
+        "reconnects": 0,
+    }
+
+
+def _noted(node: Node, notes: Message) -> Message:
+    """The notes with what the kernel says: all that a worker, and its successor, need to know."""
+    return {
+        "baseline": node.statistics(),
+        **notes,
+        "index": node.index,
+        "node": node.path,
+        "size": node.size,
+        # Not asked for again, where a link may be dead: see Client._current_block_size.
+        "block-size": notes.get("block-size") or node.block_size,
+        "read-only": node.read_only,
+        "diskseq": node.diskseq or 0,
+        "pid": node.pid or 0,
+    }
+
+
+def _disconnect(task: Task, tell: Tell, client: Client, *, force: bool) -> None:
+    seconds = FORCE_SECONDS if task.order["force"] else DETACH_SECONDS
+    if left := client.disconnect(seconds=seconds, force=force):
+        message = f"detached, and the node is taken until they leave: {'; '.join(left)}"
+        tell({"event": "warning", "message": message}, ())

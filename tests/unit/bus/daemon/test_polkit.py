@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: MIT
+"""Who may do what: root always, everyone else as polkit says, and nobody because polkit was away."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from nbdd.bus.daemon import polkit
+from nbdd.bus.daemon.polkit import Polkit
+from nbdd.bus.daemon.service import Caller as Asker
+from nbdd.bus.wire.calls import DBUS, Peer
+from nbdd.errors import AccessDenied, InteractiveAuthorizationRequired
+from tests.fakes.bus import ERROR, BusDaemon, Caller, FakePolkit, caller, private_bus, run
+
+# isort: split
+from dbus_next.message import Message
+from dbus_next.signature import Variant
+
+ACTION = "org.nbdd1.attach"
+DETAILS = {"device": "backup"}
+ASKED = "CheckAuthorization"
+NOBODY = 65534
+
+
+@pytest.fixture
+def bus() -> Iterator[BusDaemon]:
+    with private_bus() as daemon:
+        yield daemon
+
+
+class World:
+    """polkitd, whom it answers, and the authority under test."""
+
+    def __init__(self, stranger: Caller, ours: Caller, uids: dict[str, int]) -> None:
+        self.polkit = FakePolkit()
+        self.stranger = stranger
+        self.authority = Polkit(ours.bus)
+        self.uids = uids
+        """The user behind each connection, as the bus would tell it."""
+
+    async def check(self, *, interactive: bool = False) -> None:
+        await self.authority.check(Asker(self.stranger.name, interactive), ACTION, DETAILS)
+
+
+@asynccontextmanager
+async def world(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, uid: int = NOBODY) -> AsyncIterator[World]:
+    """Tests run as root or not, so who is behind a connection is said by a fake, in the bus's own words."""
+    monkeypatch.setattr(polkit, "DBUS", Peer("org.example.Bus", DBUS.path, DBUS.interface))
+    async with caller(bus.address) as stranger, caller(bus.address) as ours, caller(bus.address) as fakes:
+        made = World(stranger, ours, {stranger.name: uid})
+
+        def answer(call: Message) -> Message | None:
+            if call.interface != DBUS.interface:
+                return None
+            assert (call.path, call.member, call.signature) == (DBUS.path, "GetConnectionUnixUser", "s")
+            if call.body[0] not in made.uids:
+                return Message.new_error(call, f"{ERROR}NameHasNoOwner", "Could not get UID of name")
+            return Message.new_method_return(call, "u", [made.uids[call.body[0]]])
+
+        async with caller(bus.address) as daemon:
+            daemon.serve(answer)
+            await daemon.own("org.example.Bus")
+            await made.polkit.start(fakes)
+            yield made
+
+
+def test_root_may_without_anybody_being_asked(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch, uid=0) as here:
+            here.polkit.authorized = False
+            await here.check()
+            assert here.polkit.asked == []
+
+    run(main())
+
+
+def test_root_may_where_there_is_no_polkit_at_all(bus: BusDaemon) -> None:
+    """... and who root is, the bus itself says."""
+
+    async def main() -> None:
+        async with caller(bus.address) as stranger, caller(bus.address) as ours:
+            check = Polkit(ours.bus).check(Asker(stranger.name, interactive=False), ACTION, DETAILS)
+            if os.getuid() == 0:
+                await check
+            else:
+                with pytest.raises(AccessDenied, match="only root may"):
+                    await check
+
+    run(main())
+
+
+def test_polkit_is_asked_about_the_callers_bus_name_and_never_about_a_process(
+    bus: BusDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            subject = ["system-bus-name", {"name": Variant("s", here.stranger.name)}]
+            await here.check()
+            await here.check(interactive=True)
+            assert here.polkit.asked == [[subject, ACTION, DETAILS, 0, ""], [subject, ACTION, DETAILS, 1, ""]]
+
+    run(main())
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+@pytest.mark.parametrize(("authorized", "challenge"), [(True, False), (True, True), (False, False), (False, True)])
+def test_what_polkit_says_is_what_happens(
+    bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, *, interactive: bool, authorized: bool, challenge: bool
+) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            here.polkit.authorized, here.polkit.challenge = authorized, challenge
+            if authorized:
+                await here.check(interactive=interactive)
+                return
+            # A person who could be asked, and gave no password, was asked: that is a no.
+            wanted = InteractiveAuthorizationRequired if challenge and not interactive else AccessDenied
+            with pytest.raises(wanted, match=r"org\.nbdd1\.attach.*\.$") as caught:
+                await here.check(interactive=interactive)
+            assert type(caught.value) is wanted
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("challenge", "dismissed", "words"),
+    [
+        (True, False, "no polkit agent runs for this session"),  # polkit: it could be asked for, but there is nobody
+        (False, True, "the question for a password was cancelled"),
+        (False, False, "You are not allowed to do this"),
+    ],
+)
+def test_who_was_asked_in_vain_is_told_why(
+    bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, *, challenge: bool, dismissed: bool, words: str
+) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            here.polkit.authorized, here.polkit.challenge, here.polkit.dismissed = False, challenge, dismissed
+            with pytest.raises(AccessDenied, match=words):
+                await here.check(interactive=True)
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ("org.freedesktop.PolicyKit1.Error.Failed", "Action org.nbdd1.attach is not registered"),
+        (f"{ERROR}NoReply", "polkitd fell over"),
+    ],
+)
+def test_a_polkit_that_fails_is_a_no_with_the_reason_in_the_journal(
+    bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, error: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            here.polkit.error = error
+            with pytest.raises(AccessDenied, match=r"can't be asked about org\.nbdd1\.attach, so only root may"):
+                await here.check()
+
+    run(main())
+    assert error[1] in caplog.text
+
+
+def test_a_machine_without_polkit_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(polkit, "_AUTHORITY", Peer("org.example.Absent", "/a", "org.example.Absent"))
+
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            with pytest.raises(AccessDenied, match="so only root may"):
+                await here.check(interactive=True)
+
+    run(main())
+
+
+def test_a_caller_who_has_left_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            here.uids.clear()
+            with pytest.raises(AccessDenied, match="left the bus"):
+                await here.check()
+            assert here.polkit.asked == []
+
+    run(main())
+
+
+def test_a_polkit_that_dies_over_the_question_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        polkit, "_AUTHORITY", Peer("org.example.Dying", polkit._AUTHORITY.path, polkit._AUTHORITY.interface)
+    )
+
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            async with caller(bus.address) as dying:
+                asked = asyncio.Event()
+                dying.serve(lambda _call: asked.set())
+                await dying.own("org.example.Dying")
+                check = asyncio.create_task(here.check(interactive=True))
+                await asked.wait()
+                assert not check.done()
+            with pytest.raises(AccessDenied, match="so only root may"):
+                await check
+
+    run(main())
+
+
+@pytest.mark.parametrize("answer", [("", []), ("s", ["yes"]), ("b", [True]), ("(bb)", [[True, True]])])
+def test_an_answer_that_is_not_polkits_allows_nothing(
+    bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, answer: tuple[str, list[Any]]
+) -> None:
+    async def main() -> None:
+        async with world(bus, monkeypatch) as here:
+            monkeypatch.setattr(polkit, "_AUTHORITY", Peer("org.example.Odd", "/a", "org.example.Odd"))
+            async with caller(bus.address) as odd:
+                odd.serve(lambda call: Message.new_method_return(call, *answer))
+                await odd.own("org.example.Odd")
+                with pytest.raises(AccessDenied, match="so only root may"):
+                    await here.check()
+
+    run(main())

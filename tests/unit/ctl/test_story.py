@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT
+"""What `nbdctl monitor` tells people: sentences, each with what they want to know at that moment."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdd.bus.caller.client import Event, Kind
+from nbdd.bus.caller.device import Device
+from nbdd.ctl.story import Story
+from tests.fakes.manager import ABSENT, PRESENT
+
+LOST = ["org.nbdd1.Error.ConnectFailed", "A connection to nbd://one.example/ ended: the server closed it."]
+REFUSED = ["org.nbdd1.Error.ConnectFailed", "Can't connect to one.example:10809: Connection refused."]
+AT = 1_700_000_000_000_000
+
+
+class Told:
+    """A story about `backup`, and a clock that a test sets."""
+
+    def __init__(self, **properties: Any) -> None:
+        self.now = 100.0
+        self.story = Story([Device.of(PRESENT | {"Name": "backup"} | properties)], clock=lambda: self.now)
+
+    def change(self, after: float = 0.0, **changes: Any) -> str:
+        self.now += after
+        return self.story.tell(Event(Kind.CHANGED, "backup", changes)).removeprefix("backup: ")
+
+
+def test_a_server_that_goes_and_comes_back_is_a_story_in_two_sentences() -> None:
+    told = Told()
+    clock = time.strftime("%H:%M:%S", time.localtime(AT / 1e6))
+    assert told.change(State="reconnecting", LiveConnections=0, LastError=LOST, FailsAt=AT) == (
+        f"a connection to nbd://one.example/ ended: the server closed it; reconnecting, and I/O waits until {clock}"
+    )
+    assert told.change(3.2, State="attached", LiveConnections=1, Reconnects=1, FailsAt=0) == (
+        "attached again after 3.2 s"
+    )
+
+
+def test_an_attempt_that_fails_while_the_server_is_away_is_told_with_its_reason() -> None:
+    told = Told(State="reconnecting", LiveConnections=0)
+    assert told.change(LastError=REFUSED) == "can't connect to one.example:10809: Connection refused; trying again"
+
+
+def test_a_server_that_stays_away_ends_in_failing_io_and_may_still_come_back() -> None:
+    told = Told()
+    told.change(State="reconnecting", LiveConnections=0, LastError=LOST)
+    assert told.change(300, State="failed", LastError=["x.y", "No server came back within 300 s."]) == (
+        "no server came back within 300 s; I/O fails until its server is back; reconnecting"
+    )
+    assert told.change(300, State="attached", LiveConnections=1) == "attached again after 10 min"
+
+
+def test_io_that_waits_for_a_server_with_something_else_is_not_called_failing() -> None:
+    later = (int(time.time()) + 100) * 1_000_000
+    told = Told().change(State="failed", LiveConnections=0, LastError=["x.y", "It has other data."], FailsAt=later)
+    clock = time.strftime("%H:%M:%S", time.localtime(later / 1e6))
+    assert told == f"it has other data; I/O waits until {clock}"
+
+
+def test_an_attach_is_told_from_its_beginning_to_its_end() -> None:
+    told = Told(**ABSENT | {"Name": "backup"})
+    assert told.change(State="connecting") == "connecting to nbd://storage.example/backup"
+    assert told.change(LastError=REFUSED) == "can't connect to one.example:10809: Connection refused; trying again"
+    assert told.change(WorkerPID=12) == ""
+    assert told.change(1.25, State="attached", Node="/dev/nbd3", Size=10 << 30, LiveConnections=1, LastError=["", ""],
+                       AttachedSince=AT) == "attached as /dev/nbd3, 10 GiB, after 1.2 s"  # fmt: skip
+
+
+def test_an_attach_that_fails_says_why_and_that_it_is_over() -> None:
+    told = Told(**ABSENT | {"Name": "backup", "State": "connecting"})
+    assert told.change(State="failed", LastError=REFUSED) == (
+        "can't connect to one.example:10809: Connection refused; not attached, given up"
+    )
+
+
+def test_an_attach_that_a_detach_ends_is_no_detach() -> None:
+    assert Told(**ABSENT | {"Name": "backup", "State": "connecting"}).change(State="detached") == "the attach was ended"
+
+
+def test_a_detach_is_told_and_one_that_is_refused_too() -> None:
+    told = Told()
+    assert told.change(State="detaching") == "detaching"
+    assert told.change(State="attached") == "not detached; it stays attached as /dev/nbd0"
+    assert told.change(State="detaching") == "detaching"
+    assert told.change(State="detached", Node="", Size=0) == "detached"
+
+
+def test_one_link_of_several_is_told_as_one() -> None:
+    told = Told(Connections=4, LiveConnections=4)
+    assert told.change(State="degraded", LiveConnections=3, LastError=LOST) == (
+        "a connection to nbd://one.example/ ended: the server closed it; 3 of 4 links left; mending"
+    )
+    assert told.change(1, LiveConnections=2) == "2 of 4 links now"
+    assert told.change(1, State="attached", LiveConnections=4) == "all 4 links are back after 2.0 s"
+
+
+def test_links_that_come_back_one_by_one_are_told_so() -> None:
+    told = Told(Connections=2, LiveConnections=2)
+    exchanged = told.change(State="reconnecting", LiveConnections=0)
+    assert exchanged == "the links are exchanged for new ones; reconnecting"
+    assert told.change(1, State="degraded", LiveConnections=1) == "attached again on 1 of 2 links after 1.0 s"
+    assert told.change(1, State="attached", LiveConnections=2) == "all 2 links are back after 2.0 s"
+
+
+def test_a_device_without_links_that_a_new_nbdd_takes_up_is_not_called_exchanged() -> None:
+    told = Told(State="connecting", LiveConnections=0)
+    assert told.change(State="reconnecting") == "reconnecting"
+
+
+def test_a_device_that_a_new_nbdd_takes_up_is_not_called_new() -> None:
+    told = Told()
+    assert told.story.tell(Event(Kind.STOPPED)).startswith("nbdd stopped; what is attached stays so")
+    assert told.story.tell(Event(Kind.STARTED)) == "nbdd started"
+    again = PRESENT | {"Name": "backup", "State": "connecting"}
+    assert told.story.tell(Event(Kind.ADDED, "backup", again)) == "backup: nbdd takes /dev/nbd0 up again"
+    assert told.change(State="attached") == "looked after again as /dev/nbd0"
+
+
+def test_a_device_that_was_not_heard_of_is_not_said_to_be_back() -> None:
+    assert Story().tell(Event(Kind.CHANGED, "new", {"State": "attached", "Node": "/dev/nbd1"})) == "new: attached"
+
+
+def test_a_worker_that_is_replaced_is_told() -> None:
+    assert Told().change(WorkerPID=4712) == "a new worker looks after it, PID 4712"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"Timeout": 30}, "a request may take 30 s now"),
+        ({"DeadTimeout": 9}, "without a link I/O waits 9 s now"),
+        ({"Size": 1 << 40}, "the size is 1 TiB now"),
+        ({"ReadOnly": True}, "read-only now"),
+        ({"Configured": False}, "no configuration defines it any more"),
+        ({"URI": "nbd://two.example/"}, "the server is nbd://two.example/ now"),
+        ({"Reconnects": 1}, "a lost link was replaced"),
+        ({"Connections": 2}, "2 links are wanted now"),
+        ({"LastError": ["", ""]}, ""),
+        ({"AttachedSince": AT}, ""),
+        ({"Colour": "red"}, ""),
+        ({"Size": None}, ""),
+    ],
+)
+def test_what_changes_beside_the_state_is_a_sentence_or_nothing(changes: dict[str, Any], sentence: str) -> None:
+    assert Told().change(**changes) == sentence
+
+
+def test_a_device_comes_and_goes() -> None:
+    story = Story()
+    made = ABSENT | {"Name": "copy", "Configured": False, "State": "connecting"}
+    assert story.tell(Event(Kind.ADDED, "copy", made)) == (
+        "copy: new, without a definition: nbd://storage.example/backup, connecting"
+    )
+    assert story.tell(Event(Kind.REMOVED, "copy")) == "copy: gone, as it has no definition"
+    assert story.state("copy") == ""
+
+
+STATES = st.sampled_from(["detached", "connecting", "attached", "degraded", "reconnecting", "failed", "detaching", "?"])
+
+
+@given(st.lists(st.tuples(STATES, st.text(max_size=9), st.integers(0, 9), st.booleans()), max_size=12))
+def test_no_order_of_events_upsets_it(events: list[tuple[str, str, int, bool]]) -> None:
+    story = Story()
+    for state, text, number, added in events:
+        changes = {"State": state, "LastError": [text, text], "LiveConnections": number, "Node": text, "URI": text}
+        line = story.tell(Event(Kind.ADDED if added else Kind.CHANGED, text, changes))
+        assert line.isprintable()

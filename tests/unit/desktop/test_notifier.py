@@ -1,0 +1,422 @@
+# SPDX-License-Identifier: MIT
+"""nbdd-notify, as a session runs it: between nbdd on one bus and whoever shows notifications on the other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes.desktop import FakeShower, activatable
+from tests.fakes.manager import ABSENT, DEADLINE, PRESENT, FakeManager, private_bus
+
+NOTIFY = [sys.executable, "-c", "import sys; from nbdd.desktop.notifier import main; sys.exit(main())"]
+NO_AUTOSTART = 2
+PHOTOS = PRESENT | {"Desktop": True, "DisplayName": "Photos"}
+BACK: dict[str, Any] = {"State": "attached", "LiveConnections": 1, "FailsAt": 0}
+GONE: dict[str, Any] = {
+    "State": "failed",
+    "Node": "",
+    "LiveConnections": 0,
+    "FailsAt": 0,
+    "LastError": ["org.x.Y", "It went."],
+}
+FAILED: dict[str, Any] = {
+    "State": "failed",
+    "LiveConnections": 0,
+    "LastError": ["org.x.Y", "It was away for too long."],
+}
+
+
+def lost(left: float = 200.0, dead_timeout: int = 300) -> dict[str, Any]:
+    """The properties of a device without links whose I/O fails in so many seconds."""
+    fails = int((time.time() + left) * 1e6)
+    return {"State": "reconnecting", "LiveConnections": 0, "FailsAt": fails, "DeadTimeout": dead_timeout}
+
+
+@pytest.fixture(scope="module")
+def buses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The addresses of a system bus and of a session's."""
+    with (
+        private_bus(tmp_path_factory.mktemp("s")) as (system, _),
+        private_bus(tmp_path_factory.mktemp("u")) as (own, _),
+    ):
+        yield system, own
+
+
+@pytest.fixture
+def nbdd(buses: tuple[str, str]) -> Iterator[FakeManager]:
+    with FakeManager(buses[0]) as manager:
+        manager.devices["photos"] = PHOTOS | {"Name": "photos"}
+        yield manager
+
+
+@pytest.fixture
+def shower(buses: tuple[str, str]) -> Iterator[FakeShower]:
+    with FakeShower(buses[1]) as shower:
+        yield shower
+
+
+class Notifier:
+    """The running program."""
+
+    def __init__(self, buses: tuple[str, str], *arguments: str) -> None:
+        system, session = buses
+        environment = os.environ | {"DBUS_SYSTEM_BUS_ADDRESS": system, "DBUS_SESSION_BUS_ADDRESS": session}
+        self.process = subprocess.Popen([*NOTIFY, *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+
+    def end(self) -> tuple[int, str]:
+        """Ask it to end; its status and what it wrote."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> tuple[int, str]:
+        _, told = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, told
+
+
+@contextlib.contextmanager
+def notifier(buses: tuple[str, str], *arguments: str) -> Iterator[Notifier]:
+    running = Notifier(buses, *arguments)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.communicate()
+
+
+@pytest.fixture
+def running(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> Iterator[Notifier]:  # noqa: ARG001
+    """The program, when it has asked nbdd for its devices."""
+    with notifier(buses) as program:
+        nbdd.wait_for("GetManagedObjects")
+        yield program
+
+
+def test_a_lost_server_is_told_and_its_return_in_the_same_place(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.change("photos", **lost())
+    first = shower.wait_for_summary("Photos has lost its server")
+    assert first.hints == {"urgency": 1, "category": "network.disconnected", "desktop-entry": "org.nbdd1.open"}
+    assert (first.icon, first.actions, first.timeout) == ("network-offline", ["detach", "Detach"], 0)
+    nbdd.change("photos", **BACK)
+    then = shower.wait_for_summary("Photos is back")
+    assert (then.number, then.replaced) == (first.number, True)
+    assert (then.hints["transient"], then.timeout) == (True, -1)
+    assert running.end()[0] == 0
+
+
+def test_a_blip_is_not_told(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+    nbdd.add("other", PHOTOS | {"DisplayName": "Other"})
+    nbdd.change("photos", **lost(299.9))
+    nbdd.change("photos", **BACK)
+    nbdd.change("other", **lost())
+    shower.wait_for_summary("Other has lost")
+    assert running.end()[0] == 0
+    assert shower.history.summaries == ["Other has lost its server"]
+
+
+def test_the_clock_alone_brings_the_word_that_it_is_about_to_fail(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.change("photos", **lost(61.5))
+    first = shower.wait_for_summary("has lost")
+    then = shower.wait_for_summary("Photos is about to fail")
+    assert (then.number, then.hints["urgency"], then.icon) == (first.number, 2, "dialog-warning")
+    nbdd.change("photos", **FAILED)
+    last = shower.wait_for_summary("Photos has failed")
+    assert (last.number, last.hints["urgency"]) == (first.number, 2)
+    assert "It was away for too long." in last.body
+    assert running.process.poll() is None
+
+
+def test_a_loss_is_told_when_it_has_lasted(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+    before = time.monotonic()
+    nbdd.change("photos", **lost(296.5))  # 3.5 s of 5 are over
+    shower.wait_for_summary("has lost")
+    assert time.monotonic() - before > 1
+    assert running.process.poll() is None
+
+
+def test_a_device_without_the_key_desktop_is_told_of_only_where_everything_is(
+    buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.devices["server"] = PRESENT | {"Name": "server"} | lost()
+    nbdd.devices["photos"] |= lost()
+    with notifier(buses) as program:
+        shower.wait_for_summary("Photos has lost")
+        program.end()
+    assert shower.history.summaries == ["Photos has lost its server"]
+    with notifier(buses, "--all"):
+        shower.wait_for_summary("server has lost")
+
+
+def test_what_is_no_longer_true_is_closed(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+    nbdd.change("photos", **lost())
+    shower.wait_for_summary("has lost")
+    nbdd.change("photos", State="detaching")
+    nbdd.change("photos", **{key: ABSENT[key] for key in ("State", "Node", "LiveConnections", "FailsAt")})
+    shower.wait_until(lambda history: not history.open)
+    nbdd.add("link", PHOTOS | {"Configured": False} | lost())
+    shower.wait_for_summary("has lost")
+    nbdd.remove("link")
+    shower.wait_until(lambda history: not history.open)
+    assert running.process.poll() is None
+
+
+def test_what_the_person_closed_stays_closed_until_it_is_worse(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.change("photos", **lost())
+    shower.dismiss(shower.wait_for_summary("has lost").number)
+    nbdd.change("photos", LastError=["org.x.Y", "Refused."])
+    nbdd.change("photos", FailsAt=lost(100)["FailsAt"])
+    nbdd.change("photos", **FAILED)
+    last = shower.wait_for_summary("has failed")
+    assert not last.replaced
+    assert shower.history.summaries == ["Photos has lost its server", "Photos has failed"]
+    assert running.process.poll() is None
+
+
+def test_a_restart_of_nbdd_changes_nothing_that_is_shown_and_what_is_new_is_told(
+    buses: tuple[str, str], shower: FakeShower
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with FakeManager(buses[0]) as first:
+            first.devices["photos"] = PHOTOS | {"Name": "photos"} | lost()
+            first.devices["music"] = PHOTOS | {"Name": "music", "DisplayName": "Music"} | lost()
+            first.devices["films"] = PHOTOS | {"Name": "films", "DisplayName": "Films"} | lost()
+            running = stack.enter_context(notifier(buses))
+            shower.wait_until(lambda history: len(history.open) == 3)
+        second = FakeManager(buses[0])
+        second.devices["photos"] = first.devices["photos"]
+        second.devices["music"] = PHOTOS | {"Name": "music", "DisplayName": "Music"}
+        stack.enter_context(second)
+        shower.wait_for_summary("Music is back")
+        shower.wait_until(lambda history: len(history.open) == 2)
+        assert sorted(shower.history.visible) == ["Music is back", "Photos has lost its server"]
+        assert len(shower.history.all) == 4
+        assert running.process.poll() is None
+
+
+def test_nbdd_is_never_started(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> None:
+    nbdd.devices["photos"] |= lost()
+    with notifier(buses) as program:
+        shower.wait_for_summary("has lost")
+        assert program.end()[0] == 0
+    assert {call.flags for call in nbdd.calls} == {NO_AUTOSTART}
+
+
+def test_it_waits_for_an_nbdd_that_does_not_run(buses: tuple[str, str], shower: FakeShower) -> None:
+    with notifier(buses) as program:
+        with FakeManager(buses[0]) as nbdd:
+            nbdd.devices["photos"] = PHOTOS | {"Name": "photos"} | lost()
+            shower.wait_for_summary("has lost")
+        assert program.process.poll() is None
+
+
+def test_whoever_shows_notifications_may_be_replaced_and_is_told_what_is_true_then(
+    buses: tuple[str, str], nbdd: FakeManager
+) -> None:
+    nbdd.devices["music"] = PHOTOS | {"Name": "music", "DisplayName": "Music"} | lost()
+    nbdd.devices["films"] = PHOTOS | {"Name": "films", "DisplayName": "Films"} | lost()
+    nbdd.devices["photos"] |= lost()
+    with contextlib.ExitStack() as stack:
+        with FakeShower(buses[1]) as first:
+            program = stack.enter_context(notifier(buses))
+            first.wait_until(lambda history: len(history.open) == 3)
+            first.dismiss(first.wait_for_summary("Films").number)
+            nbdd.change("music", **BACK)
+            first.wait_for_summary("Music is back")
+        second = stack.enter_context(FakeShower(buses[1], first=7))
+        assert second.wait_for_summary("Photos has lost").number == 7
+        nbdd.change("photos", **FAILED)
+        second.wait_for_summary("Photos has failed")
+        assert second.history.summaries == ["Photos has lost its server", "Photos has failed"]
+        assert program.end()[0] == 0
+
+
+def test_what_nobody_showed_is_shown_when_somebody_does(buses: tuple[str, str], nbdd: FakeManager) -> None:
+    nbdd.devices["photos"] |= lost()
+    with notifier(buses) as program:
+        assert program.process.stderr is not None
+        assert "not shown: Photos has lost its server" in program.process.stderr.readline()
+        with FakeShower(buses[1]) as shower:
+            shower.wait_for_summary("Photos has lost")
+
+
+def test_a_shower_that_the_bus_starts_for_a_notification_shows_it_once(
+    buses: tuple[str, str], nbdd: FakeManager, tmp_path: Path
+) -> None:
+    with private_bus(tmp_path) as (session, _):
+        log = tmp_path / "shown"
+        activatable(session, log)
+        nbdd.devices["photos"] |= lost()
+        with notifier((buses[0], session)) as program:
+            wait_for_line(log, "Photos has lost its server")
+            nbdd.change("photos", **FAILED)
+            wait_for_line(log, "Photos has failed")
+            assert program.end()[0] == 0
+        assert log.read_text().splitlines() == ["Photos has lost its server", "Photos has failed"]
+
+
+def wait_for_line(path: Path, line: str) -> None:
+    """Return when another process has written the line."""
+    end = time.monotonic() + DEADLINE
+    while not path.exists() or line not in path.read_text().splitlines():
+        assert time.monotonic() < end, f"no {line!r}"
+        time.sleep(0.02)
+
+
+def test_a_shower_that_refuses_is_no_end(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+    shower.errors["Notify"] = ("org.freedesktop.DBus.Error.LimitsExceeded", "Too many")
+    nbdd.change("photos", **lost())
+    shower.wait_for("Notify")
+    assert running.process.stderr is not None
+    assert "Too many" in running.process.stderr.readline()
+    del shower.errors["Notify"]
+    nbdd.change("photos", **FAILED)
+    shower.wait_for_summary("has failed")
+
+
+def test_a_press_on_detach_detaches_and_the_rest_follows_from_the_device(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.change("photos", **lost())
+    shower.invoke(shower.wait_for_summary("has lost").number, "detach")
+    call = nbdd.wait_for("Detach")
+    assert call.body == ["photos", {}]
+    assert int(call.flags) == 4  # ALLOW_INTERACTIVE_AUTHORIZATION: polkit may ask for a password
+    assert running.process.poll() is None
+
+
+def test_a_disk_in_use_is_detached_only_when_that_is_said_twice(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.errors["Detach"] = ("org.nbdd1.Error.Busy", "'photos' is in use: it is mounted at /media/eve/<Photos>.")
+    nbdd.change("photos", **lost())
+    shower.invoke(shower.wait_for_summary("has lost").number, "detach")
+    busy = shower.wait_for_summary("Photos was not detached")
+    assert "/media/eve/&lt;Photos&gt;." in busy.body
+    assert busy.actions == ["detach-anyway", "Detach anyway"]
+    del nbdd.errors["Detach"]
+    nbdd.calls.clear()
+    shower.invoke(busy.number, "detach-anyway", close=False)
+    name, options = nbdd.wait_for("Detach").body
+    assert (name, {key: (value.signature, value.value) for key, value in options.items()}) == (
+        "photos",
+        {"force": ("b", True)},
+    )
+    assert running.process.poll() is None
+
+
+def test_closing_what_is_being_replaced_does_not_close_the_replacement(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
+    nbdd.change("photos", **lost())
+    shower.wait_for_summary("has lost")
+    shower.dismisses_what_is_replaced = True
+    nbdd.change("photos", **GONE)
+    gone = shower.wait_for_summary("Photos is gone")
+    nbdd.change("photos", **PHOTOS | {"Name": "photos"})
+    assert shower.wait_for_summary("Photos is back").number == gone.number
+    assert shower.history.visible == ["Photos is back"]
+    assert running.process.poll() is None
+
+
+def test_a_refusal_goes_when_the_trouble_does(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+    nbdd.errors["Detach"] = ("org.freedesktop.DBus.Error.AccessDenied", "You are not allowed to do this.")
+    nbdd.change("photos", **lost())
+    shower.invoke(shower.wait_for_summary("has lost").number, "detach")
+    refused = shower.wait_for_summary("Photos was not detached")
+    assert refused.actions == ["detach", "Detach"]
+    nbdd.change("photos", **BACK)
+    assert shower.wait_for_summary("Photos is back").number == refused.number
+    assert running.process.poll() is None
+
+
+def test_a_device_that_is_gone_can_be_attached_again(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+    nbdd.change("photos", **GONE)
+    gone = shower.wait_for_summary("Photos is gone")
+    assert "It went." in gone.body
+    shower.invoke(gone.number, "attach")
+    assert nbdd.wait_for("Attach").body == ["photos", {}]
+    nbdd.change("photos", **PHOTOS | {"Name": "photos"})
+    assert "look what is missing" in shower.wait_for_summary("Photos is back").body
+    assert running.process.poll() is None
+
+
+def test_signals_of_strangers_are_no_presses(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower, buses: tuple[str, str]
+) -> None:
+    nbdd.change("photos", **lost())
+    number = shower.wait_for_summary("has lost").number
+    with FakeManagerElsewhere(buses[1]) as stranger:
+        # To it alone, as it does not listen to what strangers broadcast.
+        to = stranger.owner("org.nbdd1.Notify")
+        member = "org.freedesktop.Notifications.ActionInvoked"
+        stranger.signal("/org/freedesktop/Notifications", member, "us", [number, "detach"], to)
+        stranger.connections()
+    shower.invoke(number, "no such action", close=False)
+    nbdd.change("photos", **BACK)
+    shower.wait_for_summary("is back")
+    assert not any(call.member == "Detach" for call in nbdd.calls)
+    assert running.process.poll() is None
+
+
+class FakeManagerElsewhere(FakeManager):
+    NAME = "org.example.Stranger"
+
+
+def test_a_shower_without_markup_and_buttons_gets_plain_text_and_none(
+    buses: tuple[str, str], nbdd: FakeManager
+) -> None:
+    nbdd.devices["photos"] |= GONE | {"State": "reconnecting", "Node": "/dev/nbd0"} | lost()
+    with FakeShower(buses[1], "body") as shower, notifier(buses):
+        assert shower.wait_for_summary("has lost").actions == []
+        nbdd.change("photos", **FAILED | {"LastError": ["org.x.Y", "a <b> & c"]})
+        assert shower.wait_for_summary("has failed").body.endswith("a <b> & c")
+
+
+def test_one_in_a_session_is_enough(running: Notifier, buses: tuple[str, str]) -> None:
+    with notifier(buses) as second:
+        assert second.wait() == (0, "another one runs in this session already\n")
+    assert running.process.poll() is None
+
+
+def test_at_its_end_it_takes_its_words_back(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+    nbdd.change("photos", **lost())
+    shower.wait_for_summary("has lost")
+    assert running.end()[0] == 0
+    assert shower.history.visible == []
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_bus_that_ends_is_an_end_with_a_sentence(tmp_path: Path, buses: tuple[str, str], which: int) -> None:
+    with private_bus(tmp_path) as (address, daemon):
+        chosen = (address, buses[1]) if which == 0 else (buses[0], address)
+        with FakeShower(chosen[1]) as shower, FakeManager(chosen[0]) as nbdd, notifier(chosen) as program:
+            nbdd.devices["photos"] = PHOTOS | {"Name": "photos"}
+            nbdd.wait_for("GetManagedObjects")
+            daemon.kill()
+            status, told = program.wait()
+            assert status == 1
+            assert told.splitlines()[-1].startswith("nbdd-notify: The ")
+            assert "Traceback" not in told
+            del shower
+
+
+def test_without_a_session_it_says_so(buses: tuple[str, str]) -> None:
+    with notifier((buses[0], "unix:path=/nonexistent")) as program:
+        status, told = program.wait()
+        assert (status, told.count("\n")) == (1, 1)
+        assert told.startswith("nbdd-notify: The session bus can't be reached")

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: MIT
+"""Whether an export that came back is the same: the UUIDs on it, against those that udev found on the device."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from nbdd.errors import NegotiationFailed, ServerError, TimedOut
+from nbdd.kernel import Node, Usage
+from nbdd.server import fingerprint
+from nbdd.server.connect import Deadline
+from nbdd.server.fingerprint import Identity
+
+MIB = 1 << 20
+ONE, TWO = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
+REQUEST = struct.Struct(">IHHQQI")
+
+
+def answer(
+    image: bytes, magic: int = 0x67446698, error: int = 0, *, backwards: bool = False
+) -> Callable[[socket.socket], None]:
+    """A server in its transmission phase, as far as reads go."""
+
+    def serve(sock: socket.socket) -> None:
+        # A client that is not content hangs up.
+        with sock, sock.makefile("rb") as file, suppress(BrokenPipeError):
+            replies: list[bytes] = []
+            while octets := file.read(REQUEST.size):
+                _, _, _, cookie, offset, length = REQUEST.unpack(octets)
+                data = b"" if error else image[offset : offset + length]
+                replies.append(struct.pack(">IIQ", magic, error, cookie) + data)
+                if not backwards or len(replies) == 2:
+                    sock.sendall(b"".join(reversed(replies)))
+                    replies.clear()
+
+    return serve
+
+
+def mute(sock: socket.socket) -> None:
+    """A server that reads and never answers."""
+    with sock:
+        while sock.recv(65536):
+            pass
+
+
+def look(size: int, serve: Callable[[socket.socket], None], *, seconds: float = 10, block_size: int = 512) -> Identity:
+    ours, theirs = socket.socketpair()
+    thread = threading.Thread(target=serve, args=(theirs,))
+    thread.start()
+    with ours:
+        try:
+            return fingerprint.of_export(ours, size, block_size, Deadline(seconds))
+        finally:
+            ours.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def ext4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    if not shutil.which("mkfs.ext4"):
+        pytest.skip("no mkfs.ext4 here")
+    path = tmp_path_factory.mktemp("disk") / "image"
+    with path.open("wb") as file:
+        file.truncate(4 * MIB)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-U", ONE, path], check=True)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_filesystem_of_an_export_is_known_by_its_uuid(ext4: bytes, backwards: bool) -> None:
+    assert look(len(ext4), answer(ext4, backwards=backwards)) == Identity(filesystem=ONE)
+
+
+def test_a_size_that_is_no_multiple_of_the_block_size_is_no_hindrance(ext4: bytes) -> None:
+    image = ext4 + bytes(700)
+    assert look(len(image), answer(image), block_size=4096) == Identity(filesystem=ONE)
+
+
+def test_an_empty_export_has_no_identity() -> None:
+    assert look(100_000, answer(bytes(100_000))) == Identity()
+
+
+def test_a_server_that_can_not_read_or_answers_nonsense_or_nothing_is_told() -> None:
+    with pytest.raises(ServerError, match="could not read the export: Input/output error"):
+        look(MIB, answer(b"", error=errno.EIO))
+    with pytest.raises(NegotiationFailed, match="something else than a reply"):
+        look(MIB, answer(bytes(MIB), magic=1))
+    with pytest.raises(TimedOut):
+        look(MIB, mute, seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "difference"),
+    [
+        (Identity(ONE), Identity(ONE), ""),
+        (Identity(ONE), Identity(TWO), f"the UUID of its filesystem was {ONE} and is {TWO}"),
+        (Identity("", ONE), Identity("", TWO), f"the UUID of its partition table was {ONE} and is {TWO}"),
+        (Identity(ONE), Identity(), ""),
+        (Identity(), Identity(ONE), ""),
+    ],
+)
+def test_only_what_both_know_can_differ(one: Identity, two: Identity, difference: str) -> None:
+    assert one.differs(two) == difference
+
+
+def device(tmp_path: Path, *, written: bool = False, claims: bool = False, busy: bool = False) -> Identity:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "b43:0").write_text(f"I:1\nE:ID_FS_UUID={ONE}\nE:ID_FS_TYPE=ext4\nE:ID_PART_TABLE_UUID=ab\n")
+    if busy:
+        (tmp_path / "queue").touch()
+    node = SimpleNamespace(name="nbd0", devices=lambda: {"nbd0": "43:0", "nbd0p1": "43:1"})
+    usage = SimpleNamespace(written=lambda _node: written, claims=lambda _node: ["mounted"] if claims else [])
+    return fingerprint.of_device(cast(Node, node), cast(Usage, usage), udev=str(tmp_path))
+
+
+def test_what_was_on_the_device_is_what_udev_found(tmp_path: Path) -> None:
+    assert device(tmp_path) == Identity(ONE, "ab")
+
+
+def test_while_it_is_written_to_nothing_is_known(tmp_path: Path) -> None:
+    assert device(tmp_path, written=True, claims=True) == Identity()
+
+
+@pytest.mark.parametrize(("claims", "known"), [(False, Identity()), (True, Identity(ONE, "ab"))])
+def test_while_udev_is_busy_only_what_is_in_use_is_known(tmp_path: Path, claims: bool, known: Identity) -> None:
+    assert device(tmp_path, busy=True, claims=claims) == known

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: MIT
+"""The look at an export before the kernel gets a link to it: what refuses it, and what says nothing about it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from nbdd.errors import ConnectFailed, NegotiationFailed, OtherExport, ServerError, TimedOut
+from nbdd.kernel import Node
+from nbdd.server import fingerprint
+from nbdd.server.connections import Links
+from nbdd.server.fingerprint import Identity
+from nbdd.worker import operations
+
+NODE = Node(0)
+LINKS = cast(Links, SimpleNamespace(sockets=[None], export=SimpleNamespace(size=1), block_size=512, uri="nbd://h/x"))
+
+
+def look(monkeypatch: pytest.MonkeyPatch, found: Identity | Exception) -> None:
+    def of_export(*_: object) -> Identity:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(fingerprint, "of_device", lambda *_: Identity("one"))
+    monkeypatch.setattr(fingerprint, "of_export", of_export)
+    operations._look_same(NODE, LINKS, 1)
+
+
+@pytest.mark.parametrize("found", [Identity("one"), Identity()])
+def test_the_same_or_nothing_is_let_pass(monkeypatch: pytest.MonkeyPatch, found: Identity) -> None:
+    look(monkeypatch, found)
+
+
+def test_another_filesystem_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OtherExport, match="was one and is two"):
+        look(monkeypatch, Identity("two"))
+
+
+@pytest.mark.parametrize("error", [TimedOut("Slow."), ServerError("It can't read there.")])
+def test_what_can_not_be_read_is_no_reason_to_let_io_wait(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(operations._Unseen, match=str(error)):
+        look(monkeypatch, error)
+
+
+@pytest.mark.parametrize("error", [ConnectFailed("Gone."), NegotiationFailed("Nonsense.")])
+def test_a_link_that_breaks_under_the_look_is_not_for_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    with pytest.raises(type(error)):
+        look(monkeypatch, error)
