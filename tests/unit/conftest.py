@@ -10,6 +10,7 @@ import pytest
 from hypothesis import settings
 
 from nbdd.ctl.__main__ import main
+from tests.fakes.async_tests import pytest_pyfunc_call  # noqa: F401 - a hook
 from tests.fakes.manager import PRESENT, FakeManager, private_bus
 from tests.fakes.terminal import Run
 

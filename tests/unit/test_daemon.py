@@ -471,20 +471,16 @@ def test_a_reload_of_a_bad_file_fails_with_every_place_and_changes_nothing(nbdd:
         ("ListExports", ["nbd+unix:///?socket=/nonexistent", {}], "sa{sv}", f"{OWN}ConnectFailed"),
     ],
 )
-def test_a_wrong_call_ends_with_its_error_and_harms_nothing(  # noqa: PLR0917
-    shared: Daemon, shared_bus: BusDaemon, member: str, body: list[Any], types: str, error: str
+async def test_a_wrong_call_ends_with_its_error_and_harms_nothing(
+    shared: Daemon, shared_bus: BusDaemon, *, member: str, body: list[Any], types: str, error: str
 ) -> None:
     assert shared.process.poll() is None
-
-    async def main() -> None:
-        async with client(shared_bus) as here:
-            before = await here.devices()
-            name, text = await here.fails(member, *body, types=types)
-            assert name == error
-            assert text.endswith(".")
-            assert await here.devices() == before
-
-    run(main())
+    async with client(shared_bus) as here:
+        before = await here.devices()
+        name, text = await here.fails(member, *body, types=types)
+        assert name == error
+        assert text.endswith(".")
+        assert await here.devices() == before
 
 
 @pytest.fixture(scope="module")

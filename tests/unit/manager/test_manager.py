@@ -37,7 +37,7 @@ from nbdd.manager.records import Record, Records
 from nbdd.manager.status import State, Status
 from nbdd.manager.supervisor import Supervisor
 from nbdd.uri import URI
-from tests.fakes.worker import FakeSpawner, definition, open_fds, run
+from tests.fakes.worker import FakeSpawner, definition
 
 DOWN = ConnectFailed("storage.example refuses.")
 
@@ -121,16 +121,9 @@ async def desk(directory: Path) -> AsyncIterator[Desk]:
     await it.manager.stop(detach=False)
 
 
-def play(tmp_path: Path, script: Callable[[Desk], Coroutine[Any, Any, None]]) -> None:
-    """Run a script with a manager, and see that it leaves no descriptor."""
-
-    async def whole() -> None:
-        async with desk(tmp_path / "run") as it:
-            await script(it)
-
-    before = open_fds()
-    run(whole())
-    assert open_fds() == before
+@pytest.fixture
+def it(tmp_path: Path) -> contextlib.AbstractAsyncContextManager[Desk]:
+    return desk(tmp_path / "run")
 
 
 async def refused(work: Coroutine[Any, Any, Any]) -> NbddError:
@@ -144,200 +137,151 @@ async def refused(work: Coroutine[Any, Any, Any]) -> NbddError:
 # Start
 
 
-def test_start_attaches_what_says_boot_and_nothing_else(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(boot("a"), definition("b"))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        assert it.state("b") is State.DETACHED
-        assert it.news == [("added", "a"), ("added", "b")]
-
-    play(tmp_path, script)
+async def test_start_attaches_what_says_boot_and_nothing_else(it: Desk) -> None:
+    await it.start(boot("a"), definition("b"))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    assert it.state("b") is State.DETACHED
+    assert it.news == [("added", "a"), ("added", "b")]
 
 
-def test_start_does_not_wait_for_the_servers(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.spawner.before["attach"] = asyncio.Event()
-        await it.start(boot("a"))
-        assert it.state("a") is State.CONNECTING
-
-    play(tmp_path, script)
+async def test_start_does_not_wait_for_the_servers(it: Desk) -> None:
+    it.spawner.before["attach"] = asyncio.Event()
+    await it.start(boot("a"))
+    assert it.state("a") is State.CONNECTING
 
 
-def test_a_bad_file_at_the_start_is_an_error_where_nothing_is_to_be_looked_after(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
-        assert isinstance(await refused(it.manager.start({})), InvalidConfig)
-
-    play(tmp_path, script)
+async def test_a_bad_file_at_the_start_is_an_error_where_nothing_is_to_be_looked_after(it: Desk) -> None:
+    it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
+    assert isinstance(await refused(it.manager.start({})), InvalidConfig)
 
 
-def test_a_bad_file_at_the_start_does_not_keep_bound_devices_from_being_looked_after(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_bad_file_at_the_start_does_not_keep_bound_devices_from_being_looked_after(
+    it: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(boot("a"))
-        it.was_bound(definition("hand"), configured=False)
-        it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
-        await it.manager.start({})
-        await it.until(lambda: all(it.state(name) is State.ATTACHED for name in ("a", "hand")))
-        assert it.manager.device("a").status.configured
-        assert not it.manager.device("hand").status.configured
-        assert it.spawner.names() == ["adopt", "adopt"]
-
-    play(tmp_path, script)
+    it.was_bound(boot("a"))
+    it.was_bound(definition("hand"), configured=False)
+    it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
+    await it.manager.start({})
+    await it.until(lambda: all(it.state(name) is State.ATTACHED for name in ("a", "hand")))
+    assert it.manager.device("a").status.configured
+    assert not it.manager.device("hand").status.configured
+    assert it.spawner.names() == ["adopt", "adopt"]
     assert "nbdd.yaml:1:1: no." in caplog.text
 
 
-def test_a_device_of_a_predecessor_is_adopted_with_the_links_that_were_kept(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(boot("a"))
-        await it.start(boot("a"), sockets={"a": [os.dup(0), os.dup(0)], "stranger": [os.dup(0)]})
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        assert it.spawner.names() == ["adopt"]
-        assert len(it.spawner.given["adopt"]) == 2
-        assert it.kept["stranger"] == [], "and systemd lets go of them too"
-
-    play(tmp_path, script)
+async def test_a_device_of_a_predecessor_is_adopted_with_the_links_that_were_kept(it: Desk) -> None:
+    it.was_bound(boot("a"))
+    await it.start(boot("a"), sockets={"a": [os.dup(0), os.dup(0)], "stranger": [os.dup(0)]})
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    assert it.spawner.names() == ["adopt"]
+    assert len(it.spawner.given["adopt"]) == 2
+    assert it.kept["stranger"] == [], "and systemd lets go of them too"
 
 
-def test_a_device_whose_definition_changed_meanwhile_keeps_its_own_until_it_is_detached(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(definition("a", timeout=1))
-        await it.start(definition("a", timeout=2))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        assert it.manager.device("a").status.timeout == 1
-        await it.manager.detach("a")
-        assert it.manager.device("a").status.timeout == 2
-
-    play(tmp_path, script)
+async def test_a_device_whose_definition_changed_meanwhile_keeps_its_own_until_it_is_detached(it: Desk) -> None:
+    it.was_bound(definition("a", timeout=1))
+    await it.start(definition("a", timeout=2))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    assert it.manager.device("a").status.timeout == 1
+    await it.manager.detach("a")
+    assert it.manager.device("a").status.timeout == 2
 
 
-def test_an_idle_device_whose_definition_vanished_meanwhile_is_detached(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(definition("a"))
-        await it.start()
-        await it.until(lambda: it.names() == [])
-        assert it.spawner.bound == {}
-        assert it.records.load() == []
-
-    play(tmp_path, script)
+async def test_an_idle_device_whose_definition_vanished_meanwhile_is_detached(it: Desk) -> None:
+    it.was_bound(definition("a"))
+    await it.start()
+    await it.until(lambda: it.names() == [])
+    assert it.spawner.bound == {}
+    assert it.records.load() == []
 
 
-def test_a_device_in_use_whose_definition_vanished_meanwhile_stays_for_its_users(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_device_in_use_whose_definition_vanished_meanwhile_stays_for_its_users(
+    it: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(boot("a"))
-        it.spawner.used.add("a")
-        await it.start()
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        assert not it.manager.device("a").status.configured
-        assert not it.records.load()[0].configured
-
-    play(tmp_path, script)
+    it.was_bound(boot("a"))
+    it.spawner.used.add("a")
+    await it.start()
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    assert not it.manager.device("a").status.configured
+    assert not it.records.load()[0].configured
     assert "a stays attached: /dev/nbd0 is mounted on /mnt." in caplog.text
 
 
-def test_an_attach_of_what_left_the_configuration_is_not_finished(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(boot("a"), binding=False)
-        await it.start()
-        await it.until(lambda: it.names() == [])
-        assert it.spawner.bound == {}
-
-    play(tmp_path, script)
+async def test_an_attach_of_what_left_the_configuration_is_not_finished(it: Desk) -> None:
+    it.was_bound(boot("a"), binding=False)
+    await it.start()
+    await it.until(lambda: it.names() == [])
+    assert it.spawner.bound == {}
 
 
-def test_a_device_attached_by_hand_is_adopted_and_stays(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(definition("hand"), configured=False)
-        await it.start(definition("a"))
-        await it.until(lambda: it.state("hand") is State.ATTACHED)
-        assert sorted(it.names()) == ["a", "hand"]
-        await it.manager.detach("hand")
-        assert it.names() == ["a"]
-
-    play(tmp_path, script)
+async def test_a_device_attached_by_hand_is_adopted_and_stays(it: Desk) -> None:
+    it.was_bound(definition("hand"), configured=False)
+    await it.start(definition("a"))
+    await it.until(lambda: it.state("hand") is State.ATTACHED)
+    assert sorted(it.names()) == ["a", "hand"]
+    await it.manager.detach("hand")
+    assert it.names() == ["a"]
 
 
-def test_what_was_bound_is_looked_after_before_the_configuration_is_read(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(definition("a"))
-        it.readable.clear()
-        starting = asyncio.create_task(it.start(definition("a", timeout=7), definition("b")))
-        await it.until(lambda: "a" in it.names() and it.state("a") is State.ATTACHED)
-        assert it.names() == ["a"]
-        it.readable.set()
-        await starting
-        assert it.names() == ["a", "b"]
-        # A definition that changed meanwhile is dealt with as by a reload: it holds from the next attach on.
-        assert it.manager.device("a").definition.timeout == 7
-        assert it.manager.device("a").status.timeout == 0
-
-    play(tmp_path, script)
+async def test_what_was_bound_is_looked_after_before_the_configuration_is_read(it: Desk) -> None:
+    it.was_bound(definition("a"))
+    it.readable.clear()
+    starting = asyncio.create_task(it.start(definition("a", timeout=7), definition("b")))
+    await it.until(lambda: "a" in it.names() and it.state("a") is State.ATTACHED)
+    assert it.names() == ["a"]
+    it.readable.set()
+    await starting
+    assert it.names() == ["a", "b"]
+    # A definition that changed meanwhile is dealt with as by a reload: it holds from the next attach on.
+    assert it.manager.device("a").definition.timeout == 7
+    assert it.manager.device("a").status.timeout == 0
 
 
-def test_a_vanished_device_is_failed_if_manual_and_attached_anew_if_boot(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(boot("a"))
-        it.was_bound(definition("b"))
-        it.spawner.bound.clear()
-        await it.start(boot("a"), definition("b"))
-        await it.until(lambda: it.state("a") is State.ATTACHED and it.state("b") is State.FAILED)
-
-    play(tmp_path, script)
+async def test_a_vanished_device_is_failed_if_manual_and_attached_anew_if_boot(it: Desk) -> None:
+    it.was_bound(boot("a"))
+    it.was_bound(definition("b"))
+    it.spawner.bound.clear()
+    await it.start(boot("a"), definition("b"))
+    await it.until(lambda: it.state("a") is State.ATTACHED and it.state("b") is State.FAILED)
 
 
-def test_an_export_that_is_attached_twice_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def script(it: Desk) -> None:
-        it.spawner.exports = {"a": "disk", "b": "disk"}
-        await it.start(definition("a"), definition("b"))
-        await it.manager.attach("a", {})
-        assert "is attached as" not in caplog.text
-        await it.manager.attach("b", {})
-        assert "b: nbd://storage.example/disk is attached as a too" in caplog.text
-
-    play(tmp_path, script)
+async def test_an_export_that_is_attached_twice_is_warned_of(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    it.spawner.exports = {"a": "disk", "b": "disk"}
+    await it.start(definition("a"), definition("b"))
+    await it.manager.attach("a", {})
+    assert "is attached as" not in caplog.text
+    await it.manager.attach("b", {})
+    assert "b: nbd://storage.example/disk is attached as a too" in caplog.text
 
 
-def test_an_export_of_two_lists_of_servers_is_warned_of_by_its_name(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_an_export_of_two_lists_of_servers_is_warned_of_by_its_name(
+    it: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared, other = URI.parse("nbd://two.example/disk"), URI.parse("nbd://one.example/disk")
-
-    async def script(it: Desk) -> None:
-        await it.start(replace(definition("a"), uri=(other, shared)), replace(definition("b"), uri=(shared,)))
-        await it.manager.attach("a", {})
-        await it.manager.attach("b", {})
-
-    play(tmp_path, script)
+    await it.start(replace(definition("a"), uri=(other, shared)), replace(definition("b"), uri=(shared,)))
+    await it.manager.attach("a", {})
+    await it.manager.attach("b", {})
     assert "b: nbd://two.example/disk is attached as a too; mount it through one of them only" in caplog.text
 
 
 # Names
 
 
-def test_a_name_that_is_none_is_told_apart_from_one_that_nobody_has(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(definition("a"))
-        for work in (it.manager.attach("b", {}), it.manager.detach("b"), it.manager.set_timeout("b", 1)):
-            assert isinstance(await refused(work), NoSuchDevice)
-        for name in ("", "a b", "a/b", "ä", "x" * 255, "-a", "a\n"):
-            assert isinstance(await refused(it.manager.attach(name, {})), InvalidArgs)
-
-    play(tmp_path, script)
+async def test_a_name_that_is_none_is_told_apart_from_one_that_nobody_has(it: Desk) -> None:
+    await it.start(definition("a"))
+    for work in (it.manager.attach("b", {}), it.manager.detach("b"), it.manager.set_timeout("b", 1)):
+        assert isinstance(await refused(work), NoSuchDevice)
+    for name in ("", "a b", "a/b", "ä", "x" * 255, "-a", "a\n"):
+        assert isinstance(await refused(it.manager.attach(name, {})), InvalidArgs)
 
 
-def test_options_of_an_attach_hold_for_this_attachment(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(definition("a"))
-        await it.manager.attach("a", {"timeout": 9})
-        assert it.manager.device("a").status.timeout == 9
-        await it.manager.detach("a")
-        assert isinstance(await refused(it.manager.attach("a", {"speed": 9})), InvalidArgs)
-        assert it.state("a") is State.DETACHED
-
-    play(tmp_path, script)
+async def test_options_of_an_attach_hold_for_this_attachment(it: Desk) -> None:
+    await it.start(definition("a"))
+    await it.manager.attach("a", {"timeout": 9})
+    assert it.manager.device("a").status.timeout == 9
+    await it.manager.detach("a")
+    assert isinstance(await refused(it.manager.attach("a", {"speed": 9})), InvalidArgs)
+    assert it.state("a") is State.DETACHED
 
 
 @pytest.mark.parametrize(
@@ -352,358 +296,281 @@ def test_options_of_an_attach_hold_for_this_attachment(tmp_path: Path) -> None:
         ("nbd://host/" + "x" * 200, "x" * 56),
     ],
 )
-def test_a_device_without_a_name_is_called_by_its_export_or_host(tmp_path: Path, uri: str, name: str) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        assert (await it.manager.attach_uri(uri, {})).name == name
-        assert (await it.manager.attach_uri(uri, {})).name == f"{name}-2"
-        assert (await it.manager.attach_uri(uri, {})).name == f"{name}-3"
-
-    play(tmp_path, script)
+async def test_a_device_without_a_name_is_called_by_its_export_or_host(it: Desk, uri: str, name: str) -> None:
+    await it.start()
+    assert (await it.manager.attach_uri(uri, {})).name == name
+    assert (await it.manager.attach_uri(uri, {})).name == f"{name}-2"
+    assert (await it.manager.attach_uri(uri, {})).name == f"{name}-3"
 
 
-def test_the_name_of_another_device_is_refused(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(definition("a"))
-        uri = "nbd://host/x"
-        assert "name of a configured device" in str(await refused(it.manager.attach_uri(uri, {"name": "a"})))
-        await it.manager.attach_uri(uri, {"name": "b"})
-        assert isinstance(await refused(it.manager.attach_uri(uri, {"name": "b"})), AlreadyAttached)
-        assert isinstance(await refused(it.manager.attach_uri(uri, {"name": "a/b"})), InvalidArgs)
-        assert isinstance(await refused(it.manager.attach_uri(uri, {"name": 5})), InvalidArgs)
-        assert isinstance(await refused(it.manager.attach_uri("http://host/x", {})), InvalidURI)
-        assert it.names() == ["a", "b"]
-
-    play(tmp_path, script)
+async def test_the_name_of_another_device_is_refused(it: Desk) -> None:
+    await it.start(definition("a"))
+    uri = "nbd://host/x"
+    assert "name of a configured device" in str(await refused(it.manager.attach_uri(uri, {"name": "a"})))
+    await it.manager.attach_uri(uri, {"name": "b"})
+    assert isinstance(await refused(it.manager.attach_uri(uri, {"name": "b"})), AlreadyAttached)
+    assert isinstance(await refused(it.manager.attach_uri(uri, {"name": "a/b"})), InvalidArgs)
+    assert isinstance(await refused(it.manager.attach_uri(uri, {"name": 5})), InvalidArgs)
+    assert isinstance(await refused(it.manager.attach_uri("http://host/x", {})), InvalidURI)
+    assert it.names() == ["a", "b"]
 
 
-def test_defaults_hold_for_devices_attached_by_hand(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.defaults = {"timeout": 7, "dead-timeout": 8}
-        await it.start()
-        status = (await it.manager.attach_uri("nbd://host/x", {"timeout": 9})).status
-        assert (status.timeout, status.dead_timeout, status.configured) == (9, 8, False)
-
-    play(tmp_path, script)
+async def test_defaults_hold_for_devices_attached_by_hand(it: Desk) -> None:
+    it.defaults = {"timeout": 7, "dead-timeout": 8}
+    await it.start()
+    status = (await it.manager.attach_uri("nbd://host/x", {"timeout": 9})).status
+    assert (status.timeout, status.dead_timeout, status.configured) == (9, 8, False)
 
 
-def test_a_device_by_hand_that_can_not_be_attached_is_gone_again(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        it.spawner.outcomes["attach"] = [DOWN]
-        assert await refused(it.manager.attach_uri("nbd://host/x", {})) is DOWN
-        assert it.names() == []
-        assert it.news == [("added", "x"), ("removed", "x")]
-
-    play(tmp_path, script)
+async def test_a_device_by_hand_that_can_not_be_attached_is_gone_again(it: Desk) -> None:
+    await it.start()
+    it.spawner.outcomes["attach"] = [DOWN]
+    assert await refused(it.manager.attach_uri("nbd://host/x", {})) is DOWN
+    assert it.names() == []
+    assert it.news == [("added", "x"), ("removed", "x")]
 
 
-def test_a_device_by_hand_of_which_something_may_be_left_stays_until_it_is_detached(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        it.spawner.outcomes["attach"] = ["die late", DOWN]
-        it.spawner.mounted.add("x")
-        await refused(it.manager.attach_uri("nbd://host/x", {"name": "x"}))
-        assert it.state("x") is State.FAILED
-        assert isinstance(await refused(it.manager.attach_uri("nbd://host/x", {"name": "x"})), AlreadyAttached)
-        assert isinstance(await refused(it.manager.detach("x")), Busy)
-        it.spawner.mounted.clear()
-        await it.manager.detach("x")
-        assert it.names() == []
-        assert it.spawner.bound == {}
-
-    play(tmp_path, script)
+async def test_a_device_by_hand_of_which_something_may_be_left_stays_until_it_is_detached(it: Desk) -> None:
+    await it.start()
+    it.spawner.outcomes["attach"] = ["die late", DOWN]
+    it.spawner.mounted.add("x")
+    await refused(it.manager.attach_uri("nbd://host/x", {"name": "x"}))
+    assert it.state("x") is State.FAILED
+    assert isinstance(await refused(it.manager.attach_uri("nbd://host/x", {"name": "x"})), AlreadyAttached)
+    assert isinstance(await refused(it.manager.detach("x")), Busy)
+    it.spawner.mounted.clear()
+    await it.manager.detach("x")
+    assert it.names() == []
+    assert it.spawner.bound == {}
 
 
-def test_a_failed_device_by_hand_makes_room_for_the_next_of_its_name(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(definition("x"), configured=False)
-        it.spawner.bound.clear()
-        await it.start()
-        await it.until(lambda: it.state("x") is State.FAILED)
-        await it.manager.attach_uri("nbd://host/x", {"name": "x"})
-        assert it.state("x") is State.ATTACHED
-
-    play(tmp_path, script)
+async def test_a_failed_device_by_hand_makes_room_for_the_next_of_its_name(it: Desk) -> None:
+    it.was_bound(definition("x"), configured=False)
+    it.spawner.bound.clear()
+    await it.start()
+    await it.until(lambda: it.state("x") is State.FAILED)
+    await it.manager.attach_uri("nbd://host/x", {"name": "x"})
+    assert it.state("x") is State.ATTACHED
 
 
-def test_a_detach_during_an_attach_by_hand_removes_the_device_once(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        it.spawner.before["attach"] = asyncio.Event()
-        attach = asyncio.create_task(it.manager.attach_uri("nbd://host/x", {}))
-        await it.spawner.arrived["attach"].wait()
-        await it.manager.detach("x")
-        (outcome,) = await asyncio.gather(attach, return_exceptions=True)
-        assert isinstance(outcome, NotAttached)
-        assert it.news == [("added", "x"), ("removed", "x")]
-
-    play(tmp_path, script)
+async def test_a_detach_during_an_attach_by_hand_removes_the_device_once(it: Desk) -> None:
+    await it.start()
+    it.spawner.before["attach"] = asyncio.Event()
+    attach = asyncio.create_task(it.manager.attach_uri("nbd://host/x", {}))
+    await it.spawner.arrived["attach"].wait()
+    await it.manager.detach("x")
+    (outcome,) = await asyncio.gather(attach, return_exceptions=True)
+    assert isinstance(outcome, NotAttached)
+    assert it.news == [("added", "x"), ("removed", "x")]
 
 
-def test_there_is_an_end_to_devices_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_there_is_an_end_to_devices_by_hand(it: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbdd.manager.manager, "MAX_DEVICES", 2)
-
-    async def script(it: Desk) -> None:
-        await it.start(definition("a"))
-        for _ in range(2):
-            await it.manager.attach_uri("nbd://host/x", {})
-        assert isinstance(await refused(it.manager.attach_uri("nbd://host/x", {})), Busy)
-        assert it.names() == ["a", "x", "x-2"]
-
-    play(tmp_path, script)
+    await it.start(definition("a"))
+    for _ in range(2):
+        await it.manager.attach_uri("nbd://host/x", {})
+    assert isinstance(await refused(it.manager.attach_uri("nbd://host/x", {})), Busy)
+    assert it.names() == ["a", "x", "x-2"]
 
 
 # Exports
 
 
-def test_exports_are_listed_by_a_worker_that_ends_afterwards(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        assert await it.manager.list_exports("nbd://host") == [{"name": "one"}, {"name": "two"}]
-        it.spawner.outcomes["list-exports"] = [DOWN]
-        assert await refused(it.manager.list_exports("nbd://host")) is DOWN
-        assert isinstance(await refused(it.manager.list_exports("ftp://host")), InvalidURI)
-        assert it.spawner.living == []
-        assert len(it.spawner.workers) == 2
-
-    play(tmp_path, script)
+async def test_exports_are_listed_by_a_worker_that_ends_afterwards(it: Desk) -> None:
+    await it.start()
+    assert await it.manager.list_exports("nbd://host") == [{"name": "one"}, {"name": "two"}]
+    it.spawner.outcomes["list-exports"] = [DOWN]
+    assert await refused(it.manager.list_exports("nbd://host")) is DOWN
+    assert isinstance(await refused(it.manager.list_exports("ftp://host")), InvalidURI)
+    assert it.spawner.living == []
+    assert len(it.spawner.workers) == 2
 
 
 # Reload
 
 
-def test_reload_keeps_the_equal_adds_the_new_and_stops_the_leftovers(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(boot("same"), boot("other"), boot("left"), definition("idle"))
-        await it.until(lambda: len(it.spawner.bound) == 3 and it.state("left") is State.ATTACHED)
-        await it.until(lambda: it.state("other") is State.ATTACHED)
-        workers = {worker.name: worker for worker in it.spawner.workers}
-        changes = await it.reload(boot("same"), boot("other", timeout=3), boot("new"), definition("hand"))
-        assert changes == Changes(added=("new", "hand"), changed=("other",), removed=("left", "idle"))
-        assert it.names() == ["same", "other", "new", "hand"]
-        await it.until(lambda: it.state("new") is State.ATTACHED)
-        assert it.state("hand") is State.DETACHED
-        assert workers["same"] in it.spawner.living
-        assert workers["other"] in it.spawner.living, "what is attached stays so"
-        assert it.manager.device("other").status.timeout == 0
-        assert set(it.spawner.bound) == {"same", "other", "new"}
-        await it.manager.detach("other")
-        assert it.manager.device("other").status.timeout == 3
-
-    play(tmp_path, script)
+async def test_reload_keeps_the_equal_adds_the_new_and_stops_the_leftovers(it: Desk) -> None:
+    await it.start(boot("same"), boot("other"), boot("left"), definition("idle"))
+    await it.until(lambda: len(it.spawner.bound) == 3 and it.state("left") is State.ATTACHED)
+    await it.until(lambda: it.state("other") is State.ATTACHED)
+    workers = {worker.name: worker for worker in it.spawner.workers}
+    changes = await it.reload(boot("same"), boot("other", timeout=3), boot("new"), definition("hand"))
+    assert changes == Changes(added=("new", "hand"), changed=("other",), removed=("left", "idle"))
+    assert it.names() == ["same", "other", "new", "hand"]
+    await it.until(lambda: it.state("new") is State.ATTACHED)
+    assert it.state("hand") is State.DETACHED
+    assert workers["same"] in it.spawner.living
+    assert workers["other"] in it.spawner.living, "what is attached stays so"
+    assert it.manager.device("other").status.timeout == 0
+    assert set(it.spawner.bound) == {"same", "other", "new"}
+    await it.manager.detach("other")
+    assert it.manager.device("other").status.timeout == 3
 
 
-def test_reload_of_the_same_changes_nothing(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(boot("a"), definition("b"))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        await it.manager.detach("a")
-        news = list(it.news)
-        assert await it.reload(boot("a"), definition("b")) == Changes((), (), ())
-        assert it.state("a") is State.DETACHED, "what was detached by hand stays so"
-        assert it.news == news
-
-    play(tmp_path, script)
+async def test_reload_of_the_same_changes_nothing(it: Desk) -> None:
+    await it.start(boot("a"), definition("b"))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    await it.manager.detach("a")
+    news = list(it.news)
+    assert await it.reload(boot("a"), definition("b")) == Changes((), (), ())
+    assert it.state("a") is State.DETACHED, "what was detached by hand stays so"
+    assert it.news == news
 
 
-def test_reload_with_a_bad_file_changes_nothing(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.defaults = {"timeout": 7}
-        await it.start(boot("a"))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        before = it.manager.device("a").status
-        it.defaults = {"timeout": 8}
-        it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
-        assert isinstance(await refused(it.manager.reload()), InvalidConfig)
-        assert it.manager.device("a").status == before
-        assert it.names() == ["a"]
-        assert (await it.manager.attach_uri("nbd://host/x", {})).status.timeout == 7
-        assert (await it.reload(boot("a"))) == Changes((), (), ())
-
-    play(tmp_path, script)
+async def test_reload_with_a_bad_file_changes_nothing(it: Desk) -> None:
+    it.defaults = {"timeout": 7}
+    await it.start(boot("a"))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    before = it.manager.device("a").status
+    it.defaults = {"timeout": 8}
+    it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
+    assert isinstance(await refused(it.manager.reload()), InvalidConfig)
+    assert it.manager.device("a").status == before
+    assert it.names() == ["a"]
+    assert (await it.manager.attach_uri("nbd://host/x", {})).status.timeout == 7
+    assert (await it.reload(boot("a"))) == Changes((), (), ())
 
 
-def test_reload_leaves_a_leftover_to_those_who_use_it_and_the_last_one_to_go_removes_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_reload_leaves_a_leftover_to_those_who_use_it_and_the_last_one_to_go_removes_it(
+    it: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(boot("a"))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        it.spawner.used.add("a")
-        assert await it.reload() == Changes((), (), ("a",))
-        assert it.state("a") is State.ATTACHED
-        assert not it.manager.device("a").status.configured
-        assert await it.reload() == Changes((), (), ())
-        assert it.names() == ["a"]
-        it.spawner.used.clear()
-        await it.manager.detach("a")
-        assert it.names() == []
-
-    play(tmp_path, script)
+    await it.start(boot("a"))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    it.spawner.used.add("a")
+    assert await it.reload() == Changes((), (), ("a",))
+    assert it.state("a") is State.ATTACHED
+    assert not it.manager.device("a").status.configured
+    assert await it.reload() == Changes((), (), ())
+    assert it.names() == ["a"]
+    it.spawner.used.clear()
+    await it.manager.detach("a")
+    assert it.names() == []
     assert "a stays attached: /dev/nbd0 is mounted on /mnt." in caplog.text
 
 
-def test_reload_ends_a_leftover_that_still_tries_to_attach(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.spawner.outcomes["attach"] = [*[DOWN] * 1000]
-        await it.start(boot("a"))
-        await it.until(lambda: it.manager.device("a").status.last_error[0] != "")
-        await it.reload()
-        assert it.names() == []
-        assert it.spawner.living == []
-
-    play(tmp_path, script)
+async def test_reload_ends_a_leftover_that_still_tries_to_attach(it: Desk) -> None:
+    it.spawner.outcomes["attach"] = [*[DOWN] * 1000]
+    await it.start(boot("a"))
+    await it.until(lambda: it.manager.device("a").status.last_error[0] != "")
+    await it.reload()
+    assert it.names() == []
+    assert it.spawner.living == []
 
 
-def test_reload_gives_a_device_by_hand_its_definition(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        await it.manager.attach_uri("nbd://host/x", {"name": "x"})
-        assert await it.reload(boot("x", timeout=5)) == Changes(("x",), (), ())
-        assert it.state("x") is State.ATTACHED
-        assert it.manager.device("x").status.configured
-        assert it.records.load()[0].configured
-        await it.manager.detach("x")
-        assert it.names() == ["x"]
-        assert it.manager.device("x").status.timeout == 5
-
-    play(tmp_path, script)
+async def test_reload_gives_a_device_by_hand_its_definition(it: Desk) -> None:
+    await it.start()
+    await it.manager.attach_uri("nbd://host/x", {"name": "x"})
+    assert await it.reload(boot("x", timeout=5)) == Changes(("x",), (), ())
+    assert it.state("x") is State.ATTACHED
+    assert it.manager.device("x").status.configured
+    assert it.records.load()[0].configured
+    await it.manager.detach("x")
+    assert it.names() == ["x"]
+    assert it.manager.device("x").status.timeout == 5
 
 
-def test_reload_attaches_a_device_that_became_one_of_boot(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(definition("a"))
-        await it.reload(boot("a"))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-
-    play(tmp_path, script)
+async def test_reload_attaches_a_device_that_became_one_of_boot(it: Desk) -> None:
+    await it.start(definition("a"))
+    await it.reload(boot("a"))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
 
 
-def test_two_reloads_at_once_go_one_after_the_other(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        it.wanted = (boot("a"), boot("b"))
-        changes = await asyncio.gather(it.manager.reload(), it.manager.reload())
-        assert sorted(change.added for change in changes) == [(), ("a", "b")]
-
-    play(tmp_path, script)
+async def test_two_reloads_at_once_go_one_after_the_other(it: Desk) -> None:
+    await it.start()
+    it.wanted = (boot("a"), boot("b"))
+    changes = await asyncio.gather(it.manager.reload(), it.manager.reload())
+    assert sorted(change.added for change in changes) == [(), ("a", "b")]
 
 
-def test_reload_adds_ten_thousand_devices(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start()
-        changes = await it.reload(*(definition(f"disk{number}") for number in range(10_000)))
-        assert len(changes.added) == 10_000
-        assert len((await it.reload()).removed) == 10_000
-        assert it.names() == []
-
-    play(tmp_path, script)
+async def test_reload_adds_ten_thousand_devices(it: Desk) -> None:
+    await it.start()
+    changes = await it.reload(*(definition(f"disk{number}") for number in range(10_000)))
+    assert len(changes.added) == 10_000
+    assert len((await it.reload()).removed) == 10_000
+    assert it.names() == []
 
 
 # Stop
 
 
-def test_stop_without_detach_leaves_every_device_to_a_successor(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(boot("a"), boot("b"))
-        await it.until(lambda: all(it.state(name) is State.ATTACHED for name in "ab"))
-        assert await it.manager.stop(detach=False) == []
-        assert set(it.spawner.bound) == {"a", "b"}
-        assert len(it.records.load()) == 2
-        assert it.spawner.living == []
-
-    play(tmp_path, script)
+async def test_stop_without_detach_leaves_every_device_to_a_successor(it: Desk) -> None:
+    await it.start(boot("a"), boot("b"))
+    await it.until(lambda: all(it.state(name) is State.ATTACHED for name in "ab"))
+    assert await it.manager.stop(detach=False) == []
+    assert set(it.spawner.bound) == {"a", "b"}
+    assert len(it.records.load()) == 2
+    assert it.spawner.living == []
 
 
-def test_stop_with_detach_frees_what_is_idle_and_tells_what_it_left(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(boot("a"), boot("b"), definition("c"))
-        await it.until(lambda: all(it.state(name) is State.ATTACHED for name in "ab"))
-        it.spawner.used.add("b")
-        node = it.manager.device("b").status.node
-        assert await it.manager.stop(detach=True) == [f"b stays attached: {node} is mounted on /mnt."]
-        assert set(it.spawner.bound) == {"b"}
-        assert [record.definition.name for record in it.records.load()] == ["b"]
-        assert it.spawner.living == []
-
-    play(tmp_path, script)
+async def test_stop_with_detach_frees_what_is_idle_and_tells_what_it_left(it: Desk) -> None:
+    await it.start(boot("a"), boot("b"), definition("c"))
+    await it.until(lambda: all(it.state(name) is State.ATTACHED for name in "ab"))
+    it.spawner.used.add("b")
+    node = it.manager.device("b").status.node
+    assert await it.manager.stop(detach=True) == [f"b stays attached: {node} is mounted on /mnt."]
+    assert set(it.spawner.bound) == {"b"}
+    assert [record.definition.name for record in it.records.load()] == ["b"]
+    assert it.spawner.living == []
 
 
 @pytest.mark.parametrize("live", [0, 1])
-def test_stop_waits_for_the_users_of_a_device_without_a_server_and_for_no_others(
-    tmp_path: Path, live: int, monkeypatch: pytest.MonkeyPatch
+async def test_stop_waits_for_the_users_of_a_device_without_a_server_and_for_no_others(
+    it: Desk, live: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nbdd.manager.device, "MEND_INTERVAL", 0.01)
-
-    async def script(it: Desk) -> None:
-        await it.start(boot("a"), definition("idle"))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        if not live:
-            it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
-        await it.manager.hasten(30)
-        assert it.manager.device("a").status.dead_timeout == 30
-        it.spawner.outcomes["detach"] = [Busy("in use")] * 3
-        left = await it.manager.stop(detach=True, wait=60)
-        assert left == (["a stays attached: in use"] if live else [])
-        assert list(it.spawner.bound) == (["a"] if live else [])
-
-    play(tmp_path, script)
+    await it.start(boot("a"), definition("idle"))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    if not live:
+        it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
+    await it.manager.hasten(30)
+    assert it.manager.device("a").status.dead_timeout == 30
+    it.spawner.outcomes["detach"] = [Busy("in use")] * 3
+    left = await it.manager.stop(detach=True, wait=60)
+    assert left == (["a stays attached: in use"] if live else [])
+    assert list(it.spawner.bound) == (["a"] if live else [])
 
 
-def test_stop_with_detach_right_after_the_start_frees_nothing_that_is_in_use(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(boot("a"))
-        it.was_bound(boot("gone"))
-        it.spawner.used |= {"a", "gone"}
-        await it.start(boot("a"))
-        await it.manager.stop(detach=True)
-        assert set(it.spawner.bound) == {"a", "gone"}
-        assert len(it.records.load()) == 2
-
-    play(tmp_path, script)
+async def test_stop_with_detach_right_after_the_start_frees_nothing_that_is_in_use(it: Desk) -> None:
+    it.was_bound(boot("a"))
+    it.was_bound(boot("gone"))
+    it.spawner.used |= {"a", "gone"}
+    await it.start(boot("a"))
+    await it.manager.stop(detach=True)
+    assert set(it.spawner.bound) == {"a", "gone"}
+    assert len(it.records.load()) == 2
 
 
-def test_stop_ends_what_the_start_left_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def script(it: Desk) -> None:
-        it.was_bound(boot("gone"))
-        it.spawner.before["detach"] = asyncio.Event()
-        await it.start()
-        await it.spawner.arrived["detach"].wait()
-        await it.manager.stop(detach=False)
-        assert set(it.spawner.bound) == {"gone"}
-        assert len(it.records.load()) == 1
-        assert it.spawner.living == []
-
-    play(tmp_path, script)
+async def test_stop_ends_what_the_start_left_to_do(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    it.was_bound(boot("gone"))
+    it.spawner.before["detach"] = asyncio.Event()
+    await it.start()
+    await it.spawner.arrived["detach"].wait()
+    await it.manager.stop(detach=False)
+    assert set(it.spawner.bound) == {"gone"}
+    assert len(it.records.load()) == 1
+    assert it.spawner.living == []
     assert "stays attached" not in caplog.text
 
 
-def test_stop_ends_attempts_and_tells_those_who_wait(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        it.spawner.before["attach"] = asyncio.Event()
-        await it.start(definition("a"))
-        attach = asyncio.create_task(it.manager.attach("a", {}))
-        await it.spawner.arrived["attach"].wait()
-        await it.manager.stop(detach=False)
-        (outcome,) = await asyncio.gather(attach, return_exceptions=True)
-        assert "stopping" in str(outcome)
-        assert it.spawner.living == []
-
-    play(tmp_path, script)
+async def test_stop_ends_attempts_and_tells_those_who_wait(it: Desk) -> None:
+    it.spawner.before["attach"] = asyncio.Event()
+    await it.start(definition("a"))
+    attach = asyncio.create_task(it.manager.attach("a", {}))
+    await it.spawner.arrived["attach"].wait()
+    await it.manager.stop(detach=False)
+    (outcome,) = await asyncio.gather(attach, return_exceptions=True)
+    assert "stopping" in str(outcome)
+    assert it.spawner.living == []
 
 
-def test_a_stop_that_takes_too_long_can_be_cut_short(tmp_path: Path) -> None:
-    async def script(it: Desk) -> None:
-        await it.start(boot("a"))
-        await it.until(lambda: it.state("a") is State.ATTACHED)
-        it.spawner.before["detach"] = asyncio.Event()
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.05):
-                await it.manager.stop(detach=True)
-        await it.manager.stop(detach=False)
-        assert set(it.spawner.bound) == {"a"}
-        assert len(it.records.load()) == 1
-        assert it.spawner.living == []
-
-    play(tmp_path, script)
+async def test_a_stop_that_takes_too_long_can_be_cut_short(it: Desk) -> None:
+    await it.start(boot("a"))
+    await it.until(lambda: it.state("a") is State.ATTACHED)
+    it.spawner.before["detach"] = asyncio.Event()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await it.manager.stop(detach=True)
+    await it.manager.stop(detach=False)
+    assert set(it.spawner.bound) == {"a"}
+    assert len(it.records.load()) == 1
+    assert it.spawner.living == []

@@ -10,9 +10,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -41,16 +40,9 @@ async def supervised() -> AsyncIterator[Supervisor]:
         await supervisor.close()
 
 
-def play(script: Callable[[Supervisor], Coroutine[Any, Any, None]]) -> None:
-    """Run a script with a supervisor, and see that nothing is left of either."""
-
-    async def whole() -> None:
-        async with supervised() as supervisor:
-            await script(supervisor)
-
-    before = open_fds()
-    run(whole())
-    assert open_fds() == before
+@pytest.fixture
+def supervisor() -> contextlib.AbstractAsyncContextManager[Supervisor]:
+    return supervised()
 
 
 def children(pid: int) -> list[int]:
@@ -127,200 +119,158 @@ MakePuppet = Callable[..., contextlib.AbstractAsyncContextManager[Puppet]]
 # Life
 
 
-def test_a_worker_answers_and_is_a_child_of_the_fork_server() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        assert await worker.request("ping", deadline=SECONDS) == {}
-        assert children(supervisor.server_pid) == [worker.pid]
-        assert title(worker.pid) == "nbdd:disk"
-
-    play(script)
+async def test_a_worker_answers_and_is_a_child_of_the_fork_server(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    assert await worker.request("ping", deadline=SECONDS) == {}
+    assert children(supervisor.server_pid) == [worker.pid]
+    assert title(worker.pid) == "nbdd:disk"
 
 
-def test_a_worker_has_no_descriptor_but_its_channel() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        for name in ("one", "two", "three"):
-            worker = await supervisor.spawn(name, unheard)
-            await worker.request("ping", deadline=SECONDS)
-            links = [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{worker.pid}/fd")]
-            assert len([link for link in links if link.startswith("socket:")]) <= 1 + _std_sockets()
-            # The standard three, the channel, and the pipe by which the fork server sees its end.
-            assert descriptors(worker.pid) == 5
-
-    play(script)
+async def test_a_worker_has_no_descriptor_but_its_channel(supervisor: Supervisor) -> None:
+    for name in ("one", "two", "three"):
+        worker = await supervisor.spawn(name, unheard)
+        await worker.request("ping", deadline=SECONDS)
+        links = [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{worker.pid}/fd")]
+        assert len([link for link in links if link.startswith("socket:")]) <= 1 + _std_sockets()
+        # The standard three, the channel, and the pipe by which the fork server sees its end.
+        assert descriptors(worker.pid) == 5
 
 
 def _std_sockets() -> int:
     return sum(os.readlink(f"/proc/self/fd/{fd}").startswith("socket:") for fd in range(3))
 
 
-def test_workers_answer_in_any_order_and_each_its_own() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        workers = await asyncio.gather(*(supervisor.spawn(f"disk{number}", unheard) for number in range(20)))
-        assert len({worker.pid for worker in workers}) == 20
-        await asyncio.gather(*(worker.request("ping", deadline=SECONDS) for worker in workers for _ in range(20)))
-
-    play(script)
+async def test_workers_answer_in_any_order_and_each_its_own(supervisor: Supervisor) -> None:
+    workers = await asyncio.gather(*(supervisor.spawn(f"disk{number}", unheard) for number in range(20)))
+    assert len({worker.pid for worker in workers}) == 20
+    await asyncio.gather(*(worker.request("ping", deadline=SECONDS) for worker in workers for _ in range(20)))
 
 
-def test_a_worker_tells_what_it_found_before_it_replies() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        told: list[Message] = []
-        with Server(offers({b"one": 1, b"two": 2})) as server:
-            worker = await supervisor.spawn("exports", lambda message, _fds: told.append(message))
-            await worker.request("list-exports", deadline=SECONDS, uri=str(server.uri()))
-        assert [export["name"] for message in told for export in message["exports"]] == ["one", "two"]
-
-    play(script)
+async def test_a_worker_tells_what_it_found_before_it_replies(supervisor: Supervisor) -> None:
+    told: list[Message] = []
+    with Server(offers({b"one": 1, b"two": 2})) as server:
+        worker = await supervisor.spawn("exports", lambda message, _fds: told.append(message))
+        await worker.request("list-exports", deadline=SECONDS, uri=str(server.uri()))
+    assert [export["name"] for message in told for export in message["exports"]] == ["one", "two"]
 
 
-def test_the_error_that_a_worker_meets_is_raised_by_its_class_and_the_worker_lives() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        with Server(offers({})) as server:
-            gone = str(server.uri())
-        worker = await supervisor.spawn("exports", unheard)
-        with pytest.raises(ConnectFailed, match="nothing listens"):
-            await worker.request("list-exports", deadline=SECONDS, uri=gone)
-        with pytest.raises(NbddError, match="no order 'dance'"):
-            await worker.request("dance", deadline=SECONDS)
-        await worker.request("ping", deadline=SECONDS)
-
-    play(script)
+async def test_the_error_that_a_worker_meets_is_raised_by_its_class_and_the_worker_lives(
+    supervisor: Supervisor,
+) -> None:
+    with Server(offers({})) as server:
+        gone = str(server.uri())
+    worker = await supervisor.spawn("exports", unheard)
+    with pytest.raises(ConnectFailed, match="nothing listens"):
+        await worker.request("list-exports", deadline=SECONDS, uri=gone)
+    with pytest.raises(NbddError, match="no order 'dance'"):
+        await worker.request("dance", deadline=SECONDS)
+    await worker.request("ping", deadline=SECONDS)
 
 
 # Ends
 
 
-def test_a_worker_that_is_killed_ended_by_that_signal() -> None:
-    async def script(supervisor: Supervisor) -> None:
+async def test_a_worker_that_is_killed_ended_by_that_signal(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM):
         worker = await supervisor.spawn("disk", unheard)
-        for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM):
-            worker = await supervisor.spawn("disk", unheard)
-            os.kill(worker.pid, number)
-            assert await worker.ended == Ending(How.SIGNAL, number)
-            assert str(worker.ended.result()) == f"was killed by {number.name}"
-
-    play(script)
+        os.kill(worker.pid, number)
+        assert await worker.ended == Ending(How.SIGNAL, number)
+        assert str(worker.ended.result()) == f"was killed by {number.name}"
 
 
-def test_a_worker_that_exits_ended_with_its_code() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        for _ in range(20):
-            worker = await supervisor.spawn("disk", unheard)
-            worker._channel._sock.shutdown(socket.SHUT_WR)
-            assert await worker.ended == Ending(How.EXIT, 0)
-
-    play(script)
-
-
-def test_a_worker_that_fails_says_so_by_its_code() -> None:
-    async def script(supervisor: Supervisor) -> None:
+async def test_a_worker_that_exits_ended_with_its_code(supervisor: Supervisor) -> None:
+    for _ in range(20):
         worker = await supervisor.spawn("disk", unheard)
-        worker._channel._sock.send(b"rubbish\n")
-        assert await worker.ended == Ending(How.EXIT, 1)
-        assert str(worker.ended.result()) == "exited with code 1"
-
-    play(script)
+        worker._channel._sock.shutdown(socket.SHUT_WR)
+        assert await worker.ended == Ending(How.EXIT, 0)
 
 
-def test_an_order_to_a_dead_worker_fails_at_once_and_one_under_way_when_it_dies() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        stop(worker.pid)
-        order = asyncio.create_task(worker.request("ping", deadline=SECONDS))
-        await asyncio.sleep(0)
-        os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(WorkerFailed, match="'disk' was killed by SIGKILL"):
-            await order
-        with pytest.raises(WorkerFailed, match="'disk' was killed by SIGKILL"):
-            await worker.request("ping", deadline=SECONDS)
-
-    play(script)
+async def test_a_worker_that_fails_says_so_by_its_code(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    worker._channel._sock.send(b"rubbish\n")
+    assert await worker.ended == Ending(How.EXIT, 1)
+    assert str(worker.ended.result()) == "exited with code 1"
 
 
-def test_an_order_that_takes_too_long_ends_a_worker_that_hangs() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        stop(worker.pid)
-        with pytest.raises(WorkerFailed, match=r"did not finish 'ping' in 0\.05 s"):
-            await worker.request("ping", deadline=0.05)
-        assert (await worker.ended).how is How.HANG
+async def test_an_order_to_a_dead_worker_fails_at_once_and_one_under_way_when_it_dies(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    stop(worker.pid)
+    order = asyncio.create_task(worker.request("ping", deadline=SECONDS))
+    await asyncio.sleep(0)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerFailed, match="'disk' was killed by SIGKILL"):
+        await order
+    with pytest.raises(WorkerFailed, match="'disk' was killed by SIGKILL"):
+        await worker.request("ping", deadline=SECONDS)
 
-    play(script)
+
+async def test_an_order_that_takes_too_long_ends_a_worker_that_hangs(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    stop(worker.pid)
+    with pytest.raises(WorkerFailed, match=r"did not finish 'ping' in 0\.05 s"):
+        await worker.request("ping", deadline=0.05)
+    assert (await worker.ended).how is How.HANG
 
 
-def test_an_idle_worker_that_hangs_is_found_and_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_worker_that_hangs_is_found_and_killed(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "PING_INTERVAL", 0.02)
     monkeypatch.setattr(nbdd.manager.supervisor, "PING_DEADLINE", 0.2)
-
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        stop(worker.pid)
-        ending = await worker.ended
-        assert ending.how is How.HANG
-        assert str(ending) == "did not answer and was killed"
-        assert children(supervisor.server_pid) == []
-
-    play(script)
+    worker = await supervisor.spawn("disk", unheard)
+    stop(worker.pid)
+    ending = await worker.ended
+    assert ending.how is How.HANG
+    assert str(ending) == "did not answer and was killed"
+    assert children(supervisor.server_pid) == []
 
 
-def test_an_idle_worker_that_answers_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_worker_that_answers_is_left_alone(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "PING_INTERVAL", 0.001)
+    worker = await supervisor.spawn("disk", unheard)
+    pinged = asyncio.Event()
+    handle = worker._handle
 
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        pinged = asyncio.Event()
-        handle = worker._handle
+    def count(message: Message, fds: list[int]) -> None:
+        if message.get("id", 0) >= 20:
+            pinged.set()
+        handle(message, fds)
 
-        def count(message: Message, fds: list[int]) -> None:
-            if message.get("id", 0) >= 20:
-                pinged.set()
-            handle(message, fds)
-
-        monkeypatch.setattr(worker, "_handle", count)
-        await pinged.wait()
-        assert not worker.ended.done()
-
-    play(script)
+    monkeypatch.setattr(worker, "_handle", count)
+    await pinged.wait()
+    assert not worker.ended.done()
 
 
-def test_a_worker_that_takes_no_more_orders_hangs() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        stop(worker.pid)
-        orders = [asyncio.create_task(worker.request("x" * 50_000, deadline=SECONDS)) for _ in range(20)]
-        assert (await worker.ended).how is How.HANG
-        assert all(isinstance(error, WorkerFailed) for error in await asyncio.gather(*orders, return_exceptions=True))
-
-    play(script)
+async def test_a_worker_that_takes_no_more_orders_hangs(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    stop(worker.pid)
+    orders = [asyncio.create_task(worker.request("x" * 50_000, deadline=SECONDS)) for _ in range(20)]
+    assert (await worker.ended).how is How.HANG
+    assert all(isinstance(error, WorkerFailed) for error in await asyncio.gather(*orders, return_exceptions=True))
 
 
-def test_a_process_that_does_not_die_is_waited_for_so_long_and_no_longer(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_process_that_does_not_die_is_waited_for_so_long_and_no_longer(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "KILL_DEADLINE", 0.05)
-
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        stop(supervisor.server_pid)  # nobody tells that it ended
-        assert (await worker.close()).how is How.HANG
-        os.kill(supervisor.server_pid, signal.SIGCONT)
-        other = await supervisor.spawn("disk", unheard)
-        await other.request("ping", deadline=SECONDS)
-
-    play(script)
+    worker = await supervisor.spawn("disk", unheard)
+    stop(supervisor.server_pid)  # nobody tells that it ended
+    assert (await worker.close()).how is How.HANG
+    os.kill(supervisor.server_pid, signal.SIGCONT)
+    other = await supervisor.spawn("disk", unheard)
+    await other.request("ping", deadline=SECONDS)
     assert "does not die" in caplog.text
 
 
-def test_close_is_for_any_number_of_callers_and_any_time() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        endings = await asyncio.gather(worker.close(), worker.close())
-        assert set(endings) == {Ending(How.SIGNAL, signal.SIGKILL)}
-        assert await worker.close() == endings[0]
-        worker.kill()
-
-    play(script)
+async def test_close_is_for_any_number_of_callers_and_any_time(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    endings = await asyncio.gather(worker.close(), worker.close())
+    assert set(endings) == {Ending(How.SIGNAL, signal.SIGKILL)}
+    assert await worker.close() == endings[0]
+    worker.kill()
 
 
 # What a worker may say
@@ -339,84 +289,73 @@ def test_close_is_for_any_number_of_callers_and_any_time() -> None:
         b"\x00" * 100 + b"\n",
     ],
 )
-def test_a_worker_that_says_rubbish_is_ended_and_the_others_live(puppet: MakePuppet, rubbish: bytes) -> None:
+async def test_a_worker_that_says_rubbish_is_ended_and_the_others_live(
+    supervisor: Supervisor, puppet: MakePuppet, rubbish: bytes
+) -> None:
     def on_event(message: Message, fds: list[int]) -> None:
         assert fds == []
         list(message["exports"])
 
-    async def script(supervisor: Supervisor) -> None:
-        other = await supervisor.spawn("other", unheard)
-        async with puppet(supervisor, on_event) as bad:
-            order = asyncio.create_task(bad.worker.request("ping", deadline=SECONDS))
-            await bad.hear()
-            bad.sock.sendall(rubbish)
-            assert await bad.worker.ended == Ending(How.SIGNAL, signal.SIGKILL)
-            with pytest.raises(WorkerFailed):
-                await order
-        await other.request("ping", deadline=SECONDS)
-
-    play(script)
+    other = await supervisor.spawn("other", unheard)
+    async with puppet(supervisor, on_event) as bad:
+        order = asyncio.create_task(bad.worker.request("ping", deadline=SECONDS))
+        await bad.hear()
+        bad.sock.sendall(rubbish)
+        assert await bad.worker.ended == Ending(How.SIGNAL, signal.SIGKILL)
+        with pytest.raises(WorkerFailed):
+            await order
+    await other.request("ping", deadline=SECONDS)
 
 
-def test_a_worker_that_does_not_stop_talking_is_ended_and_the_loop_turns_meanwhile(
-    puppet: MakePuppet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_worker_that_does_not_stop_talking_is_ended_and_the_loop_turns_meanwhile(
+    supervisor: Supervisor, puppet: MakePuppet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "MAX_MESSAGES", 200_000)
+    other = await supervisor.spawn("other", unheard)
+    async with puppet(supervisor, lambda _message, _fds: None) as bad:
 
-    async def script(supervisor: Supervisor) -> None:
-        other = await supervisor.spawn("other", unheard)
-        async with puppet(supervisor, lambda _message, _fds: None) as bad:
+        def flood() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    bad.sock.sendall(b'{"event":"x"}\n' * 1000)
 
-            def flood() -> None:
-                with contextlib.suppress(OSError):
-                    while True:
-                        bad.sock.sendall(b'{"event":"x"}\n' * 1000)
-
-            flooding = asyncio.create_task(asyncio.to_thread(flood))
-            turns = 0
-            while not bad.worker.ended.done():
-                await other.request("ping", deadline=SECONDS)
-                turns += 1
-            assert turns > 1
-            assert (await bad.worker.ended).how is How.HANG
-            await flooding
-
-    play(script)
+        flooding = asyncio.create_task(asyncio.to_thread(flood))
+        turns = 0
+        while not bad.worker.ended.done():
+            await other.request("ping", deadline=SECONDS)
+            turns += 1
+        assert turns > 1
+        assert (await bad.worker.ended).how is How.HANG
+        await flooding
     assert "does not stop talking" in caplog.text
 
 
-def test_one_worker_has_the_loop_for_a_few_messages_only(puppet: MakePuppet) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        heard: list[int] = []
+async def test_one_worker_has_the_loop_for_a_few_messages_only(supervisor: Supervisor, puppet: MakePuppet) -> None:
+    heard: list[int] = []
 
-        def on_event(message: Message, fds: list[int]) -> None:
-            heard.append(message["n"])
-            os.close(fds[0])
+    def on_event(message: Message, fds: list[int]) -> None:
+        heard.append(message["n"])
+        os.close(fds[0])
 
-        async with puppet(supervisor, on_event) as it:
-            for number in range(50):
-                it.say({"event": "x", "n": number}, (0,))  # with a descriptor: a read of its own
-            it.worker._readable(reads=3)
-            assert heard == [0, 1, 2]
-            it.worker._readable(reads=100)
-            assert heard == list(range(50))
-
-    play(script)
+    async with puppet(supervisor, on_event) as it:
+        for number in range(50):
+            it.say({"event": "x", "n": number}, (0,))  # with a descriptor: a read of its own
+        it.worker._readable(reads=3)
+        assert heard == [0, 1, 2]
+        it.worker._readable(reads=100)
+        assert heard == list(range(50))
 
 
-def test_a_reply_that_nobody_asked_for_is_passed_over(puppet: MakePuppet) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        async with puppet(supervisor) as it:
-            order = asyncio.create_task(it.worker.request("ping", deadline=SECONDS))
-            message, _ = await it.hear()
-            it.say({"id": 999}, (0,))
-            it.say({"id": "x"}, (0,))
-            it.say({}, (0,))
-            it.say({"id": message["id"], "answer": 42})
-            assert (await order)["answer"] == 42
-            it.say({"id": message["id"], "again": True}, (0,))
-
-    play(script)
+async def test_a_reply_that_nobody_asked_for_is_passed_over(supervisor: Supervisor, puppet: MakePuppet) -> None:
+    async with puppet(supervisor) as it:
+        order = asyncio.create_task(it.worker.request("ping", deadline=SECONDS))
+        message, _ = await it.hear()
+        it.say({"id": 999}, (0,))
+        it.say({"id": "x"}, (0,))
+        it.say({}, (0,))
+        it.say({"id": message["id"], "answer": 42})
+        assert (await order)["answer"] == 42
+        it.say({"id": message["id"], "again": True}, (0,))
 
 
 @pytest.mark.parametrize(
@@ -428,96 +367,85 @@ def test_a_reply_that_nobody_asked_for_is_passed_over(puppet: MakePuppet) -> Non
         ({"error": "OSError"}, NbddError),
     ],
 )
-def test_an_error_of_a_worker_is_of_our_tree_whatever_it_says(
-    puppet: MakePuppet, wire: Message, kind: type[NbddError]
+async def test_an_error_of_a_worker_is_of_our_tree_whatever_it_says(
+    supervisor: Supervisor, puppet: MakePuppet, wire: Message, kind: type[NbddError]
 ) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        async with puppet(supervisor) as it:
-            order = asyncio.create_task(it.worker.request("ping", deadline=SECONDS))
-            message, _ = await it.hear()
-            it.say({"id": message["id"], **wire}, (0,))
-            with pytest.raises(NbddError) as caught:
-                await order
-            assert type(caught.value) is kind
-
-    play(script)
+    async with puppet(supervisor) as it:
+        order = asyncio.create_task(it.worker.request("ping", deadline=SECONDS))
+        message, _ = await it.hear()
+        it.say({"id": message["id"], **wire}, (0,))
+        with pytest.raises(NbddError) as caught:
+            await order
+        assert type(caught.value) is kind
 
 
-def test_descriptors_go_both_ways(puppet: MakePuppet) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        heard: list[int] = []
-        async with puppet(supervisor, lambda _message, fds: heard.extend(fds)) as it:
-            read, write = os.pipe()
-            order = asyncio.create_task(it.worker.request_fds("adopt", deadline=SECONDS, fds=(write,)))
-            message, fds = await it.hear()
-            assert "fds" not in message
-            it.say({"event": "links"}, (fds[0],))
-            it.say({"id": message["id"]}, (fds[0], fds[0]))
-            reply, back = await order
-            assert reply == {}
-            os.write(back[1], b"there and back")
-            os.write(heard[0], b", told")
-            assert os.read(read, 99) == b"there and back, told"
-            for fd in [read, write, *fds, *back, *heard]:
-                os.close(fd)
-
-    play(script)
+async def test_descriptors_go_both_ways(supervisor: Supervisor, puppet: MakePuppet) -> None:
+    heard: list[int] = []
+    async with puppet(supervisor, lambda _message, fds: heard.extend(fds)) as it:
+        read, write = os.pipe()
+        order = asyncio.create_task(it.worker.request_fds("adopt", deadline=SECONDS, fds=(write,)))
+        message, fds = await it.hear()
+        assert "fds" not in message
+        it.say({"event": "links"}, (fds[0],))
+        it.say({"id": message["id"]}, (fds[0], fds[0]))
+        reply, back = await order
+        assert reply == {}
+        os.write(back[1], b"there and back")
+        os.write(heard[0], b", told")
+        assert os.read(read, 99) == b"there and back, told"
+        for fd in [read, write, *fds, *back, *heard]:
+            os.close(fd)
 
 
-def test_descriptors_of_a_reply_are_closed_if_whoever_asked_is_cancelled_just_then(puppet: MakePuppet) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        async with puppet(supervisor) as it:
-            order = asyncio.create_task(it.worker.request_fds("adopt", deadline=SECONDS))
-            message, _ = await it.hear()
-            it.say({"id": message["id"]}, (0, 0))
-            # As if both happened in one turn of the loop.
-            it.worker._readable()
-            order.cancel()
-            await asyncio.wait({order})
-            assert order.cancelled()
+async def test_descriptors_of_a_reply_are_closed_if_whoever_asked_is_cancelled_just_then(
+    supervisor: Supervisor, puppet: MakePuppet
+) -> None:
+    async with puppet(supervisor) as it:
+        order = asyncio.create_task(it.worker.request_fds("adopt", deadline=SECONDS))
+        message, _ = await it.hear()
+        it.say({"id": message["id"]}, (0, 0))
+        # As if both happened in one turn of the loop.
+        it.worker._readable()
+        order.cancel()
+        await asyncio.wait({order})
+        assert order.cancelled()
 
-    play(script)
 
-
-def test_the_last_words_of_a_worker_are_heard(puppet: MakePuppet) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        heard: list[Message] = []
-        async with puppet(supervisor, lambda message, _fds: heard.append(message)) as it:
-            for number in range(100):
-                it.say({"event": "x", "n": number})
-            it.worker.kill()
-            await it.worker.ended
-        assert [message["n"] for message in heard] == list(range(100))
-
-    play(script)
+async def test_the_last_words_of_a_worker_are_heard(supervisor: Supervisor, puppet: MakePuppet) -> None:
+    heard: list[Message] = []
+    async with puppet(supervisor, lambda message, _fds: heard.append(message)) as it:
+        for number in range(100):
+            it.say({"event": "x", "n": number})
+        it.worker.kill()
+        await it.worker.ended
+    assert [message["n"] for message in heard] == list(range(100))
 
 
 # The fork server
 
 
-def test_when_the_fork_server_is_killed_its_workers_are_orphaned_and_the_next_spawn_works() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        for _ in range(3):
-            first = supervisor.server_pid
-            workers = [await supervisor.spawn("disk", unheard) for _ in range(3)]
-            stop(workers[0].pid)
-            order = asyncio.create_task(workers[0].request("ping", deadline=SECONDS))
-            await asyncio.sleep(0)
-            os.kill(first, signal.SIGKILL)
-            assert {(await worker.ended).how for worker in workers} == {How.ORPHANED}
-            with pytest.raises(WorkerFailed, match="lost its fork server"):
-                await order
-            worker = await supervisor.spawn("disk", unheard)
-            await worker.request("ping", deadline=SECONDS)
-            assert supervisor.server_pid != first
-            assert children(supervisor.server_pid) == [worker.pid]
-            await worker.close()
+async def test_when_the_fork_server_is_killed_its_workers_are_orphaned_and_the_next_spawn_works(
+    supervisor: Supervisor,
+) -> None:
+    for _ in range(3):
+        first = supervisor.server_pid
+        workers = [await supervisor.spawn("disk", unheard) for _ in range(3)]
+        stop(workers[0].pid)
+        order = asyncio.create_task(workers[0].request("ping", deadline=SECONDS))
+        await asyncio.sleep(0)
+        os.kill(first, signal.SIGKILL)
+        assert {(await worker.ended).how for worker in workers} == {How.ORPHANED}
+        with pytest.raises(WorkerFailed, match="lost its fork server"):
+            await order
+        worker = await supervisor.spawn("disk", unheard)
+        await worker.request("ping", deadline=SECONDS)
+        assert supervisor.server_pid != first
+        assert children(supervisor.server_pid) == [worker.pid]
+        await worker.close()
 
-    play(script)
 
-
-def test_the_end_of_the_fork_server_is_seen_even_if_somebody_still_holds_its_channel(
-    monkeypatch: pytest.MonkeyPatch,
+async def test_the_end_of_the_fork_server_is_seen_even_if_somebody_still_holds_its_channel(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Channel.pair
     held: list[socket.socket] = []
@@ -527,167 +455,139 @@ def test_the_end_of_the_fork_server_is_seen_even_if_somebody_still_holds_its_cha
         held.append(theirs.dup())
         return ours, theirs
 
-    async def script(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    os.kill(supervisor.server_pid, signal.SIGKILL)
+    await worker.ended
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "pair", staticmethod(tapped))
         worker = await supervisor.spawn("disk", unheard)
-        os.kill(supervisor.server_pid, signal.SIGKILL)
-        await worker.ended
-        with monkeypatch.context() as patch:
-            patch.setattr(Channel, "pair", staticmethod(tapped))
-            worker = await supervisor.spawn("disk", unheard)
-        os.kill(supervisor.server_pid, signal.SIGKILL)
-        assert (await worker.ended).how is How.ORPHANED
-        for sock in held:
-            sock.close()
-
-    play(script)
+    os.kill(supervisor.server_pid, signal.SIGKILL)
+    assert (await worker.ended).how is How.ORPHANED
+    for sock in held:
+        sock.close()
 
 
-def test_a_spawn_under_which_the_fork_server_dies_fails_and_the_next_works() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        stop(supervisor.server_pid)
-        spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
-        await asyncio.sleep(0)
-        os.kill(supervisor.server_pid, signal.SIGKILL)
-        with pytest.raises(WorkerFailed):
-            await spawning
-        await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
-
-    play(script)
+async def test_a_spawn_under_which_the_fork_server_dies_fails_and_the_next_works(supervisor: Supervisor) -> None:
+    stop(supervisor.server_pid)
+    spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
+    await asyncio.sleep(0)
+    os.kill(supervisor.server_pid, signal.SIGKILL)
+    with pytest.raises(WorkerFailed):
+        await spawning
+    await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
 
 
-def test_a_fork_server_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        stop(supervisor.server_pid)
-        with monkeypatch.context() as patch:
-            patch.setattr(nbdd.manager.supervisor, "SPAWN_DEADLINE", 0.05)
-            with pytest.raises(WorkerFailed, match="'disk': the fork server does not answer"):
-                await supervisor.spawn("disk", unheard)
-        assert (await worker.ended).how is How.ORPHANED
-        await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
-
-    play(script)
-
-
-def test_a_fork_server_that_is_gone_ends_its_idle_workers_itself() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        pidfd = os.pidfd_open(worker.pid)
-        gone = asyncio.Event()
-        asyncio.get_running_loop().add_reader(pidfd, gone.set)
-        os.kill(supervisor.server_pid, signal.SIGKILL)
-        await gone.wait()
-        asyncio.get_running_loop().remove_reader(pidfd)
-        os.close(pidfd)
-        await worker.ended
-
-    play(script)
-
-
-def test_a_worker_that_dies_before_anybody_saw_it_is_an_ending_and_hurts_no_other() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        other = await supervisor.spawn("other", unheard)
-        server = supervisor.server_pid
-        stop(server)
-        spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
-        await asyncio.sleep(0)
-        # The loop stands until the worker was born, has died, and was reaped.
-        os.kill(server, signal.SIGCONT)
-        while len(born := children(server)) < 2:
-            os.sched_yield()
-        os.kill(max(born), signal.SIGKILL)
-        while len(children(server)) > 1:
-            os.sched_yield()
-        worker = await spawning
-        assert await worker.ended == Ending(How.SIGNAL, signal.SIGKILL)
-        assert supervisor.server_pid == server
-        await other.request("ping", deadline=SECONDS)
-
-    play(script)
-
-
-def test_a_fork_that_is_refused_is_told_and_the_fork_server_goes_on() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        stop(supervisor.server_pid)
-        spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
-        await asyncio.sleep(0)
-        supervisor._handle({"event": "refused", "id": 1, "message": "Resource temporarily unavailable"}, [])
-        with pytest.raises(WorkerFailed, match="for 'disk': Resource temporarily unavailable"):
-            await spawning
-        os.kill(supervisor.server_pid, signal.SIGCONT)
-        await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
-
-    play(script)
-
-
-def test_a_machine_without_python_gives_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def whole() -> None:
-        monkeypatch.setattr(sys, "executable", "/nonexistent")
-        supervisor = Supervisor()
-        with pytest.raises(WorkerFailed, match="can't be started: No such file"):
+async def test_a_fork_server_that_hangs_is_replaced(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    stop(supervisor.server_pid)
+    with monkeypatch.context() as patch:
+        patch.setattr(nbdd.manager.supervisor, "SPAWN_DEADLINE", 0.05)
+        with pytest.raises(WorkerFailed, match="'disk': the fork server does not answer"):
             await supervisor.spawn("disk", unheard)
-        await supervisor.close()
+    assert (await worker.ended).how is How.ORPHANED
+    await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
 
+
+async def test_a_fork_server_that_is_gone_ends_its_idle_workers_itself(supervisor: Supervisor) -> None:
+    worker = await supervisor.spawn("disk", unheard)
+    pidfd = os.pidfd_open(worker.pid)
+    gone = asyncio.Event()
+    asyncio.get_running_loop().add_reader(pidfd, gone.set)
+    os.kill(supervisor.server_pid, signal.SIGKILL)
+    await gone.wait()
+    asyncio.get_running_loop().remove_reader(pidfd)
+    os.close(pidfd)
+    await worker.ended
+
+
+async def test_a_worker_that_dies_before_anybody_saw_it_is_an_ending_and_hurts_no_other(supervisor: Supervisor) -> None:
+    other = await supervisor.spawn("other", unheard)
+    server = supervisor.server_pid
+    stop(server)
+    spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
+    await asyncio.sleep(0)
+    # The loop stands until the worker was born, has died, and was reaped.
+    os.kill(server, signal.SIGCONT)
+    while len(born := children(server)) < 2:
+        os.sched_yield()
+    os.kill(max(born), signal.SIGKILL)
+    while len(children(server)) > 1:
+        os.sched_yield()
+    worker = await spawning
+    assert await worker.ended == Ending(How.SIGNAL, signal.SIGKILL)
+    assert supervisor.server_pid == server
+    await other.request("ping", deadline=SECONDS)
+
+
+async def test_a_fork_that_is_refused_is_told_and_the_fork_server_goes_on(supervisor: Supervisor) -> None:
+    stop(supervisor.server_pid)
+    spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
+    await asyncio.sleep(0)
+    supervisor._handle({"event": "refused", "id": 1, "message": "Resource temporarily unavailable"}, [])
+    with pytest.raises(WorkerFailed, match="for 'disk': Resource temporarily unavailable"):
+        await spawning
+    os.kill(supervisor.server_pid, signal.SIGCONT)
+    await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
+
+
+async def test_a_machine_without_python_gives_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_fds()
-    run(whole())
+    monkeypatch.setattr(sys, "executable", "/nonexistent")
+    supervisor = Supervisor()
+    with pytest.raises(WorkerFailed, match="can't be started: No such file"):
+        await supervisor.spawn("disk", unheard)
+    await supervisor.close()
     assert open_fds() == before
 
 
-def test_no_descriptors_left_is_an_error_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_descriptors_left_is_an_error_and_ends_nothing(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full() -> tuple[socket.socket, socket.socket]:
         raise OSError(24, "Too many open files")
 
-    async def script(supervisor: Supervisor) -> None:
-        worker = await supervisor.spawn("disk", unheard)
-        with monkeypatch.context() as patch:
-            patch.setattr(Channel, "pair", staticmethod(full))
-            with pytest.raises(WorkerFailed, match="Too many open files"):
-                await supervisor.spawn("disk", unheard)
-        await worker.request("ping", deadline=SECONDS)
-
-    play(script)
+    worker = await supervisor.spawn("disk", unheard)
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "pair", staticmethod(full))
+        with pytest.raises(WorkerFailed, match="Too many open files"):
+            await supervisor.spawn("disk", unheard)
+    await worker.request("ping", deadline=SECONDS)
 
 
 # Cancelled, closed, repeated
 
 
-def test_a_spawn_that_is_cancelled_leaves_no_worker() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        server = supervisor.server_pid
-        stop(server)
-        cancelled = [asyncio.create_task(supervisor.spawn("disk", unheard)) for _ in range(5)]
-        await asyncio.sleep(0)
-        for spawning in cancelled:
-            spawning.cancel()
-        await asyncio.wait(cancelled)
-        os.kill(server, signal.SIGCONT)
-        # The fork server takes orders in their order; those that nobody wants end by themselves.
-        last = await supervisor.spawn("disk", unheard)
-        await all_gone([pid for pid in children(server) if pid != last.pid])
-        await last.close()
-        assert children(server) == []
-
-    play(script)
+async def test_a_spawn_that_is_cancelled_leaves_no_worker(supervisor: Supervisor) -> None:
+    server = supervisor.server_pid
+    stop(server)
+    cancelled = [asyncio.create_task(supervisor.spawn("disk", unheard)) for _ in range(5)]
+    await asyncio.sleep(0)
+    for spawning in cancelled:
+        spawning.cancel()
+    await asyncio.wait(cancelled)
+    os.kill(server, signal.SIGCONT)
+    # The fork server takes orders in their order; those that nobody wants end by themselves.
+    last = await supervisor.spawn("disk", unheard)
+    await all_gone([pid for pid in children(server) if pid != last.pid])
+    await last.close()
+    assert children(server) == []
 
 
-def test_a_spawn_that_is_cancelled_in_the_turn_in_which_its_worker_comes_leaves_none(
-    monkeypatch: pytest.MonkeyPatch,
+async def test_a_spawn_that_is_cancelled_in_the_turn_in_which_its_worker_comes_leaves_none(
+    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def script(supervisor: Supervisor) -> None:
-        handle = supervisor._handle
-        spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
+    handle = supervisor._handle
+    spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
 
-        def handle_and_cancel(message: Message, fds: list[int]) -> None:
-            handle(message, fds)
-            spawning.cancel()
+    def handle_and_cancel(message: Message, fds: list[int]) -> None:
+        handle(message, fds)
+        spawning.cancel()
 
-        with monkeypatch.context() as patch:
-            patch.setattr(supervisor, "_handle", handle_and_cancel)
-            await asyncio.wait({spawning})
-        assert spawning.cancelled()
-        await all_gone(children(supervisor.server_pid))
-
-    play(script)
+    with monkeypatch.context() as patch:
+        patch.setattr(supervisor, "_handle", handle_and_cancel)
+        await asyncio.wait({spawning})
+    assert spawning.cancelled()
+    await all_gone(children(supervisor.server_pid))
 
 
 async def all_gone(pids: list[int]) -> None:
@@ -731,24 +631,21 @@ def test_close_while_spawning_leaves_neither_worker_nor_fork_server(caplog: pyte
     assert caplog.text == "", "an end that was wanted is no news"
 
 
-def test_two_hundred_rounds_leave_no_descriptor_no_zombie_and_no_memory() -> None:
-    async def script(supervisor: Supervisor) -> None:
-        server = supervisor.server_pid
+async def test_two_hundred_rounds_leave_no_descriptor_no_zombie_and_no_memory(supervisor: Supervisor) -> None:
+    server = supervisor.server_pid
 
-        async def rounds(count: int) -> tuple[int, int, int]:
-            for number in range(count):
-                worker = await supervisor.spawn(f"disk{number}", unheard)
-                await worker.request("ping", deadline=SECONDS)
-                await worker.close()
-            assert children(server) == []
-            return open_fds(), descriptors(server), private_memory(server)
+    async def rounds(count: int) -> tuple[int, int, int]:
+        for number in range(count):
+            worker = await supervisor.spawn(f"disk{number}", unheard)
+            await worker.request("ping", deadline=SECONDS)
+            await worker.close()
+        assert children(server) == []
+        return open_fds(), descriptors(server), private_memory(server)
 
-        first = await rounds(20)
-        last = await rounds(180)
-        assert last[:2] == first[:2]
-        assert last[2] - first[2] < 256, "KiB of the fork server's own"
-
-    play(script)
+    first = await rounds(20)
+    last = await rounds(180)
+    assert last[:2] == first[:2]
+    assert last[2] - first[2] < 256, "KiB of the fork server's own"
 
 
 # Small things

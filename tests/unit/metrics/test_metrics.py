@@ -378,22 +378,19 @@ def test_a_client_that_does_not_listen_is_let_go() -> None:
     run(stall())
 
 
-def test_more_clients_than_it_serves_are_turned_away_and_others_are_served_after() -> None:
-    async def crowd() -> None:
-        async with Served(nothing) as served:
-            slow = [await served.connect() for _ in range(MAX_CLIENTS)]
-            assert (await served.talk(b"")).startswith(b"HTTP/1.1 503 ")
-            for _, writer in slow:
-                writer.write(SCRAPE)
-            for reader, writer in slow:
-                assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
-                writer.close()
-                await writer.wait_closed()
-            while (answer := await served.talk(SCRAPE)).startswith(b"HTTP/1.1 503 "):
-                pass  # the server has not yet seen all of them leave
-            assert answer.startswith(b"HTTP/1.1 200 ")
-
-    run(crowd())
+async def test_more_clients_than_it_serves_are_turned_away_and_others_are_served_after() -> None:
+    async with Served(nothing) as served:
+        slow = [await served.connect() for _ in range(MAX_CLIENTS)]
+        assert (await served.talk(b"")).startswith(b"HTTP/1.1 503 ")
+        for _, writer in slow:
+            writer.write(SCRAPE)
+        for reader, writer in slow:
+            assert (await reader.read()).startswith(b"HTTP/1.1 200 ")
+            writer.close()
+            await writer.wait_closed()
+        while (answer := await served.talk(SCRAPE)).startswith(b"HTTP/1.1 503 "):
+            pass  # the server has not yet seen all of them leave
+        assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 def test_scrapes_at_the_same_time_cost_nbdd_one_look() -> None:

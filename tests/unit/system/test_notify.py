@@ -273,41 +273,31 @@ async def fake_systemd(on: Caller, job: str, *, silent: bool = False) -> None:
 @pytest.mark.parametrize(
     ("job", "told"), [("stop", "stop"), ("restart", "restart"), ("start", "start"), ("", ""), ("stranger", "")]
 )
-def test_systemd_knows_whether_this_is_a_stop_or_a_restart(bus: BusDaemon, job: str, told: str) -> None:
-    async def main() -> None:
-        async with caller(bus.address) as ours, caller(bus.address) as fake:
-            await fake_systemd(fake, job)
-            assert await job_type(ours.bus) == told
-
-    run(main())
+async def test_systemd_knows_whether_this_is_a_stop_or_a_restart(bus: BusDaemon, job: str, told: str) -> None:
+    async with caller(bus.address) as ours, caller(bus.address) as fake:
+        await fake_systemd(fake, job)
+        assert await job_type(ours.bus) == told
 
 
-def test_a_systemd_that_is_not_there_or_does_not_answer_is_not_waited_for(
+async def test_a_systemd_that_is_not_there_or_does_not_answer_is_not_waited_for(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(systemd1, "_ASK_DEADLINE", 0.01)
-
-    async def main() -> None:
-        async with caller(bus.address) as ours, caller(bus.address) as fake:
-            assert await job_type(ours.bus) == ""
-            await fake_systemd(fake, "stop", silent=True)
-            assert await job_type(ours.bus) == ""
-
-    run(main())
+    async with caller(bus.address) as ours, caller(bus.address) as fake:
+        assert await job_type(ours.bus) == ""
+        await fake_systemd(fake, "stop", silent=True)
+        assert await job_type(ours.bus) == ""
 
 
-def test_the_question_ends_with_the_bus(bus: BusDaemon) -> None:
-    async def main() -> None:
-        async with caller(bus.address) as ours, caller(bus.address) as fake:
-            asked = asyncio.Event()
-            fake.serve(lambda _call: asked.set())
-            await fake.own(SYSTEMD)
-            question = asyncio.create_task(job_type(ours.bus))
-            await asked.wait()
-            bus.kill()
-            assert await question == ""
-
-    run(main())
+async def test_the_question_ends_with_the_bus(bus: BusDaemon) -> None:
+    async with caller(bus.address) as ours, caller(bus.address) as fake:
+        asked = asyncio.Event()
+        fake.serve(lambda _call: asked.set())
+        await fake.own(SYSTEMD)
+        question = asyncio.create_task(job_type(ours.bus))
+        await asked.wait()
+        bus.kill()
+        assert await question == ""
 
 
 # Does the machine go down?
@@ -357,51 +347,42 @@ class FakeShutdown:
         raise AssertionError(asked)
 
 
-def test_the_way_down_is_noticed_when_it_begins_and_when_it_has_begun(bus: BusDaemon) -> None:
-    async def main() -> None:
-        async with caller(bus.address) as ours, caller(bus.address) as fake:
-            systemd = FakeShutdown(fake)
-            await systemd.start()
-            waiting = asyncio.create_task(shutdown(ours.bus))
-            while await systemd.asked.get() != "Get":
-                pass
-            assert not await is_going_down(ours.bus)
-            systemd.job = True
-            await systemd.tell("shutdown.target")
-            await waiting
-            assert await is_going_down(ours.bus)
-            await shutdown(ours.bus)
-
-    run(main())
+async def test_the_way_down_is_noticed_when_it_begins_and_when_it_has_begun(bus: BusDaemon) -> None:
+    async with caller(bus.address) as ours, caller(bus.address) as fake:
+        systemd = FakeShutdown(fake)
+        await systemd.start()
+        waiting = asyncio.create_task(shutdown(ours.bus))
+        while await systemd.asked.get() != "Get":
+            pass
+        assert not await is_going_down(ours.bus)
+        systemd.job = True
+        await systemd.tell("shutdown.target")
+        await waiting
+        assert await is_going_down(ours.bus)
+        await shutdown(ours.bus)
 
 
-def test_nobody_but_systemd_can_make_nbdd_believe_that_the_machine_goes_down(bus: BusDaemon) -> None:
-    async def main() -> None:
-        async with (
-            caller(bus.address) as ours,
-            caller(bus.address) as fake,
-            caller(bus.address) as stranger,
-        ):
-            systemd = FakeShutdown(fake, loaded=False)
-            await systemd.start()
-            waiting = asyncio.create_task(shutdown(ours.bus))
-            while await systemd.asked.get() != "GetUnit":
-                pass
-            await FakeShutdown(stranger).tell("shutdown.target", to=ours.name)
-            assert await systemd.asked.get() == "GetUnit", "systemd is asked"
-            assert not await is_going_down(ours.bus)
-            assert not waiting.done()
-            waiting.cancel()
-
-    run(main())
+async def test_nobody_but_systemd_can_make_nbdd_believe_that_the_machine_goes_down(bus: BusDaemon) -> None:
+    async with (
+        caller(bus.address) as ours,
+        caller(bus.address) as fake,
+        caller(bus.address) as stranger,
+    ):
+        systemd = FakeShutdown(fake, loaded=False)
+        await systemd.start()
+        waiting = asyncio.create_task(shutdown(ours.bus))
+        while await systemd.asked.get() != "GetUnit":
+            pass
+        await FakeShutdown(stranger).tell("shutdown.target", to=ours.name)
+        assert await systemd.asked.get() == "GetUnit", "systemd is asked"
+        assert not await is_going_down(ours.bus)
+        assert not waiting.done()
+        waiting.cancel()
 
 
-def test_without_systemd_no_machine_goes_down(bus: BusDaemon) -> None:
-    async def main() -> None:
-        async with caller(bus.address) as ours:
-            assert not await is_going_down(ours.bus)
-            waiting = asyncio.create_task(shutdown(ours.bus))
-            assert await asyncio.wait({waiting}, timeout=0.2) == (set(), {waiting})
-            waiting.cancel()
-
-    run(main())
+async def test_without_systemd_no_machine_goes_down(bus: BusDaemon) -> None:
+    async with caller(bus.address) as ours:
+        assert not await is_going_down(ours.bus)
+        waiting = asyncio.create_task(shutdown(ours.bus))
+        assert await asyncio.wait({waiting}, timeout=0.2) == (set(), {waiting})
+        waiting.cancel()

@@ -59,7 +59,6 @@ from tests.fakes.bus import (
     caller,
     close,
     private_bus,
-    run,
     variants,
 )
 
@@ -253,15 +252,12 @@ def members(interface: ET.Element) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "interface"), [(ROOT, MANAGER), (BACKUP, DEVICE)])
-def test_the_service_introspects_as_the_xml_member_by_member(address: str, path: str, interface: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            here.announcer.added(cast("Device", FakeDevice()))
-            told = ET.fromstring(await here.client.ask(here.bus.unique_name, path, INTROSPECTABLE, "Introspect"))
-            found = [element for element in told.findall("interface") if element.attrib["name"] == interface]
-            assert [members(element) for element in found] == [members(written(interface))]
-
-    run(main())
+async def test_the_service_introspects_as_the_xml_member_by_member(address: str, path: str, interface: str) -> None:
+    async with world(address) as here:
+        here.announcer.added(cast("Device", FakeDevice()))
+        told = ET.fromstring(await here.client.ask(here.bus.unique_name, path, INTROSPECTABLE, "Introspect"))
+        found = [element for element in told.findall("interface") if element.attrib["name"] == interface]
+        assert [members(element) for element in found] == [members(written(interface))]
 
 
 @pytest.mark.parametrize("interface", [MANAGER, DEVICE])
@@ -283,193 +279,170 @@ def properties(interface: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("status", [STATUS, ATTACHED], ids=["detached", "attached"])
-def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, status: Status) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            here.announcer.added(cast("Device", FakeDevice(status)))
-            to = here.bus.unique_name
-            told = await here.client.ask(to, BACKUP, PROPERTIES, "GetAll", DEVICE, types="s")
-            assert {name: variant.signature for name, variant in told.items()} == properties(DEVICE)
-            assert {name: variant.value for name, variant in told.items()} == {
-                "Name": "backup",
-                "URI": "nbd://storage.example/backup",
-                "URIs": ["nbd://storage.example/backup", "nbd://two.example/backup"],
-                "State": str(status.state),
-                "Node": status.node,
-                "Size": status.size,
-                "BlockSize": status.block_size,
-                "ReadOnly": status.read_only,
-                "Timeout": status.timeout,
-                "DeadTimeout": 300,
-                "Connections": status.connections,
-                "LiveConnections": status.live_connections,
-                "Encryption": "none",
-                "WorkerPID": status.worker_pid,
-                "Reconnects": status.reconnects,
-                "AttachedSince": status.attached_since,
-                "AttachedBy": status.attached_by,
-                "FailsAt": 0,
-                "Configured": True,
-                "LastError": list(status.last_error),
-                "Desktop": status.desktop,
-                "DisplayName": status.display_name or "backup",
-                "IconName": status.icon_name,
-            }
-            objects = await here.client.ask(to, ROOT, OBJECT_MANAGER, "GetManagedObjects")
-            assert objects == {BACKUP: {DEVICE: told}}
-
-    run(main())
+async def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, status: Status) -> None:
+    async with world(address) as here:
+        here.announcer.added(cast("Device", FakeDevice(status)))
+        to = here.bus.unique_name
+        told = await here.client.ask(to, BACKUP, PROPERTIES, "GetAll", DEVICE, types="s")
+        assert {name: variant.signature for name, variant in told.items()} == properties(DEVICE)
+        assert {name: variant.value for name, variant in told.items()} == {
+            "Name": "backup",
+            "URI": "nbd://storage.example/backup",
+            "URIs": ["nbd://storage.example/backup", "nbd://two.example/backup"],
+            "State": str(status.state),
+            "Node": status.node,
+            "Size": status.size,
+            "BlockSize": status.block_size,
+            "ReadOnly": status.read_only,
+            "Timeout": status.timeout,
+            "DeadTimeout": 300,
+            "Connections": status.connections,
+            "LiveConnections": status.live_connections,
+            "Encryption": "none",
+            "WorkerPID": status.worker_pid,
+            "Reconnects": status.reconnects,
+            "AttachedSince": status.attached_since,
+            "AttachedBy": status.attached_by,
+            "FailsAt": 0,
+            "Configured": True,
+            "LastError": list(status.last_error),
+            "Desktop": status.desktop,
+            "DisplayName": status.display_name or "backup",
+            "IconName": status.icon_name,
+        }
+        objects = await here.client.ask(to, ROOT, OBJECT_MANAGER, "GetManagedObjects")
+        assert objects == {BACKUP: {DEVICE: told}}
 
 
 def test_every_field_of_a_status_is_told() -> None:
     assert len(fields(Status)) == len(properties(DEVICE))
 
 
-def test_the_manager_has_every_property_of_the_xml(address: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            told = await here.client.ask(here.bus.unique_name, ROOT, PROPERTIES, "GetAll", MANAGER, types="s")
-            assert told == {"Version": Variant("s", __version__)}
-            assert properties(MANAGER) == {"Version": "s"}
-
-    run(main())
+async def test_the_manager_has_every_property_of_the_xml(address: str) -> None:
+    async with world(address) as here:
+        told = await here.client.ask(here.bus.unique_name, ROOT, PROPERTIES, "GetAll", MANAGER, types="s")
+        assert told == {"Version": Variant("s", __version__)}
+        assert properties(MANAGER) == {"Version": "s"}
 
 
 # Devices come, change and go
 
 
-def test_devices_appear_change_and_disappear_as_objects(address: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            await here.client.listen(here.bus.unique_name)
-            device = FakeDevice()
-            there = cast("Device", device)
-            here.announcer.added(there)
-            signal = await here.client.signals.get()
-            assert (signal.path, signal.member, signal.body[0]) == (ROOT, "InterfacesAdded", BACKUP)
-            assert {name: value.signature for name, value in signal.body[1][DEVICE].items()} == properties(DEVICE)
+async def test_devices_appear_change_and_disappear_as_objects(address: str) -> None:
+    async with world(address) as here:
+        await here.client.listen(here.bus.unique_name)
+        device = FakeDevice()
+        there = cast("Device", device)
+        here.announcer.added(there)
+        signal = await here.client.signals.get()
+        assert (signal.path, signal.member, signal.body[0]) == (ROOT, "InterfacesAdded", BACKUP)
+        assert {name: value.signature for name, value in signal.body[1][DEVICE].items()} == properties(DEVICE)
 
-            old, device.status = device.status, replace(STATUS, state=State.CONNECTING, worker_pid=42)
-            here.announcer.changed(there, old)
-            here.announcer.changed(there, device.status)
-            signal = await here.client.signals.get()
-            assert (signal.path, signal.interface, signal.member) == (BACKUP, PROPERTIES, "PropertiesChanged")
-            assert signal.body == [DEVICE, {"State": Variant("s", "connecting"), "WorkerPID": Variant("u", 42)}, []]
+        old, device.status = device.status, replace(STATUS, state=State.CONNECTING, worker_pid=42)
+        here.announcer.changed(there, old)
+        here.announcer.changed(there, device.status)
+        signal = await here.client.signals.get()
+        assert (signal.path, signal.interface, signal.member) == (BACKUP, PROPERTIES, "PropertiesChanged")
+        assert signal.body == [DEVICE, {"State": Variant("s", "connecting"), "WorkerPID": Variant("u", 42)}, []]
 
-            old, device.status = device.status, replace(STATUS, last_error=("a.b", "x\0y"))
-            here.announcer.changed(there, old)
-            signal = await here.client.signals.get()
-            assert signal.body[1]["LastError"] == Variant("(ss)", ["a.b", "x\ufffdy"])
+        old, device.status = device.status, replace(STATUS, last_error=("a.b", "x\0y"))
+        here.announcer.changed(there, old)
+        signal = await here.client.signals.get()
+        assert signal.body[1]["LastError"] == Variant("(ss)", ["a.b", "x\ufffdy"])
 
-            here.announcer.removed(there)
-            signal = await here.client.signals.get()
-            assert (signal.path, signal.member, signal.body) == (ROOT, "InterfacesRemoved", [BACKUP, [DEVICE]])
-            # Whoever speaks of it later finds nobody, and harms nothing.
-            here.announcer.changed(there, old)
-            assert await here.client.ask(here.bus.unique_name, ROOT, OBJECT_MANAGER, "GetManagedObjects") == {}
-            assert here.client.signals.empty()
-
-    run(main())
+        here.announcer.removed(there)
+        signal = await here.client.signals.get()
+        assert (signal.path, signal.member, signal.body) == (ROOT, "InterfacesRemoved", [BACKUP, [DEVICE]])
+        # Whoever speaks of it later finds nobody, and harms nothing.
+        here.announcer.changed(there, old)
+        assert await here.client.ask(here.bus.unique_name, ROOT, OBJECT_MANAGER, "GetManagedObjects") == {}
+        assert here.client.signals.empty()
 
 
-def test_statistics_are_told_with_their_names_to_everyone(address: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            device = FakeDevice()
-            here.announcer.added(cast("Device", device))
-            here.authority.error = AccessDenied("No.")
-            told = await here.client.ask(here.bus.unique_name, BACKUP, DEVICE, "GetStatistics")
-            assert told == {"reads": 1, "read-bytes": 1 << 40}
-            device.error = NotAttached("It is not.")
-            with pytest.raises(BusError) as caught:
-                await here.client.ask(here.bus.unique_name, BACKUP, DEVICE, "GetStatistics")
-            assert (caught.value.name, str(caught.value)) == ("org.nbdd1.Error.NotAttached", "It is not.")
-
-    run(main())
+async def test_statistics_are_told_with_their_names_to_everyone(address: str) -> None:
+    async with world(address) as here:
+        device = FakeDevice()
+        here.announcer.added(cast("Device", device))
+        here.authority.error = AccessDenied("No.")
+        told = await here.client.ask(here.bus.unique_name, BACKUP, DEVICE, "GetStatistics")
+        assert told == {"reads": 1, "read-bytes": 1 << 40}
+        device.error = NotAttached("It is not.")
+        with pytest.raises(BusError) as caught:
+            await here.client.ask(here.bus.unique_name, BACKUP, DEVICE, "GetStatistics")
+        assert (caught.value.name, str(caught.value)) == ("org.nbdd1.Error.NotAttached", "It is not.")
 
 
 # Methods
 
 
-def test_arguments_reach_the_manager_and_its_answers_the_caller(address: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            assert await here.call("Attach", "backup", {}, types="sa{sv}") == BACKUP
-            assert await here.call("AttachURI", "nbd://x/y", {}, types="sa{sv}") == f"{ROOT}/device/a_2db_2ec"
-            assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
-            options = variants({"force": ("b", True), "wait": ("u", 7)})
-            assert await here.call("Detach", "backup", options, types="sa{sv}") is None
-            assert await here.call("SetTimeout", "backup", 30, types="su") is None
-            assert await here.call("Reconnect", "backup", {}, types="sa{sv}") is None
-            assert await here.call("Resize", "backup", {}, types="sa{sv}") == 2 << 20
-            assert await here.call("Reload") == [["new"], ["other", "another"], []]
-            assert here.manager.calls == [
-                ("attach", "backup", {}, EVE),
-                ("attach_uri", "nbd://x/y", {}, EVE),
-                ("detach", "backup", False, 0),
-                ("detach", "backup", True, 7),
-                ("set_timeout", "backup", 30),
-                ("reconnect", "backup"),
-                ("resize", "backup"),
-                ("reload",),
-            ]
-
-    run(main())
+async def test_arguments_reach_the_manager_and_its_answers_the_caller(address: str) -> None:
+    async with world(address) as here:
+        assert await here.call("Attach", "backup", {}, types="sa{sv}") == BACKUP
+        assert await here.call("AttachURI", "nbd://x/y", {}, types="sa{sv}") == f"{ROOT}/device/a_2db_2ec"
+        assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
+        options = variants({"force": ("b", True), "wait": ("u", 7)})
+        assert await here.call("Detach", "backup", options, types="sa{sv}") is None
+        assert await here.call("SetTimeout", "backup", 30, types="su") is None
+        assert await here.call("Reconnect", "backup", {}, types="sa{sv}") is None
+        assert await here.call("Resize", "backup", {}, types="sa{sv}") == 2 << 20
+        assert await here.call("Reload") == [["new"], ["other", "another"], []]
+        assert here.manager.calls == [
+            ("attach", "backup", {}, EVE),
+            ("attach_uri", "nbd://x/y", {}, EVE),
+            ("detach", "backup", False, 0),
+            ("detach", "backup", True, 7),
+            ("set_timeout", "backup", 30),
+            ("reconnect", "backup"),
+            ("resize", "backup"),
+            ("reload",),
+        ]
 
 
-def test_exports_are_told_without_what_the_server_did_not_say(address: str) -> None:
+async def test_exports_are_told_without_what_the_server_did_not_say(address: str) -> None:
     said = {"description": "", "flags": 0xFFFF, "minimum": None, "preferred": None, "maximum": None, "problem": ""}
-
-    async def main() -> None:
-        async with world(address) as here:
-            here.manager.exports = [
-                {**said, "name": "", "size": 512},
+    async with world(address) as here:
+        here.manager.exports = [
+            {**said, "name": "", "size": 512},
+            {
+                **said,
+                "name": "a\udcffb",
+                "size": (1 << 63) - 1,
+                "description": "x\0y\x1b[31m",
+                "minimum": 1,
+                "preferred": 4096,
+                "maximum": 0xFFFFFFFF,
+            },
+            {**said, "name": "x", "size": 0, "flags": 0, "problem": "It was not asked."},
+        ]
+        told = await here.call("ListExports", "nbd://x", {}, types="sa{sv}")
+        assert told == [
+            variants({"name": ("s", ""), "description": ("s", ""), "size": ("t", 512), "flags": ("u", 0xFFFF)}),
+            variants(
                 {
-                    **said,
-                    "name": "a\udcffb",
-                    "size": (1 << 63) - 1,
-                    "description": "x\0y\x1b[31m",
-                    "minimum": 1,
-                    "preferred": 4096,
-                    "maximum": 0xFFFFFFFF,
-                },
-                {**said, "name": "x", "size": 0, "flags": 0, "problem": "It was not asked."},
-            ]
-            told = await here.call("ListExports", "nbd://x", {}, types="sa{sv}")
-            assert told == [
-                variants({"name": ("s", ""), "description": ("s", ""), "size": ("t", 512), "flags": ("u", 0xFFFF)}),
-                variants(
-                    {
-                        "name": ("s", "a?b"),
-                        "description": ("s", "x\ufffdy\x1b[31m"),
-                        "size": ("t", (1 << 63) - 1),
-                        "flags": ("u", 0xFFFF),
-                        "minimum-block-size": ("u", 1),
-                        "preferred-block-size": ("u", 4096),
-                        "maximum-block-size": ("u", 0xFFFFFFFF),
-                    }
-                ),
-                variants({"name": ("s", "x"), "description": ("s", ""), "problem": ("s", "It was not asked.")}),
-            ]
-
-    run(main())
+                    "name": ("s", "a?b"),
+                    "description": ("s", "x\ufffdy\x1b[31m"),
+                    "size": ("t", (1 << 63) - 1),
+                    "flags": ("u", 0xFFFF),
+                    "minimum-block-size": ("u", 1),
+                    "preferred-block-size": ("u", 4096),
+                    "maximum-block-size": ("u", 0xFFFFFFFF),
+                }
+            ),
+            variants({"name": ("s", "x"), "description": ("s", ""), "problem": ("s", "It was not asked.")}),
+        ]
 
 
-def test_a_list_too_long_for_the_bus_is_an_error_and_not_the_end_of_our_connection(address: str) -> None:
+async def test_a_list_too_long_for_the_bus_is_an_error_and_not_the_end_of_our_connection(address: str) -> None:
     one = {"description": "", "size": 0, "flags": 0, "minimum": None, "preferred": None, "maximum": None, "problem": ""}
-
-    async def main() -> None:
-        async with world(address) as here:
-            # As much as fits: 4000 bytes of name, and what goes with them.
-            fits = (30 << 20) // 4100
-            here.manager.exports = [{**one, "name": "x" * 4000}] * fits
-            assert len(await here.call("ListExports", "nbd://x", {}, types="sa{sv}")) == fits
-            here.manager.exports *= 2
-            name, text = await here.fails("ListExports", "nbd://x", {}, types="sa{sv}")
-            assert name == "org.nbdd1.Error.NegotiationFailed"
-            assert f"{2 * fits} exports" in text
-
-    run(main())
+    async with world(address) as here:
+        # As much as fits: 4000 bytes of name, and what goes with them.
+        fits = (30 << 20) // 4100
+        here.manager.exports = [{**one, "name": "x" * 4000}] * fits
+        assert len(await here.call("ListExports", "nbd://x", {}, types="sa{sv}")) == fits
+        here.manager.exports *= 2
+        name, text = await here.fails("ListExports", "nbd://x", {}, types="sa{sv}")
+        assert name == "org.nbdd1.Error.NegotiationFailed"
+        assert f"{2 * fits} exports" in text
 
 
 # Options
@@ -483,44 +456,40 @@ FIRST = {"Attach": "backup", "AttachURI": "nbd://x/y", "Detach": "backup", "List
 
 
 @pytest.mark.parametrize("member", TAKES)
-def test_every_option_of_its_type_gets_through(address: str, member: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            for key, kind in TAKES[member].items():
-                for value in VALUES[kind] if key != "wait" else (0, 7, MAX_WAIT):
-                    await here.call(member, FIRST[member], {key: Variant(kind, value)}, types="sa{sv}")
-                    call = here.manager.calls[-1]
-                    if member == "Detach":
-                        assert call[2:] == {"force": (value, 0), "wait": (False, value)}[key]
-                    else:
-                        plain = {"name": "Photos", "user-mountable": False} if value is MAPPING else value
-                        assert call[2] == {key: plain}
-            everything = {key: Variant(kind, VALUES[kind][0]) for key, kind in TAKES[member].items()}
-            await here.call(member, FIRST[member], everything, types="sa{sv}")
-
-    run(main())
+async def test_every_option_of_its_type_gets_through(address: str, member: str) -> None:
+    async with world(address) as here:
+        for key, kind in TAKES[member].items():
+            for value in VALUES[kind] if key != "wait" else (0, 7, MAX_WAIT):
+                await here.call(member, FIRST[member], {key: Variant(kind, value)}, types="sa{sv}")
+                call = here.manager.calls[-1]
+                if member == "Detach":
+                    assert call[2:] == {"force": (value, 0), "wait": (False, value)}[key]
+                else:
+                    plain = {"name": "Photos", "user-mountable": False} if value is MAPPING else value
+                    assert call[2] == {key: plain}
+        everything = {key: Variant(kind, VALUES[kind][0]) for key, kind in TAKES[member].items()}
+        await here.call(member, FIRST[member], everything, types="sa{sv}")
 
 
 @pytest.mark.parametrize("member", TAKES)
-def test_an_unknown_option_or_one_of_another_type_is_refused_before_anybody_is_asked(address: str, member: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            for options, named in [
-                ({"colour": Variant("s", "red")}, "'colour'"),
-                ({"": Variant("s", "red")}, "''"),
-                ({"uri": Variant("s", "nbd://other")}, "'uri'"),
-                ({"attach": Variant("s", "boot")}, "'attach'"),
-                *(({key: WRONG[kind]}, f"'{key}'") for key, kind in TAKES[member].items()),
-                *(({key: Variant("v", Variant(kind, VALUES[kind][0]))}, key) for key, kind in TAKES[member].items()),
-            ]:
-                name, text = await here.fails(member, FIRST[member], options, types="sa{sv}")
-                assert name == f"{ERROR}InvalidArgs", options
-                assert named in text
-                assert text.endswith(".")
-            assert here.manager.calls == []
-            assert here.authority.asked == []
-
-    run(main())
+async def test_an_unknown_option_or_one_of_another_type_is_refused_before_anybody_is_asked(
+    address: str, member: str
+) -> None:
+    async with world(address) as here:
+        for options, named in [
+            ({"colour": Variant("s", "red")}, "'colour'"),
+            ({"": Variant("s", "red")}, "''"),
+            ({"uri": Variant("s", "nbd://other")}, "'uri'"),
+            ({"attach": Variant("s", "boot")}, "'attach'"),
+            *(({key: WRONG[kind]}, f"'{key}'") for key, kind in TAKES[member].items()),
+            *(({key: Variant("v", Variant(kind, VALUES[kind][0]))}, key) for key, kind in TAKES[member].items()),
+        ]:
+            name, text = await here.fails(member, FIRST[member], options, types="sa{sv}")
+            assert name == f"{ERROR}InvalidArgs", options
+            assert named in text
+            assert text.endswith(".")
+        assert here.manager.calls == []
+        assert here.authority.asked == []
 
 
 def test_what_an_option_must_be_is_said_and_what_options_there_are() -> None:
@@ -563,22 +532,18 @@ ASKS: list[tuple[str, tuple[Any, ...], str, str, Mapping[str, str]]] = [
 
 
 @pytest.mark.parametrize("member", ["AttachURI", "ListExports"])
-def test_polkit_is_never_shown_a_text_that_is_no_uri(address: str, member: str) -> None:
+async def test_polkit_is_never_shown_a_text_that_is_no_uri(address: str, member: str) -> None:
     """A person reads it and types a password."""
-
-    async def main() -> None:
-        async with world(address) as here:
-            for text in ("nbd://x/\nAll is well", "nbd://a:secret@x/", "x" * 70000, ""):
-                name, told = await here.fails(member, text, {}, types="sa{sv}")
-                assert name == ("org.freedesktop.DBus.Error.LimitsExceeded" if len(text) > 65536 else
-                                "org.nbdd1.Error.InvalidURI")  # fmt: skip
-                assert "secret" not in told
-            assert here.authority.asked == []
-            await here.call(member, "NBD://X.Example:7/ä?", {}, types="sa{sv}")
-            details = here.authority.asked[-1][-1]
-            assert details == {"uri": "nbd://x.example:7/%C3%A4", "server": "x.example:7"}
-
-    run(main())
+    async with world(address) as here:
+        for text in ("nbd://x/\nAll is well", "nbd://a:secret@x/", "x" * 70000, ""):
+            name, told = await here.fails(member, text, {}, types="sa{sv}")
+            assert name == ("org.freedesktop.DBus.Error.LimitsExceeded" if len(text) > 65536 else
+                            "org.nbdd1.Error.InvalidURI")  # fmt: skip
+            assert "secret" not in told
+        assert here.authority.asked == []
+        await here.call(member, "NBD://X.Example:7/ä?", {}, types="sa{sv}")
+        details = here.authority.asked[-1][-1]
+        assert details == {"uri": "nbd://x.example:7/%C3%A4", "server": "x.example:7"}
 
 
 def test_the_messages_of_polkit_name_only_what_each_call_tells() -> None:
@@ -594,38 +559,32 @@ def test_the_messages_of_polkit_name_only_what_each_call_tells() -> None:
 
 
 @pytest.mark.parametrize(("member", "body", "types", "action", "details"), ASKS)
-def test_every_method_asks_for_its_own_action_and_does_nothing_when_denied(  # noqa: PLR0917
-    address: str, member: str, body: tuple[Any, ...], types: str, action: str, details: Mapping[str, str]
+async def test_every_method_asks_for_its_own_action_and_does_nothing_when_denied(
+    address: str, *, member: str, body: tuple[Any, ...], types: str, action: str, details: Mapping[str, str]
 ) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            here.authority.error = AccessDenied("You may not.")
-            assert await here.fails(member, *body, types=types) == (f"{ERROR}AccessDenied", "You may not.")
-            assert here.manager.calls == []
-            here.authority.error = None
-            await here.call(member, *body, types=types, flags=INTERACTIVE)
-            assert len(here.manager.calls) == 1
-            name = here.client.name
-            assert here.authority.asked == [(name, False, action, details), (name, True, action, details)]
-
-    run(main())
+    async with world(address) as here:
+        here.authority.error = AccessDenied("You may not.")
+        assert await here.fails(member, *body, types=types) == (f"{ERROR}AccessDenied", "You may not.")
+        assert here.manager.calls == []
+        here.authority.error = None
+        await here.call(member, *body, types=types, flags=INTERACTIVE)
+        assert len(here.manager.calls) == 1
+        name = here.client.name
+        assert here.authority.asked == [(name, False, action, details), (name, True, action, details)]
 
 
-def test_who_attached_a_device_may_detach_it_but_not_by_force_and_nobody_else_may(address: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            here.authority.error = AccessDenied("You may not.")
-            here.manager.known["backup"].status = ATTACHED
-            await here.call("Detach", "backup", {}, types="sa{sv}")
-            assert here.manager.calls == [("detach", "backup", False, 0)]
-            assert here.authority.asked == []
-            force = variants({"force": ("b", True)})
-            assert (await here.fails("Detach", "backup", force, types="sa{sv}"))[1] == "You may not."
-            here.authority.uid = BOB
-            assert (await here.fails("Detach", "backup", {}, types="sa{sv}"))[1] == "You may not."
-            assert len(here.manager.calls) == 1
-
-    run(main())
+async def test_who_attached_a_device_may_detach_it_but_not_by_force_and_nobody_else_may(address: str) -> None:
+    async with world(address) as here:
+        here.authority.error = AccessDenied("You may not.")
+        here.manager.known["backup"].status = ATTACHED
+        await here.call("Detach", "backup", {}, types="sa{sv}")
+        assert here.manager.calls == [("detach", "backup", False, 0)]
+        assert here.authority.asked == []
+        force = variants({"force": ("b", True)})
+        assert (await here.fails("Detach", "backup", force, types="sa{sv}"))[1] == "You may not."
+        here.authority.uid = BOB
+        assert (await here.fails("Detach", "backup", {}, types="sa{sv}"))[1] == "You may not."
+        assert len(here.manager.calls) == 1
 
 
 def test_the_actions_are_those_of_the_polkit_policy_and_every_method_has_one() -> None:
@@ -639,17 +598,14 @@ def test_the_actions_are_those_of_the_polkit_policy_and_every_method_has_one() -
 
 
 @pytest.mark.parametrize(("member", "body", "types"), [ask[:3] for ask in ASKS if ask[1][:1] == ("backup",)])
-def test_a_device_that_is_not_there_is_told_before_anybody_is_asked(
+async def test_a_device_that_is_not_there_is_told_before_anybody_is_asked(
     address: str, member: str, body: tuple[Any, ...], types: str
 ) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            name, text = await here.fails(member, "nope", *body[1:], types=types)
-            assert name == "org.nbdd1.Error.NoSuchDevice"
-            assert "'nope'" in text
-            assert here.authority.asked == []
-
-    run(main())
+    async with world(address) as here:
+        name, text = await here.fails(member, "nope", *body[1:], types=types)
+        assert name == "org.nbdd1.Error.NoSuchDevice"
+        assert "'nope'" in text
+        assert here.authority.asked == []
 
 
 # Errors
@@ -668,21 +624,18 @@ STANDARD = {"InvalidArgs", "AccessDenied", "InteractiveAuthorizationRequired"}
 
 
 @pytest.mark.parametrize("kind", errors())
-def test_every_error_crosses_the_bus_by_its_name_and_text(address: str, kind: type[NbddError]) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            here.manager.error = kind("First line.\nSecond, über\0 lines.")
-            name, text = await here.fails("Attach", "backup", {}, types="sa{sv}")
-            if kind in (OtherExport, NotRead):
-                # For callers it is what it is derived from.
-                assert name == f"org.nbdd1.Error.{kind.__mro__[1].__name__}"
-            elif kind.__name__ in CONTRACT:
-                assert name == f"org.nbdd1.Error.{kind.__name__}"
-            else:
-                assert name == ERROR + (kind.__name__ if kind.__name__ in STANDARD else "Failed")
-            assert text == "First line.\nSecond, über\ufffd lines."
-
-    run(main())
+async def test_every_error_crosses_the_bus_by_its_name_and_text(address: str, kind: type[NbddError]) -> None:
+    async with world(address) as here:
+        here.manager.error = kind("First line.\nSecond, über\0 lines.")
+        name, text = await here.fails("Attach", "backup", {}, types="sa{sv}")
+        if kind in (OtherExport, NotRead):
+            # For callers it is what it is derived from.
+            assert name == f"org.nbdd1.Error.{kind.__mro__[1].__name__}"
+        elif kind.__name__ in CONTRACT:
+            assert name == f"org.nbdd1.Error.{kind.__name__}"
+        else:
+            assert name == ERROR + (kind.__name__ if kind.__name__ in STANDARD else "Failed")
+        assert text == "First line.\nSecond, über\ufffd lines."
 
 
 def test_every_error_of_the_contract_is_there_and_no_other() -> None:
@@ -694,16 +647,13 @@ def test_every_error_of_the_contract_is_there_and_no_other() -> None:
     }
 
 
-def test_a_bad_configuration_is_told_with_all_its_problems(address: str) -> None:
-    async def main() -> None:
-        async with world(address) as here:
-            here.manager.error = InvalidConfig("nbdd.yaml:1:1: one.", "nbdd.yaml:2:3: two.")
-            assert await here.fails("Reload") == (
-                "org.nbdd1.Error.InvalidConfig",
-                "nbdd.yaml:1:1: one.\nnbdd.yaml:2:3: two.",
-            )
-
-    run(main())
+async def test_a_bad_configuration_is_told_with_all_its_problems(address: str) -> None:
+    async with world(address) as here:
+        here.manager.error = InvalidConfig("nbdd.yaml:1:1: one.", "nbdd.yaml:2:3: two.")
+        assert await here.fails("Reload") == (
+            "org.nbdd1.Error.InvalidConfig",
+            "nbdd.yaml:1:1: one.\nnbdd.yaml:2:3: two.",
+        )
 
 
 @pytest.mark.parametrize("field", [0, 1])

@@ -16,7 +16,7 @@ from nbdd.bus.daemon.polkit import Polkit
 from nbdd.bus.daemon.service import Caller as Asker
 from nbdd.bus.wire.calls import DBUS, Peer
 from nbdd.errors import AccessDenied, InteractiveAuthorizationRequired
-from tests.fakes.bus import ERROR, BusDaemon, Caller, FakePolkit, caller, private_bus, run
+from tests.fakes.bus import ERROR, BusDaemon, Caller, FakePolkit, caller, private_bus
 
 # isort: split
 from dbus_next.message import Message
@@ -70,62 +70,49 @@ async def world(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, uid: int = NOBO
             yield made
 
 
-def test_root_may_without_anybody_being_asked(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with world(bus, monkeypatch, uid=0) as here:
-            here.polkit.authorized = False
-            await here.check()
-            assert here.polkit.asked == []
-
-    run(main())
+async def test_root_may_without_anybody_being_asked(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(bus, monkeypatch, uid=0) as here:
+        here.polkit.authorized = False
+        await here.check()
+        assert here.polkit.asked == []
 
 
-def test_root_may_where_there_is_no_polkit_at_all(bus: BusDaemon) -> None:
+async def test_root_may_where_there_is_no_polkit_at_all(bus: BusDaemon) -> None:
     """... and who root is, the bus itself says."""
-
-    async def main() -> None:
-        async with caller(bus.address) as stranger, caller(bus.address) as ours:
-            check = Polkit(ours.bus).check(Asker(stranger.name, interactive=False), ACTION, DETAILS)
-            if os.getuid() == 0:
+    async with caller(bus.address) as stranger, caller(bus.address) as ours:
+        check = Polkit(ours.bus).check(Asker(stranger.name, interactive=False), ACTION, DETAILS)
+        if os.getuid() == 0:
+            await check
+        else:
+            with pytest.raises(AccessDenied, match="only root may"):
                 await check
-            else:
-                with pytest.raises(AccessDenied, match="only root may"):
-                    await check
-
-    run(main())
 
 
-def test_polkit_is_asked_about_the_callers_bus_name_and_never_about_a_process(
+async def test_polkit_is_asked_about_the_callers_bus_name_and_never_about_a_process(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            subject = ["system-bus-name", {"name": Variant("s", here.stranger.name)}]
-            await here.check()
-            await here.check(interactive=True)
-            assert here.polkit.asked == [[subject, ACTION, DETAILS, 0, ""], [subject, ACTION, DETAILS, 1, ""]]
-
-    run(main())
+    async with world(bus, monkeypatch) as here:
+        subject = ["system-bus-name", {"name": Variant("s", here.stranger.name)}]
+        await here.check()
+        await here.check(interactive=True)
+        assert here.polkit.asked == [[subject, ACTION, DETAILS, 0, ""], [subject, ACTION, DETAILS, 1, ""]]
 
 
 @pytest.mark.parametrize("interactive", [False, True])
 @pytest.mark.parametrize(("authorized", "challenge"), [(True, False), (True, True), (False, False), (False, True)])
-def test_what_polkit_says_is_what_happens(
+async def test_what_polkit_says_is_what_happens(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, *, interactive: bool, authorized: bool, challenge: bool
 ) -> None:
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            here.polkit.authorized, here.polkit.challenge = authorized, challenge
-            if authorized:
-                await here.check(interactive=interactive)
-                return
-            # A person who could be asked, and gave no password, was asked: that is a no.
-            wanted = InteractiveAuthorizationRequired if challenge and not interactive else AccessDenied
-            with pytest.raises(wanted, match=r"org\.nbdd1\.attach.*\.$") as caught:
-                await here.check(interactive=interactive)
-            assert type(caught.value) is wanted
-
-    run(main())
+    async with world(bus, monkeypatch) as here:
+        here.polkit.authorized, here.polkit.challenge = authorized, challenge
+        if authorized:
+            await here.check(interactive=interactive)
+            return
+        # A person who could be asked, and gave no password, was asked: that is a no.
+        wanted = InteractiveAuthorizationRequired if challenge and not interactive else AccessDenied
+        with pytest.raises(wanted, match=r"org\.nbdd1\.attach.*\.$") as caught:
+            await here.check(interactive=interactive)
+        assert type(caught.value) is wanted
 
 
 @pytest.mark.parametrize(
@@ -136,16 +123,13 @@ def test_what_polkit_says_is_what_happens(
         (False, False, "You are not allowed to do this"),
     ],
 )
-def test_who_was_asked_in_vain_is_told_why(
+async def test_who_was_asked_in_vain_is_told_why(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, *, challenge: bool, dismissed: bool, words: str
 ) -> None:
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            here.polkit.authorized, here.polkit.challenge, here.polkit.dismissed = False, challenge, dismissed
-            with pytest.raises(AccessDenied, match=words):
-                await here.check(interactive=True)
-
-    run(main())
+    async with world(bus, monkeypatch) as here:
+        here.polkit.authorized, here.polkit.challenge, here.polkit.dismissed = False, challenge, dismissed
+        with pytest.raises(AccessDenied, match=words):
+            await here.check(interactive=True)
 
 
 @pytest.mark.parametrize(
@@ -155,72 +139,55 @@ def test_who_was_asked_in_vain_is_told_why(
         (f"{ERROR}NoReply", "polkitd fell over"),
     ],
 )
-def test_a_polkit_that_fails_is_a_no_with_the_reason_in_the_journal(
+async def test_a_polkit_that_fails_is_a_no_with_the_reason_in_the_journal(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, error: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            here.polkit.error = error
-            with pytest.raises(AccessDenied, match=r"can't be asked about org\.nbdd1\.attach, so only root may"):
-                await here.check()
-
-    run(main())
+    async with world(bus, monkeypatch) as here:
+        here.polkit.error = error
+        with pytest.raises(AccessDenied, match=r"can't be asked about org\.nbdd1\.attach, so only root may"):
+            await here.check()
     assert error[1] in caplog.text
 
 
-def test_a_machine_without_polkit_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_machine_without_polkit_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polkit, "_AUTHORITY", Peer("org.example.Absent", "/a", "org.example.Absent"))
-
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            with pytest.raises(AccessDenied, match="so only root may"):
-                await here.check(interactive=True)
-
-    run(main())
+    async with world(bus, monkeypatch) as here:
+        with pytest.raises(AccessDenied, match="so only root may"):
+            await here.check(interactive=True)
 
 
-def test_a_caller_who_has_left_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            here.uids.clear()
-            with pytest.raises(AccessDenied, match="left the bus"):
-                await here.check()
-            assert here.polkit.asked == []
-
-    run(main())
+async def test_a_caller_who_has_left_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with world(bus, monkeypatch) as here:
+        here.uids.clear()
+        with pytest.raises(AccessDenied, match="left the bus"):
+            await here.check()
+        assert here.polkit.asked == []
 
 
-def test_a_polkit_that_dies_over_the_question_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_polkit_that_dies_over_the_question_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         polkit, "_AUTHORITY", Peer("org.example.Dying", polkit._AUTHORITY.path, polkit._AUTHORITY.interface)
     )
-
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            async with caller(bus.address) as dying:
-                asked = asyncio.Event()
-                dying.serve(lambda _call: asked.set())
-                await dying.own("org.example.Dying")
-                check = asyncio.create_task(here.check(interactive=True))
-                await asked.wait()
-                assert not check.done()
-            with pytest.raises(AccessDenied, match="so only root may"):
-                await check
-
-    run(main())
+    async with world(bus, monkeypatch) as here:
+        async with caller(bus.address) as dying:
+            asked = asyncio.Event()
+            dying.serve(lambda _call: asked.set())
+            await dying.own("org.example.Dying")
+            check = asyncio.create_task(here.check(interactive=True))
+            await asked.wait()
+            assert not check.done()
+        with pytest.raises(AccessDenied, match="so only root may"):
+            await check
 
 
 @pytest.mark.parametrize("answer", [("", []), ("s", ["yes"]), ("b", [True]), ("(bb)", [[True, True]])])
-def test_an_answer_that_is_not_polkits_allows_nothing(
+async def test_an_answer_that_is_not_polkits_allows_nothing(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, answer: tuple[str, list[Any]]
 ) -> None:
-    async def main() -> None:
-        async with world(bus, monkeypatch) as here:
-            monkeypatch.setattr(polkit, "_AUTHORITY", Peer("org.example.Odd", "/a", "org.example.Odd"))
-            async with caller(bus.address) as odd:
-                odd.serve(lambda call: Message.new_method_return(call, *answer))
-                await odd.own("org.example.Odd")
-                with pytest.raises(AccessDenied, match="so only root may"):
-                    await here.check()
-
-    run(main())
+    async with world(bus, monkeypatch) as here:
+        monkeypatch.setattr(polkit, "_AUTHORITY", Peer("org.example.Odd", "/a", "org.example.Odd"))
+        async with caller(bus.address) as odd:
+            odd.serve(lambda call: Message.new_method_return(call, *answer))
+            await odd.own("org.example.Odd")
+            with pytest.raises(AccessDenied, match="so only root may"):
+                await here.check()

@@ -168,6 +168,11 @@ async def both(address: str, *, opened: bool = True) -> AsyncIterator[tuple[Serv
         yield service, client
 
 
+def machine_id() -> str | None:
+    file = Path("/etc/machine-id")
+    return file.read_text().strip() if file.is_file() else None
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Let the loop turn until something is so."""
     while not condition():  # noqa: ASYNC110 - on what has no event
@@ -184,92 +189,77 @@ async def fails(work: Any) -> tuple[str, str]:
 # Who calls: fault 1
 
 
-def test_a_method_sees_its_caller_across_awaits_and_among_calls_at_once(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, one), caller(address) as other:
-            service.root.meet = asyncio.Barrier(4)
-            answers: Any = await asyncio.gather(
-                one.ask(service.name, ROOT, TEST, "WhoAmI"),
-                other.ask(service.name, ROOT, TEST, "WhoAmI", flags=INTERACTIVE),
-                one.ask(service.name, ROOT, TEST, "WhoAmI", flags=INTERACTIVE),
-                other.ask(service.name, ROOT, TEST, "WhoAmI"),
-            )
-            assert answers == [[one.name, False], [other.name, True], [one.name, True], [other.name, False]]
-
-    run(main())
+async def test_a_method_sees_its_caller_across_awaits_and_among_calls_at_once(address: str) -> None:
+    async with both(address) as (service, one), caller(address) as other:
+        service.root.meet = asyncio.Barrier(4)
+        answers: Any = await asyncio.gather(
+            one.ask(service.name, ROOT, TEST, "WhoAmI"),
+            other.ask(service.name, ROOT, TEST, "WhoAmI", flags=INTERACTIVE),
+            one.ask(service.name, ROOT, TEST, "WhoAmI", flags=INTERACTIVE),
+            other.ask(service.name, ROOT, TEST, "WhoAmI"),
+        )
+        assert answers == [[one.name, False], [other.name, True], [one.name, True], [other.name, False]]
 
 
 # The object manager: fault 2
 
 
-def test_objects_that_come_and_go_are_told_from_the_object_managers_path(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            await client.listen(service.name)
-            service.bus.add_object(ITEM, Test())
-            service.bus.remove_object(ITEM)
-            added, removed = await client.signals.get(), await client.signals.get()
-            assert (added.path, added.interface, added.member) == (ROOT, OBJECT_MANAGER, "InterfacesAdded")
-            assert added.signature == "oa{sa{sv}}"
-            path, interfaces = added.body
-            assert path == ITEM
-            assert interfaces[TEST] == {
-                "Text": Variant("s", "hello"),
-                "Pair": Variant("(ss)", ["a", "b"]),
-                "Size": Variant("t", 1 << 63),
-            }
-            assert (removed.path, removed.interface, removed.member) == (ROOT, OBJECT_MANAGER, "InterfacesRemoved")
-            assert removed.signature == "oas"
-            assert removed.body == [ITEM, [TEST]]
-
-    run(main())
+async def test_objects_that_come_and_go_are_told_from_the_object_managers_path(address: str) -> None:
+    async with both(address) as (service, client):
+        await client.listen(service.name)
+        service.bus.add_object(ITEM, Test())
+        service.bus.remove_object(ITEM)
+        added, removed = await client.signals.get(), await client.signals.get()
+        assert (added.path, added.interface, added.member) == (ROOT, OBJECT_MANAGER, "InterfacesAdded")
+        assert added.signature == "oa{sa{sv}}"
+        path, interfaces = added.body
+        assert path == ITEM
+        assert interfaces[TEST] == {
+            "Text": Variant("s", "hello"),
+            "Pair": Variant("(ss)", ["a", "b"]),
+            "Size": Variant("t", 1 << 63),
+        }
+        assert (removed.path, removed.interface, removed.member) == (ROOT, OBJECT_MANAGER, "InterfacesRemoved")
+        assert removed.signature == "oas"
+        assert removed.body == [ITEM, [TEST]]
 
 
-def test_more_signals_at_once_than_the_socket_takes_are_all_sent_and_the_bus_stays(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            service.bus._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-            await client.listen(service.name)
-            for number in range(1000):
-                service.bus.add_object(f"{ROOT}/many/n{number}", Test())
-            for number in range(1000):
-                assert (await client.signals.get()).body[0] == f"{ROOT}/many/n{number}"
-            assert service.bus.connected
-
-    run(main())
+async def test_more_signals_at_once_than_the_socket_takes_are_all_sent_and_the_bus_stays(address: str) -> None:
+    async with both(address) as (service, client):
+        service.bus._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        await client.listen(service.name)
+        for number in range(1000):
+            service.bus.add_object(f"{ROOT}/many/n{number}", Test())
+        for number in range(1000):
+            assert (await client.signals.get()).body[0] == f"{ROOT}/many/n{number}"
+        assert service.bus.connected
 
 
-def test_managed_objects_are_told_at_the_root_alone(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            service.bus.add_object(ITEM, Test())
-            objects = await client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects")
-            assert list(objects) == [ITEM]
-            assert objects[ITEM][TEST]["Text"] == Variant("s", "hello")
-            for path in (ITEM, "/org", "/"):
-                name, _ = await fails(client.ask(service.name, path, OBJECT_MANAGER, "GetManagedObjects"))
-                assert name == "UnknownInterface", path
-            service.bus.remove_object(ITEM)
-            assert await client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects") == {}
-
-    run(main())
+async def test_managed_objects_are_told_at_the_root_alone(address: str) -> None:
+    async with both(address) as (service, client):
+        service.bus.add_object(ITEM, Test())
+        objects = await client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects")
+        assert list(objects) == [ITEM]
+        assert objects[ITEM][TEST]["Text"] == Variant("s", "hello")
+        for path in (ITEM, "/org", "/"):
+            name, _ = await fails(client.ask(service.name, path, OBJECT_MANAGER, "GetManagedObjects"))
+            assert name == "UnknownInterface", path
+        service.bus.remove_object(ITEM)
+        assert await client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects") == {}
 
 
-def test_a_change_tells_the_properties_that_changed_and_no_others(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            await client.listen(service.name)
-            service.root.text = "new"
-            service.bus.properties_changed(ROOT, service.root, set())
-            service.bus.properties_changed(ROOT, service.root, {"Text"})
-            told = await client.signals.get()
-            assert (told.path, told.interface, told.member) == (ROOT, PROPERTIES, "PropertiesChanged")
-            assert told.signature == "sa{sv}as"
-            assert told.body == [TEST, {"Text": Variant("s", "new")}, []]
-            await client.ask(service.name, ROOT, PEER, "Ping")
-            assert client.signals.empty()
-
-    run(main())
+async def test_a_change_tells_the_properties_that_changed_and_no_others(address: str) -> None:
+    async with both(address) as (service, client):
+        await client.listen(service.name)
+        service.root.text = "new"
+        service.bus.properties_changed(ROOT, service.root, set())
+        service.bus.properties_changed(ROOT, service.root, {"Text"})
+        told = await client.signals.get()
+        assert (told.path, told.interface, told.member) == (ROOT, PROPERTIES, "PropertiesChanged")
+        assert told.signature == "sa{sv}as"
+        assert told.body == [TEST, {"Text": Variant("s", "new")}, []]
+        await client.ask(service.name, ROOT, PEER, "Ping")
+        assert client.signals.empty()
 
 
 # Introspection: faults 3 and 9
@@ -279,43 +269,37 @@ async def introspect(client: Caller, to: str, path: str) -> ET.Element:
     return ET.fromstring(await client.ask(to, path, INTROSPECTABLE, "Introspect"))
 
 
-def test_children_are_whole_path_elements(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            for name in ("nbd1", "nbd10", "nbd"):
-                service.bus.add_object(f"{ITEM}/{name}", Test())
+async def test_children_are_whole_path_elements(address: str) -> None:
+    async with both(address) as (service, client):
+        for name in ("nbd1", "nbd10", "nbd"):
+            service.bus.add_object(f"{ITEM}/{name}", Test())
 
-            async def children(path: str) -> list[str]:
-                return [node.attrib["name"] for node in (await introspect(client, service.name, path)).findall("node")]
+        async def children(path: str) -> list[str]:
+            return [node.attrib["name"] for node in (await introspect(client, service.name, path)).findall("node")]
 
-            assert await children("/") == ["org"]
-            assert await children("/org") == ["example"]
-            assert await children(ROOT) == ["item"]
-            assert await children(ITEM) == ["nbd", "nbd1", "nbd10"]
-            for leaf in ("nbd", "nbd1", "nbd10"):
-                assert await children(f"{ITEM}/{leaf}") == []
-            assert (await fails(introspect(client, service.name, f"{ITEM}/nbd10/0")))[0] == "UnknownObject"
-
-    run(main())
+        assert await children("/") == ["org"]
+        assert await children("/org") == ["example"]
+        assert await children(ROOT) == ["item"]
+        assert await children(ITEM) == ["nbd", "nbd1", "nbd10"]
+        for leaf in ("nbd", "nbd1", "nbd10"):
+            assert await children(f"{ITEM}/{leaf}") == []
+        assert (await fails(introspect(client, service.name, f"{ITEM}/nbd10/0")))[0] == "UnknownObject"
 
 
-def test_introspection_is_the_xml_with_argument_names_and_annotations(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            service.bus.add_object(ITEM, Test())
-            told = await introspect(client, service.name, ITEM)
-            written = ET.fromstring(XML).find("interface")
-            assert written is not None
-            found = next(element for element in told.findall("interface") if element.attrib["name"] == TEST)
-            assert ET.canonicalize(ET.tostring(found), strip_text=True) == ET.canonicalize(
-                ET.tostring(written), strip_text=True
-            )
-            names = [element.attrib["name"] for element in told.findall("interface")]
-            assert sorted(names) == sorted([TEST, PEER, INTROSPECTABLE, PROPERTIES])
-            root = await introspect(client, service.name, ROOT)
-            assert OBJECT_MANAGER in [element.attrib["name"] for element in root.findall("interface")]
-
-    run(main())
+async def test_introspection_is_the_xml_with_argument_names_and_annotations(address: str) -> None:
+    async with both(address) as (service, client):
+        service.bus.add_object(ITEM, Test())
+        told = await introspect(client, service.name, ITEM)
+        written = ET.fromstring(XML).find("interface")
+        assert written is not None
+        found = next(element for element in told.findall("interface") if element.attrib["name"] == TEST)
+        assert ET.canonicalize(ET.tostring(found), strip_text=True) == ET.canonicalize(
+            ET.tostring(written), strip_text=True
+        )
+        names = [element.attrib["name"] for element in told.findall("interface")]
+        assert sorted(names) == sorted([TEST, PEER, INTROSPECTABLE, PROPERTIES])
+        root = await introspect(client, service.name, ROOT)
+        assert OBJECT_MANAGER in [element.attrib["name"] for element in root.findall("interface")]
 
 
 # Errors: fault 4
@@ -335,176 +319,141 @@ def test_an_error_of_ours_reaches_the_caller_by_name_and_text_and_no_journal(
 
 
 @pytest.mark.parametrize("error", [ValueError("secret"), EOFError("secret"), OSError(5, "secret"), TimeoutError()])
-def test_the_trace_of_an_internal_error_goes_to_the_journal_and_not_to_the_caller(
+async def test_the_trace_of_an_internal_error_goes_to_the_journal_and_not_to_the_caller(
     address: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            service.root.error = error
-            name, text = await fails(client.ask(service.name, ROOT, TEST, "Fail"))
-            assert name == "Failed"
-            assert text == "Internal error of nbdd; the journal has its trace."
-            assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
-
-    run(main())
+    async with both(address) as (service, client):
+        service.root.error = error
+        name, text = await fails(client.ask(service.name, ROOT, TEST, "Fail"))
+        assert name == "Failed"
+        assert text == "Internal error of nbdd; the journal has its trace."
+        assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
     assert "in _fail" in caplog.text
     assert "org.example.Test.Fail" in caplog.text
 
 
 @pytest.mark.parametrize("said", [[], [[{"a": 1}]], ["text"], [[], []], [None]])
-def test_an_answer_that_is_not_of_the_promised_type_is_an_internal_error(
+async def test_an_answer_that_is_not_of_the_promised_type_is_an_internal_error(
     address: str, said: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            service.root.said = said
-            name, text = await fails(client.ask(service.name, ROOT, TEST, "Say"))
-            assert (name, text) == ("Failed", "Internal error of nbdd; the journal has its trace.")
-            assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
-
-    run(main())
+    async with both(address) as (service, client):
+        service.root.said = said
+        name, text = await fails(client.ask(service.name, ROOT, TEST, "Say"))
+        assert (name, text) == ("Failed", "Internal error of nbdd; the journal has its trace.")
+        assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
     assert "org.example.Test.Say" in caplog.text
 
 
 # Every call is answered, once: fault 5
 
 
-def test_calls_under_way_are_answered_when_the_service_ends(address: str) -> None:
-    async def main() -> None:
-        async with serving() as service, caller(address) as client:
-            service.root.meet = asyncio.Barrier(9)
-            open_calls = [asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing"))) for _ in range(3)]
-            await until(lambda: service.root.came == 3)
-            await service.bus.finish()
-            for call in open_calls:
-                assert await call == ("Failed", "nbdd is stopping; try again when it runs.")
-            assert len(client.replies) == 3
-
-    run(main())
+async def test_calls_under_way_are_answered_when_the_service_ends(address: str) -> None:
+    async with serving() as service, caller(address) as client:
+        service.root.meet = asyncio.Barrier(9)
+        open_calls = [asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing"))) for _ in range(3)]
+        await until(lambda: service.root.came == 3)
+        await service.bus.finish()
+        for call in open_calls:
+            assert await call == ("Failed", "nbdd is stopping; try again when it runs.")
+        assert len(client.replies) == 3
 
 
-def test_calls_that_started_a_service_which_can_not_serve_get_the_reason(address: str) -> None:
-    async def main() -> None:
-        async with serving(opened=False) as service, caller(address) as client:
-            call = asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing")))
-            await until(lambda: bool(service.bus._calls))
-            await service.bus.finish(InvalidConfig("a.yaml:1:2: it is bad.", "nbdd does not start with that."))
-            assert await call == (InvalidConfig.dbus_name, "a.yaml:1:2: it is bad.\nnbdd does not start with that.")
-
-    run(main())
+async def test_calls_that_started_a_service_which_can_not_serve_get_the_reason(address: str) -> None:
+    async with serving(opened=False) as service, caller(address) as client:
+        call = asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing")))
+        await until(lambda: bool(service.bus._calls))
+        await service.bus.finish(InvalidConfig("a.yaml:1:2: it is bad.", "nbdd does not start with that."))
+        assert await call == (InvalidConfig.dbus_name, "a.yaml:1:2: it is bad.\nnbdd does not start with that.")
 
 
-def test_a_call_that_came_in_the_last_moment_is_answered_too(address: str) -> None:
-    async def main() -> None:
-        async with serving(opened=False) as service, caller(address) as client:
-            call = asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing")))
-            await until(lambda: bool(service.bus._calls))
-            # Its task has not begun: it was made in this turn of the loop.
-            await service.bus.finish()
-            assert (await call)[0] == "Failed"
-            assert service.root.came == 0
-
-    run(main())
+async def test_a_call_that_came_in_the_last_moment_is_answered_too(address: str) -> None:
+    async with serving(opened=False) as service, caller(address) as client:
+        call = asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing")))
+        await until(lambda: bool(service.bus._calls))
+        # Its task has not begun: it was made in this turn of the loop.
+        await service.bus.finish()
+        assert (await call)[0] == "Failed"
+        assert service.root.came == 0
 
 
-def test_no_call_is_answered_twice_when_the_end_meets_the_answer(address: str) -> None:
-    async def main() -> None:
-        async with serving() as service, caller(address) as client:
-            before = len(client.replies)
-            calls = [
-                asyncio.create_task(client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii")) for _ in range(20)
-            ]
-            await until(lambda: bool(service.bus._calls))
-            await service.bus.finish()
-            done = await asyncio.gather(*calls, return_exceptions=True)
-            assert all(answer == 3 or isinstance(answer, BusError) for answer in done)
-            # What came after the end began is answered as ever; by the next call, all answers are in.
-            await client.ask(service.name, ROOT, PEER, "Ping")
-            assert len(client.replies) - before == 21
-
-    run(main())
+async def test_no_call_is_answered_twice_when_the_end_meets_the_answer(address: str) -> None:
+    async with serving() as service, caller(address) as client:
+        before = len(client.replies)
+        calls = [asyncio.create_task(client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii")) for _ in range(20)]
+        await until(lambda: bool(service.bus._calls))
+        await service.bus.finish()
+        done = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(answer == 3 or isinstance(answer, BusError) for answer in done)
+        # What came after the end began is answered as ever; by the next call, all answers are in.
+        await client.ask(service.name, ROOT, PEER, "Ping")
+        assert len(client.replies) - before == 21
 
 
-def test_a_call_that_wants_no_reply_gets_none(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            service.bus._on_message = noted = Noted(service.bus._on_message)
-            for member in ("Nothing", "Fail", "Nonsense"):
-                assert await client.ask(service.name, ROOT, TEST, member, flags=NO_REPLY) is None
-            await client.ask(service.name, ROOT, PEER, "Ping")
-            await until(lambda: service.root.came == 2)
-            await client.ask(service.name, ROOT, PEER, "Ping")
-            await DBUS.call(service.bus, "GetId", "", [], returns="s")
-            # The bus would not have passed it on, and told us so.
-            assert [message.error_name for message in noted.messages if message.error_name] == []
-
-    run(main())
+async def test_a_call_that_wants_no_reply_gets_none(address: str) -> None:
+    async with both(address) as (service, client):
+        service.bus._on_message = noted = Noted(service.bus._on_message)
+        for member in ("Nothing", "Fail", "Nonsense"):
+            assert await client.ask(service.name, ROOT, TEST, member, flags=NO_REPLY) is None
+        await client.ask(service.name, ROOT, PEER, "Ping")
+        await until(lambda: service.root.came == 2)
+        await client.ask(service.name, ROOT, PEER, "Ping")
+        await DBUS.call(service.bus, "GetId", "", [], returns="s")
+        # The bus would not have passed it on, and told us so.
+        assert [message.error_name for message in noted.messages if message.error_name] == []
 
 
-def test_calls_that_come_early_wait_until_the_service_is_open(address: str) -> None:
-    async def main() -> None:
-        async with both(address, opened=False) as (service, client):
-            await client.listen(service.name)
-            ping = asyncio.create_task(client.ask(service.name, ROOT, PEER, "Ping"))
-            listed = asyncio.create_task(client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects"))
-            await until(lambda: len(service.bus._calls) == 2)
-            # What was answered by now is here after two questions to the bus, one from each side.
-            for side in (service.bus, client.bus):
-                await DBUS.call(side, "GetId", "", [], returns="s")
-            service.bus.add_object(ITEM, Test())
-            assert not ping.done()
-            assert not listed.done()
-            service.bus.open()
-            await ping
-            assert list(await listed) == [ITEM]
-            assert client.signals.empty(), "whoever asks is told all, there was nothing to tell of before"
-
-    run(main())
+async def test_calls_that_come_early_wait_until_the_service_is_open(address: str) -> None:
+    async with both(address, opened=False) as (service, client):
+        await client.listen(service.name)
+        ping = asyncio.create_task(client.ask(service.name, ROOT, PEER, "Ping"))
+        listed = asyncio.create_task(client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects"))
+        await until(lambda: len(service.bus._calls) == 2)
+        # What was answered by now is here after two questions to the bus, one from each side.
+        for side in (service.bus, client.bus):
+            await DBUS.call(side, "GetId", "", [], returns="s")
+        service.bus.add_object(ITEM, Test())
+        assert not ping.done()
+        assert not listed.done()
+        service.bus.open()
+        await ping
+        assert list(await listed) == [ITEM]
+        assert client.signals.empty(), "whoever asks is told all, there was nothing to tell of before"
 
 
 # Descriptors: fault 6
 
 
-def test_a_descriptor_is_refused_by_the_bus_and_never_reaches_us(address: str) -> None:
-    async def main() -> None:
-        async with serving() as service, caller(address, fds=True) as client:
-            before = len(os.listdir("/proc/self/fd"))
-            message = Message(
-                destination=service.name,
-                path=ROOT,
-                interface=TEST,
-                member="Nonsense",
-                signature="h",
-                body=[0],
-                unix_fds=[client.bus._fd],
-            )
-            reply = await client.bus.call(message)
-            assert reply.error_name == f"{ERROR}NotSupported"
-            await client.ask(service.name, ROOT, PEER, "Ping")
-            assert len(os.listdir("/proc/self/fd")) == before
-
-    run(main())
+async def test_a_descriptor_is_refused_by_the_bus_and_never_reaches_us(address: str) -> None:
+    async with serving() as service, caller(address, fds=True) as client:
+        before = len(os.listdir("/proc/self/fd"))
+        message = Message(
+            destination=service.name,
+            path=ROOT,
+            interface=TEST,
+            member="Nonsense",
+            signature="h",
+            body=[0],
+            unix_fds=[client.bus._fd],
+        )
+        reply = await client.bus.call(message)
+        assert reply.error_name == f"{ERROR}NotSupported"
+        await client.ask(service.name, ROOT, PEER, "Ping")
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 # Handlers are plain: faults 7 and 10
 
 
-def test_a_handler_can_be_called_without_a_bus() -> None:
-    async def main() -> None:
-        assert await Test().methods["Add"](Asker(":1.1", interactive=False), [1, 2]) == [3]
-
-    run(main())
+async def test_a_handler_can_be_called_without_a_bus() -> None:
+    assert await Test().methods["Add"](Asker(":1.1", interactive=False), [1, 2]) == [3]
 
 
-def test_nothing_and_tuples_can_be_returned(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            assert await client.ask(service.name, ROOT, TEST, "Nothing") is None
-            service.root.said = [("one", "two")]
-            assert await client.ask(service.name, ROOT, TEST, "Pair") == ["one", "two"]
-            assert await client.get(service.name, ROOT, TEST, "Pair") == ["a", "b"]
-
-    run(main())
+async def test_nothing_and_tuples_can_be_returned(address: str) -> None:
+    async with both(address) as (service, client):
+        assert await client.ask(service.name, ROOT, TEST, "Nothing") is None
+        service.root.said = [("one", "two")]
+        assert await client.ask(service.name, ROOT, TEST, "Pair") == ["one", "two"]
+        assert await client.get(service.name, ROOT, TEST, "Pair") == ["a", "b"]
 
 
 def test_methods_that_differ_from_the_xml_are_found_at_once() -> None:
@@ -520,55 +469,49 @@ def test_a_document_without_an_interface_is_refused() -> None:
 # The bus goes away: fault 8
 
 
-def test_the_loss_of_the_bus_is_told_and_ends_open_calls_quietly(
+async def test_the_loss_of_the_bus_is_told_and_ends_open_calls_quietly(
     address: str, bus: BusDaemon, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
-        connection = BusConnection()
-        await connection.claim()
-        service: Any = connection._bus
-        lost = asyncio.create_task(connection.lost())
-        async with caller(address) as client, caller(address) as silent:
-            asked = asyncio.Event()
-            silent.serve(lambda _call: asked.set())
-            ping = Message(destination=silent.name, path="/", interface=PEER, member="Ping")
+    connection = BusConnection()
+    await connection.claim()
+    service: Any = connection._bus
+    lost = asyncio.create_task(connection.lost())
+    async with caller(address) as client, caller(address) as silent:
+        asked = asyncio.Event()
+        silent.serve(lambda _call: asked.set())
+        ping = Message(destination=silent.name, path="/", interface=PEER, member="Ping")
 
-            async def ask_another(_caller: Asker, _arguments: list[Any]) -> list[Any]:
-                await service.call(ping)
-                return []
+        async def ask_another(_caller: Asker, _arguments: list[Any]) -> list[Any]:
+            await service.call(ping)
+            return []
 
-            root = Test()
-            root.methods = {**root.methods, "Nothing": ask_another}
-            service.add_object(ROOT, root)
-            service.open()
-            call = asyncio.create_task(client.ask(NAME, ROOT, TEST, "Nothing"))
-            await asked.wait()
-            bus.kill()
-            await lost
-            with pytest.raises((EOFError, OSError)):
-                await call
-        # Signals to nobody harm nothing.
-        service.add_object(ITEM, Test())
-        service.remove_object(ITEM)
-        await service.finish()
-        await close(service)
-
-    run(main())
+        root = Test()
+        root.methods = {**root.methods, "Nothing": ask_another}
+        service.add_object(ROOT, root)
+        service.open()
+        call = asyncio.create_task(client.ask(NAME, ROOT, TEST, "Nothing"))
+        await asked.wait()
+        bus.kill()
+        await lost
+        with pytest.raises((EOFError, OSError)):
+            await call
+    # Signals to nobody harm nothing.
+    service.add_object(ITEM, Test())
+    service.remove_object(ITEM)
+    await service.finish()
+    await close(service)
     assert not [record for record in caplog.records if record.exc_info]
 
 
 @pytest.mark.usefixtures("address")
-def test_the_end_does_not_wait_for_a_bus_that_is_gone(bus: BusDaemon) -> None:
-    async def main() -> None:
-        connection = BusConnection()
-        await connection.claim()
-        bus.kill()
-        await connection.lost()
-        async with asyncio.timeout(DEADLINE / 3):
-            await connection._bus.finish()
-        await close(connection._bus)
-
-    run(main())
+async def test_the_end_does_not_wait_for_a_bus_that_is_gone(bus: BusDaemon) -> None:
+    connection = BusConnection()
+    await connection.claim()
+    bus.kill()
+    await connection.lost()
+    async with asyncio.timeout(DEADLINE / 3):
+        await connection._bus.finish()
+    await close(connection._bus)
 
 
 # Python 3.15: fault 11
@@ -615,77 +558,60 @@ def test_the_library_can_be_imported_where_python_has_dropped_what_it_imports() 
         (ROOT, PROPERTIES, "Set", "sss", [TEST, "Text", "x"], "InvalidArgs", "'ssv'"),
     ],
 )
-def test_a_call_of_what_is_not_there_ends_with_the_standard_error_that_says_so(  # noqa: PLR0917
-    address: str, path: str, interface: str | None, member: str, types: str, body: list[Any], error: str, names: str
+async def test_a_call_of_what_is_not_there_ends_with_the_standard_error_that_says_so(
+    address: str, *, path: str, interface: str | None, member: str, types: str, body: list[Any], error: str, names: str
 ) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            name, text = await fails(client.ask(service.name, path, interface, member, *body, types=types))
-            assert name == error
-            assert names in text
-            assert text.endswith(".")
-            assert await client.get(service.name, ROOT, TEST, "Text") == "hello"
-
-    run(main())
+    async with both(address) as (service, client):
+        name, text = await fails(client.ask(service.name, path, interface, member, *body, types=types))
+        assert name == error
+        assert names in text
+        assert text.endswith(".")
+        assert await client.get(service.name, ROOT, TEST, "Text") == "hello"
 
 
-def test_a_call_without_an_interface_finds_its_method(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            assert await client.ask(service.name, ROOT, None, "Add", 1, 2, types="ii") == 3
-            assert await client.ask(service.name, ROOT, None, "Ping") is None
-
-    run(main())
+async def test_a_call_without_an_interface_finds_its_method(address: str) -> None:
+    async with both(address) as (service, client):
+        assert await client.ask(service.name, ROOT, None, "Add", 1, 2, types="ii") == 3
+        assert await client.ask(service.name, ROOT, None, "Ping") is None
 
 
-def test_properties_are_read_one_by_one_and_all_at_once(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            wanted = {"Text": "hello", "Pair": ["a", "b"], "Size": 1 << 63}
-            for interface in (TEST, ""):
-                for name, value in wanted.items():
-                    assert await client.get(service.name, ROOT, interface, name) == value
-                told = await client.ask(service.name, ROOT, PROPERTIES, "GetAll", interface, types="s")
-                assert {name: variant.value for name, variant in told.items()} == wanted
-            assert await client.ask(service.name, ROOT, PROPERTIES, "GetAll", PEER, types="s") == {}
-
-    run(main())
+async def test_properties_are_read_one_by_one_and_all_at_once(address: str) -> None:
+    async with both(address) as (service, client):
+        wanted = {"Text": "hello", "Pair": ["a", "b"], "Size": 1 << 63}
+        for interface in (TEST, ""):
+            for name, value in wanted.items():
+                assert await client.get(service.name, ROOT, interface, name) == value
+            told = await client.ask(service.name, ROOT, PROPERTIES, "GetAll", interface, types="s")
+            assert {name: variant.value for name, variant in told.items()} == wanted
+        assert await client.ask(service.name, ROOT, PROPERTIES, "GetAll", PEER, types="s") == {}
 
 
-def test_every_service_pings_and_knows_its_machine(address: str) -> None:
-    machine = Path("/etc/machine-id")
-    known = machine.read_text().strip() if machine.is_file() else None
-
-    async def main() -> None:
-        async with both(address) as (service, client):
-            for path in ("/", "/org", ROOT):
-                assert await client.ask(service.name, path, PEER, "Ping") is None
-            if known is not None:
-                assert await client.ask(service.name, ROOT, PEER, "GetMachineId") == known
-
-    run(main())
+async def test_every_service_pings_and_knows_its_machine(address: str) -> None:
+    known = machine_id()
+    async with both(address) as (service, client):
+        for path in ("/", "/org", ROOT):
+            assert await client.ask(service.name, path, PEER, "Ping") is None
+        if known is not None:
+            assert await client.ask(service.name, ROOT, PEER, "GetMachineId") == known
 
 
 # What servers say
 
 
-def test_strings_that_dbus_forbids_are_mended_in_answers_values_errors_and_signals(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            await client.listen(service.name)
-            service.root.text = HOSTILE
-            assert await client.get(service.name, ROOT, TEST, "Text") == CLEANED
-            service.root.said = [[{HOSTILE: Variant("s", HOSTILE), "list": Variant("as", [HOSTILE])}]]
-            told = await client.ask(service.name, ROOT, TEST, "Say")
-            assert told == [{CLEANED: Variant("s", CLEANED), "list": Variant("as", [CLEANED])}]
-            service.root.error = Busy(HOSTILE)
-            assert await fails(client.ask(service.name, ROOT, TEST, "Fail")) == ("org.nbdd1.Error.Busy", CLEANED)
-            service.bus.properties_changed(ROOT, service.root, {"Text"})
-            assert (await client.signals.get()).body == [TEST, {"Text": Variant("s", CLEANED)}, []]
-            service.bus.add_object(ITEM, service.root)
-            assert (await client.signals.get()).body[1][TEST]["Text"] == Variant("s", CLEANED)
-
-    run(main())
+async def test_strings_that_dbus_forbids_are_mended_in_answers_values_errors_and_signals(address: str) -> None:
+    async with both(address) as (service, client):
+        await client.listen(service.name)
+        service.root.text = HOSTILE
+        assert await client.get(service.name, ROOT, TEST, "Text") == CLEANED
+        service.root.said = [[{HOSTILE: Variant("s", HOSTILE), "list": Variant("as", [HOSTILE])}]]
+        told = await client.ask(service.name, ROOT, TEST, "Say")
+        assert told == [{CLEANED: Variant("s", CLEANED), "list": Variant("as", [CLEANED])}]
+        service.root.error = Busy(HOSTILE)
+        assert await fails(client.ask(service.name, ROOT, TEST, "Fail")) == ("org.nbdd1.Error.Busy", CLEANED)
+        service.bus.properties_changed(ROOT, service.root, {"Text"})
+        assert (await client.signals.get()).body == [TEST, {"Text": Variant("s", CLEANED)}, []]
+        service.bus.add_object(ITEM, service.root)
+        assert (await client.signals.get()).body[1][TEST]["Text"] == Variant("s", CLEANED)
 
 
 def test_what_is_no_string_is_left_as_it_is() -> None:
@@ -696,24 +622,21 @@ def test_what_is_no_string_is_left_as_it_is() -> None:
 # What strangers send: faults of dbus-next that facts never listed, found by sending it
 
 
-def test_a_call_with_too_much_in_it_is_refused_unread(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            service.bus._on_message = note = Noted(service.bus._on_message)
-            values = [[Variant("y", 1)] * (2 * MAX_BODY)]
-            name, text = await fails(client.ask(service.name, ROOT, TEST, "Add", *values, types="av"))
-            assert name == "LimitsExceeded"
-            assert str(MAX_BODY) in text
-            assert [message.body for message in note.messages if message.member == "Add"] == [[]]
-            assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
-            # A wrong call that is not too long is told what is wrong.
-            exact = "x" * (MAX_BODY - 5)
-            assert (await fails(client.ask(service.name, ROOT, TEST, "Add", exact, types="s")))[0] == "InvalidArgs"
-            assert (await fails(client.ask(service.name, ROOT, TEST, "Add", exact + "x", types="s")))[0] == (
-                "LimitsExceeded"
-            )
-
-    run(main())
+async def test_a_call_with_too_much_in_it_is_refused_unread(address: str) -> None:
+    async with both(address) as (service, client):
+        service.bus._on_message = note = Noted(service.bus._on_message)
+        values = [[Variant("y", 1)] * (2 * MAX_BODY)]
+        name, text = await fails(client.ask(service.name, ROOT, TEST, "Add", *values, types="av"))
+        assert name == "LimitsExceeded"
+        assert str(MAX_BODY) in text
+        assert [message.body for message in note.messages if message.member == "Add"] == [[]]
+        assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
+        # A wrong call that is not too long is told what is wrong.
+        exact = "x" * (MAX_BODY - 5)
+        assert (await fails(client.ask(service.name, ROOT, TEST, "Add", exact, types="s")))[0] == "InvalidArgs"
+        assert (await fails(client.ask(service.name, ROOT, TEST, "Add", exact + "x", types="s")))[0] == (
+            "LimitsExceeded"
+        )
 
 
 class Noted:
@@ -728,22 +651,19 @@ class Noted:
         self._to(message)
 
 
-def test_messages_that_nobody_asked_for_are_ignored(address: str) -> None:
-    async def main() -> None:
-        async with both(address) as (service, client):
-            to: dict[str, Any] = {"destination": service.name, "path": ROOT, "interface": TEST, "member": "Add"}
-            for message in (
-                Message(message_type=MessageType.SIGNAL, signature="ii", body=[1, 2], **to),
-                Message(message_type=MessageType.METHOD_RETURN, destination=service.name, reply_serial=1),
-                Message(message_type=MessageType.ERROR, destination=service.name, reply_serial=99, error_name="a.b"),
-            ):
-                await client.bus.send(message)
-            assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
-
-    run(main())
+async def test_messages_that_nobody_asked_for_are_ignored(address: str) -> None:
+    async with both(address) as (service, client):
+        to: dict[str, Any] = {"destination": service.name, "path": ROOT, "interface": TEST, "member": "Add"}
+        for message in (
+            Message(message_type=MessageType.SIGNAL, signature="ii", body=[1, 2], **to),
+            Message(message_type=MessageType.METHOD_RETURN, destination=service.name, reply_serial=1),
+            Message(message_type=MessageType.ERROR, destination=service.name, reply_serial=99, error_name="a.b"),
+        ):
+            await client.bus.send(message)
+        assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
 
 
-def test_a_call_in_the_other_byte_order_is_answered(address: str) -> None:
+async def test_a_call_in_the_other_byte_order_is_answered(address: str) -> None:
     """A machine has one, but a caller need not use it."""
 
     def field(code: int, kind: str, text: str) -> bytes:
@@ -752,42 +672,35 @@ def test_a_call_in_the_other_byte_order_is_answered(address: str) -> None:
     def padded(octets: bytes) -> bytes:
         return octets + bytes(-len(octets) % 8)
 
-    async def main() -> None:
-        async with both(address) as (service, client):
-            fields = padded(field(1, "o", ROOT)) + padded(field(3, "s", "Nothing")) + field(6, "s", service.name)
-            head = b"B\1\0\1" + bytes(4) + (9).to_bytes(4, "big") + len(fields).to_bytes(4, "big")
-            with RawCaller(address) as raw:
-                await asyncio.to_thread(raw.say, padded(head + fields))
-                await until(lambda: service.root.came == 1)
-            assert await client.ask(service.name, ROOT, PEER, "Ping") is None
-
-    run(main())
+    async with both(address) as (service, client):
+        fields = padded(field(1, "o", ROOT)) + padded(field(3, "s", "Nothing")) + field(6, "s", service.name)
+        head = b"B\1\0\1" + bytes(4) + (9).to_bytes(4, "big") + len(fields).to_bytes(4, "big")
+        with RawCaller(address) as raw:
+            await asyncio.to_thread(raw.say, padded(head + fields))
+            await until(lambda: service.root.came == 1)
+        assert await client.ask(service.name, ROOT, PEER, "Ping") is None
 
 
-def test_a_flood_of_calls_leaves_turns_for_everything_else(address: str) -> None:
+async def test_a_flood_of_calls_leaves_turns_for_everything_else(address: str) -> None:
     """Else the watchdog would find the loop standing still, and systemd end nbdd."""
 
     count = 1000
-
-    async def main() -> None:
-        async with both(address) as (service, client):
-            ping: Any = Message(destination=service.name, path=ROOT, interface=PEER, member="Ping", flags=NO_REPLY)
-            ping.serial = 5
-            service.bus._on_message = noted = Noted(service.bus._on_message)
-            with RawCaller(address) as raw:
-                # The loop stands still until all is there.
-                raw.say(bytes(ping._marshall()) * count)
-                raw.settle()
-                seen = [0]
-                while seen[-1] < count:
-                    await asyncio.sleep(0)
-                    seen.append(len(noted.messages))
-            steps = [after - before for before, after in itertools.pairwise(seen)]
-            # One callback for the socket and one for what is left may share a turn.
-            assert max(steps) <= 16
-            await client.ask(service.name, ROOT, PEER, "Ping")
-
-    run(main())
+    async with both(address) as (service, client):
+        ping: Any = Message(destination=service.name, path=ROOT, interface=PEER, member="Ping", flags=NO_REPLY)
+        ping.serial = 5
+        service.bus._on_message = noted = Noted(service.bus._on_message)
+        with RawCaller(address) as raw:
+            # The loop stands still until all is there.
+            raw.say(bytes(ping._marshall()) * count)
+            raw.settle()
+            seen = [0]
+            while seen[-1] < count:
+                await asyncio.sleep(0)
+                seen.append(len(noted.messages))
+        steps = [after - before for before, after in itertools.pairwise(seen)]
+        # One callback for the socket and one for what is left may share a turn.
+        assert max(steps) <= 16
+        await client.ask(service.name, ROOT, PEER, "Ping")
 
 
 @pytest.mark.parametrize("long_replies", [False, True])
@@ -844,21 +757,18 @@ def test_a_message_that_cannot_be_read_is_skipped_and_the_next_one_read() -> Non
 
 
 @pytest.mark.usefixtures("address")
-def test_a_second_nbdd_is_told_that_it_is_the_second() -> None:
-    async def main() -> None:
-        first, second = BusConnection(), BusConnection()
-        await first.claim()
-        with pytest.raises(NbddError, match=r"^Another nbdd is running: .*\.$"):
-            await second.claim()
-        await second.close()
-        third = BusConnection()
-        await first.close()
-        await first.lost()
-        await third.claim()
-        for connection in (first, second, third):
-            await close(connection._bus)
-
-    run(main())
+async def test_a_second_nbdd_is_told_that_it_is_the_second() -> None:
+    first, second = BusConnection(), BusConnection()
+    await first.claim()
+    with pytest.raises(NbddError, match=r"^Another nbdd is running: .*\.$"):
+        await second.claim()
+    await second.close()
+    third = BusConnection()
+    await first.close()
+    await first.lost()
+    await third.claim()
+    for connection in (first, second, third):
+        await close(connection._bus)
 
 
 def test_a_bus_that_keeps_the_name_from_us_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -878,14 +788,10 @@ def test_a_bus_that_keeps_the_name_from_us_is_told_with_what_to_do(monkeypatch: 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # dbus-next forgets the socket
 @pytest.mark.parametrize("where", ["unix:path=/nonexistent/bus", "nonsense", "unix:what=1", ""])
-def test_a_machine_without_a_bus_is_told_so(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_machine_without_a_bus_is_told_so(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", where)
-
-    async def main() -> None:
-        with pytest.raises(NbddError, match=r"^The system bus can't be reached: .*dbus\.service\.$"):
-            BusConnection()
-
-    run(main())
+    with pytest.raises(NbddError, match=r"^The system bus can't be reached: .*dbus\.service\.$"):
+        BusConnection()
 
 
 @pytest.mark.parametrize("says", [b"", b"REJECTED EXTERNAL\r\n", b"OK 1234", b"OK 1234deadbeef\r\n"])
