@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The long-running process: its parts put together, and its one life from start to end.
+"""The long-running process: puts its parts together and runs them from start to end.
 
     claim the name ─> start the fork server ─> read the configuration ─> adopt ─> READY ─> serve ─> signal ─> end
 
@@ -28,14 +28,14 @@ from nbdd.system.notify import Notifier, kept_sockets
 log = logging.getLogger(__name__)
 
 SHUTDOWN_WAIT = 30
-"""Seconds that I/O waits for a dead server when the machine goes down, where the dead timeout is longer: an unmount
-waits as long, and the machine with it. The server may still come back; and systemd gives an unmount 90 s."""
+"""Seconds that I/O waits for a dead server when the machine shuts down, if the dead timeout is longer. An unmount waits
+as long, and the machine with it; systemd gives an unmount 90 s. The server may still come back."""
 
 LEAVE_WAIT = 10
-"""Seconds for the users of such a device to leave it when their I/O has failed."""
+"""Seconds for the users of such a device to close it when their I/O has failed."""
 
 STOP_DEADLINE = 60.0
-"""Seconds that the detaching of idle devices may take at a stop; what is left then stays attached."""
+"""Seconds that a stop may take to detach idle devices; those not detached by then stay attached."""
 
 
 async def run(directory: Path) -> int:
@@ -46,7 +46,7 @@ async def run(directory: Path) -> int:
     notifier = Notifier()
     bus = BusConnection()
     await bus.claim()
-    asked = _Signals()
+    signals = _Signals()
     supervisor = Supervisor()
     await supervisor.start()
     manager = Manager(
@@ -54,7 +54,7 @@ async def run(directory: Path) -> int:
         supervisor,
         Records(runtime_directory()),
         notifier.keep_sockets,
-        _Told(bus.observer, notifier),
+        StatusReporter(bus.observer, notifier),
     )
     try:
         await manager.start(kept_sockets())
@@ -68,15 +68,18 @@ async def run(directory: Path) -> int:
     bus.serve(manager)
     watchdog = asyncio.create_task(notifier.watchdog())
     lost = asyncio.create_task(bus.lost())
-    down = asyncio.create_task(_go_down(bus, manager))
+    shutdown = asyncio.create_task(_prepare_shutdown(bus, manager))
     notifier.ready()
+    log.debug("ready, %d devices", len(manager.devices))
     try:
         while True:
-            event = asyncio.create_task(asked.next())
+            event = asyncio.create_task(signals.next())
             await asyncio.wait({event, lost, watchdog}, return_when=asyncio.FIRST_COMPLETED)
             if lost.done():
                 event.cancel()
-                log.critical("the system bus is gone; ending, so that systemd starts us anew. The devices stay.")
+                log.critical(
+                    "the system bus is gone; ending, so that systemd starts nbdd again. The devices stay attached."
+                )
                 await manager.stop(detach=False)
                 return 1
             if event.done() and event.result() is not signal.SIGHUP:
@@ -89,41 +92,42 @@ async def run(directory: Path) -> int:
         await _stop(manager, bus, notifier)
         return 0
     finally:
-        down.cancel()
+        shutdown.cancel()
         watchdog.cancel()
         lost.cancel()
 
 
 async def _reload(manager: Manager, notifier: Notifier) -> None:
     notifier.reloading()
-    with contextlib.suppress(NbddError):  # the manager has told the journal
+    with contextlib.suppress(NbddError):  # the manager has logged it
         await manager.reload()
     notifier.ready()
 
 
-async def _go_down(bus: BusConnection, manager: Manager) -> None:
-    """Have nothing wait longer for a server than the machine should for its end."""
+async def _prepare_shutdown(bus: BusConnection, manager: Manager) -> None:
+    """Shorten the dead timeouts when the machine shuts down, so that it does not wait long for a dead server."""
     await bus.shutdown()
-    log.info("the machine goes down: I/O waits for a dead server for %d s from now on", SHUTDOWN_WAIT)
-    await manager.hasten(SHUTDOWN_WAIT)
+    log.info("the machine is shutting down: from now on I/O waits at most %d s for a dead server", SHUTDOWN_WAIT)
+    await manager.shorten_dead_timeouts(SHUTDOWN_WAIT)
 
 
 async def _stop(manager: Manager, bus: BusConnection, notifier: Notifier) -> None:
-    """Detach what is idle if this is the end; keep everything if it is half of a restart, or a plain kill."""
+    """Detach idle devices if systemd stops the service; keep all if it restarts it, or if a signal came alone."""
     notifier.stopping()
     detach = await bus.job_type() == "stop"
+    log.debug("stopping, %s", "idle devices are detached" if detach else "all devices stay attached")
     try:
         async with asyncio.timeout(STOP_DEADLINE):
             wait = 0
             if detach and await bus.is_going_down():
-                # What is mounted without _netdev may be unmounted only now. Without a server that ends when we end the
-                # waiting, so we stay until then.
-                await manager.hasten(SHUTDOWN_WAIT)
+                # A filesystem mounted without _netdev may be unmounted only now. If its server is dead, that takes
+                # until its I/O fails, so nbdd stays until then.
+                await manager.shorten_dead_timeouts(SHUTDOWN_WAIT)
                 wait = SHUTDOWN_WAIT + LEAVE_WAIT
-            for told in await manager.stop(detach=detach, wait=wait):
-                log.warning("%s", told)
+            for refusal in await manager.stop(detach=detach, wait=wait):
+                log.warning("%s", refusal)
     except TimeoutError:
-        log.error("detaching took longer than %g s; what is left stays attached", STOP_DEADLINE)
+        log.error("detaching took longer than %g s; the devices not detached by now stay attached", STOP_DEADLINE)
         await manager.stop(detach=False)
     await bus.close()
 
@@ -140,39 +144,42 @@ class _Signals:
         return await self._queue.get()
 
 
-class _Told:
-    """Passes the manager's news on to the bus, and sums them up for ``systemctl status``."""
+class StatusReporter:
+    """Passes changes of devices on to the bus, and sums them up in a line for ``systemctl status``."""
 
     def __init__(self, observer: Observer, notifier: Notifier) -> None:
         self._observer = observer
         self._notifier = notifier
         self._states: dict[str, State] = {}
         self._line = ""
-        self._soon: asyncio.Handle | None = None
+        self._scheduled: asyncio.Handle | None = None
 
     def added(self, device: Device) -> None:
+        """See `Observer`."""
         self._observer.added(device)
         self._states[device.name] = device.status.state
-        self._sum_up()
+        self._schedule()
 
     def changed(self, device: Device, old: Status) -> None:
+        """See `Observer`."""
         self._observer.changed(device, old)
         self._states[device.name] = device.status.state
         if device.status.state is not old.state:
-            self._sum_up()
+            self._schedule()
 
     def removed(self, device: Device) -> None:
+        """See `Observer`."""
         self._observer.removed(device)
         del self._states[device.name]
-        self._sum_up()
+        self._schedule()
 
-    def _sum_up(self) -> None:
-        # Once for all that happens in one turn of the loop: ten thousand devices are added in one.
-        if self._soon is None:
-            self._soon = asyncio.get_running_loop().call_soon(self._tell)
+    def _schedule(self) -> None:
+        # One line for all changes in one turn of the loop: ten thousand devices are added in one.
+        if self._scheduled is None:
+            self._scheduled = asyncio.get_running_loop().call_soon(self._report)
 
-    def _tell(self) -> None:
-        self._soon = None
+    def _report(self) -> None:
+        self._scheduled = None
         count = Counter(self._states.values())
         bound = sum(number for state, number in count.items() if state.bound)
         others = [

@@ -8,7 +8,7 @@
 
 A device that has waited too long for its server, or was offered another export by it, is `failed` and still bound.
 
-One task, the *runner*, keeps the worker's post filled for as long as the device is wanted: it attaches, watches, and
+One task, the *runner*, keeps the worker's slot filled for as long as the device is wanted: it attaches, watches, and
 when the worker ends for whatever reason lets a new one adopt the bound device. `detach` takes the runner's place for
 the time of the detaching. State changes in one method, `_set`, which tells the log and the manager.
 """
@@ -28,7 +28,7 @@ from nbdd.config.definition import Attach, Definition
 from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, OtherExport, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.manager.records import Record, Records
-from nbdd.manager.slot import KeepSockets, Post, Spawner
+from nbdd.manager.slot import KeepSockets, Spawner, WorkerSlot
 from nbdd.manager.status import State, Status, state_for, told_of
 from nbdd.manager.supervisor import WorkerProcess, backoff
 from nbdd.system.journal import DeviceLog
@@ -77,12 +77,12 @@ class Device:
         self._records = records
         self._on_change = on_change
         self._runner: asyncio.Task[None] | None = None
-        self._post = Post(
+        self._slot = WorkerSlot(
             definition.name,
             supervisor,
             keep_sockets,
             on_event=self._event,
-            on_holder=lambda pid: self._set(worker_pid=pid),
+            on_worker=lambda pid: self._set(worker_pid=pid),
         )
         self._record: Record | None = None
         self._kick = asyncio.Event()
@@ -128,7 +128,7 @@ class Device:
     def adopt(self, record: Record, sockets: list[int]) -> None:
         """Take over a device that a predecessor bound, with its links as far as they were kept; return at once."""
         self._record = record
-        self._post.inherit(sockets)
+        self._slot.inherit_sockets(sockets)
         self._active = record.definition
         told = self._told_by(record.definition)
         if record.binding is not None:
@@ -195,7 +195,7 @@ class Device:
             if state is State.CONNECTING:
                 # The worker may be anywhere between the first connect and the bound device: end it, and look what it
                 # left.
-                await self._post.vacate()
+                await self._slot.stop()
                 if fresh:
                     self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
             await self._release(force=force, until=time.monotonic() + wait)
@@ -224,7 +224,7 @@ class Device:
         self._log.info("%d bytes, as asked for", size)
         return size
 
-    async def hasten(self, seconds: int) -> None:
+    async def shorten_dead_timeout(self, seconds: int) -> None:
         """Shorten the dead timeout, so that I/O without a link fails `seconds` after this, or after the link's death.
 
         It holds until the device is detached. What stands in the way is told in the journal.
@@ -278,9 +278,9 @@ class Device:
         """Let go without detaching: the device stays in the kernel for a successor to adopt."""
         self._closed = True
         await self._stop_runner()
-        await self._post.vacate()
+        await self._slot.stop()
         self._settle(WorkerFailed("nbdd is stopping."))
-        self._post.close_links()
+        self._slot.close_sockets()
 
     # The runner
 
@@ -344,7 +344,7 @@ class Device:
             except NbddError as error:
                 died = isinstance(error, WorkerFailed)
                 deaths = deaths + 1 if died else 0
-                await self._post.vacate()
+                await self._slot.stop()
                 if not resume and not died:
                     self._forget()
                 if not self._persistent and not (died and deaths < ATTEMPTS):
@@ -398,8 +398,8 @@ class Device:
                 return
             except NotAttached as error:
                 self._forget()
-                self._post.take_links([])
-                await self._post.vacate()
+                self._slot.replace_sockets([])
+                await self._slot.stop()
                 if not self._persistent:
                     raise
                 self._log.warning("%s Attaching it anew.", error)
@@ -415,15 +415,15 @@ class Device:
 
     async def _watch(self) -> None:
         """Return when the worker has ended."""
-        worker = self._post.holder
+        worker = self._slot.worker
         if worker is None:
             return
-        ending = await self._post.left()
+        ending = await self._slot.wait_ended()
         self._log.warning("worker %d %s; the device stays, a new worker adopts it", worker.pid, ending)
 
     async def _attempt(self, order: str, **arguments: Any) -> None:
         """Give a new worker its first order; on return the device is attached."""
-        worker = await self._post.fill()
+        worker = await self._slot.respawn()
         if order == "attach":
             if self._record is None:
                 # Nobody else's device may stand under our name, or the record would make it ours.
@@ -431,17 +431,17 @@ class Device:
             # Before the kernel is asked: see records.py.
             self._keep(Record(self._active, self._status.configured, attached_by=self._status.attached_by))
         reply, fds = await worker.request_fds(
-            order, deadline=ATTACH_DEADLINE, fds=self._post.links if order == "adopt" else (), **arguments
+            order, deadline=ATTACH_DEADLINE, fds=self._slot.sockets if order == "adopt" else (), **arguments
         )
-        self._post.take_links(fds)
+        self._slot.replace_sockets(fds)
         self._bound(reply)
 
     # What happened
 
     def _event(self, message: Message, fds: list[int]) -> None:
         """Something the worker says unasked."""
-        if message["event"] == "links" and self._post.holder is not None:
-            self._post.take_links(fds)
+        if message["event"] == "links" and self._slot.worker is not None:
+            self._slot.replace_sockets(fds)
             self._links(message)
             return
         for fd in fds:
@@ -497,21 +497,21 @@ class Device:
         self._fresh = False
         # If this can't be written, the record of the attempt still stands, and a successor finds the device by name.
         self._note(binding=reply, definition=self._active, attached_since=told["attached_since"])
-        self._post.open()
+        self._slot.set_ready()
         self._set(**told)
         self._settle(None)
 
     def _failed(self, error: NbddError) -> None:
         """The device is not attached, and nothing more is tried."""
         self._log.error("%s", error)
-        self._post.abandon()
+        self._slot.drop()
         self._clear(state=State.FAILED, last_error=told_of(error))
         self._settle(error)
 
     def _detached(self) -> None:
         """The device is free, and the definition is what counts again."""
         self._forget()
-        self._post.abandon()
+        self._slot.drop()
         self._active = self._definition
         self._clear()
 
@@ -526,16 +526,16 @@ class Device:
         over = fresh and not isinstance(error, Busy)
         if self._record is None or over or not (bound or state is State.CONNECTING):
             self._settle(NotAttached(f"Attaching {self.name!r} was ended by a detach."))
-            self._post.abandon()
+            self._slot.drop()
             self._clear(state=State.FAILED, last_error=told)
             return
         if not isinstance(error, NbddError):
             # The worker may be in the middle of the detach. Its successor sees what came of it.
-            self._post.dismiss()
+            self._slot.kill()
         live = self._status.live_connections
         back = state_for(live, self._status.connections) if state.bound else state
         self._set(state=back, last_error=told)
-        self._run(self._watch if self._post.is_open else self._adopt)
+        self._run(self._watch if self._slot.is_ready else self._adopt)
 
     # Tools
 
@@ -549,11 +549,11 @@ class Device:
             try:
                 if self._closed:
                     raise WorkerFailed("nbdd is stopping.")
-                worker = await self._post.filled()
+                worker = await self._slot.ensure()
                 await worker.request(
                     "detach",
                     deadline=ORDER_DEADLINE,
-                    fds=self._post.links,
+                    fds=self._slot.sockets,
                     definition=record.definition.to_wire(),
                     binding=record.binding,
                     force=force,
@@ -589,7 +589,7 @@ class Device:
         adopted = (
             self._status.state is State.CONNECTING and self._record is not None and self._record.binding is not None
         )
-        worker = await self._post.manned(READY_DEADLINE if self._status.bound or adopted else 0)
+        worker = await self._slot.wait_ready(READY_DEADLINE if self._status.bound or adopted else 0)
         if self._status.state is State.DETACHING:
             raise Busy(f"{self.name!r} is being detached; try again in a moment.")
         if not self._status.bound:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All devices: what the configuration wants, what was attached by hand, and what a predecessor left bound."""
+"""All devices: those of the configuration, those attached by hand, and those that the previous instance left bound."""
 
 from __future__ import annotations
 
@@ -32,28 +32,27 @@ LIST_DEADLINE = 60.0
 MAX_DEVICES = 4096
 """Ad-hoc devices beside the configured ones; the kernel numbers its nodes no further with many partitions each."""
 
-
 BATCH = 32
-"""Devices that are dealt with in one turn of the loop: ten thousand take seconds, and others want to be served."""
+"""Devices that are handled before the event loop runs other work: ten thousand of them take seconds."""
 
 
-async def _breathe(number: int) -> None:
-    """Let the loop turn, every BATCH calls with counting numbers."""
+async def yield_to_loop(number: int) -> None:
+    """Let the event loop run other work, once every BATCH calls with counting numbers."""
     if number % BATCH == 0:
         await asyncio.sleep(0)
 
 
 class Observer(Protocol):
-    """Who wants to know; the bus, or nobody."""
+    """Receives each change of the set of devices and of their status: D-Bus, and systemd's status line."""
 
     def added(self, device: Device) -> None:
-        """A device is there now, attached or not."""
+        """Receive a device that is known from now on, attached or not."""
 
     def changed(self, device: Device, old: Status) -> None:
-        """Something about it is different."""
+        """Receive a change of its status, which was `old` before."""
 
     def removed(self, device: Device) -> None:
-        """It is gone."""
+        """Receive a device that is not known any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class Manager:
         return self._devices
 
     def device(self, name: str) -> Device:
-        """The device of that name; raises InvalidArgs for what can't be a name, NoSuchDevice for what is none."""
+        """The device of that name; raises InvalidArgs if that can't be a name, NoSuchDevice if no device has it."""
         try:
             return self._devices[check_name(name)]
         except KeyError:
@@ -102,20 +101,20 @@ class Manager:
             ) from None
 
     async def start(self, sockets: Mapping[str, list[int]]) -> None:
-        """Take over what a predecessor left bound, read the configuration, begin to attach what says ``attach: boot``.
+        """Adopt what the previous instance left bound, read the configuration, begin to attach boot devices.
 
-        `sockets` are the links that a predecessor kept, by device; those of no device are closed.
-        Raises InvalidConfig if the configuration is bad and nothing is there to be taken over; with devices to look
-        after, a bad file is told and the devices stay what they were.
+        `sockets` are the connections that the previous instance kept, by device; those of no device are closed.
+        Raises InvalidConfig if the configuration is bad and there is no device to adopt; if there is one, a bad
+        configuration is logged and the adopted devices stay what they were.
         """
         kept = dict(sockets)
         records = self._records.load()
-        # First, and by what the records say: a link may be dead, and I/O waiting, while ten thousand lines are read.
+        # First, and from the records alone: a connection may be dead and I/O waiting while a long file is read.
         for record in records:
             name = record.definition.name
             self._add(record.definition, configured=record.configured).adopt(record, kept.pop(name, []))
         for name, fds in kept.items():
-            DeviceLog(log, name).warning("its links were kept, but its record is gone: a device on them is not known")
+            DeviceLog(log, name).warning("its connections were kept, but it has no record: closing them")
             for fd in fds:
                 os.close(fd)
             self._keep_sockets(name, [])
@@ -124,19 +123,21 @@ class Manager:
         except NbddError as error:
             if not records:
                 raise
-            log.error("the configuration is not used, only devices attached before are looked after:\n%s", error)
+            log.error(
+                "the configuration is bad and not used; only devices that are attached already are kept:\n%s", error
+            )
         else:
-            # They left the configuration while nobody was looking.
+            # They left the configuration while nbdd was not running.
             self._background(self._retire_all(leftovers))
 
     async def attach(self, name: str, options: Mapping[str, object], *, by: int = 0) -> Device:
-        """Attach a device that has a definition; return when it is usable. `by` is the user id of who asks."""
+        """Attach a device that has a definition; return when it is usable. `by` is the caller's user id."""
         device = self.device(name)
         await device.attach(options_with(device.definition, options) if options else None, by=by)
         return device
 
     async def attach_uri(self, uri: str, options: Mapping[str, object], *, by: int = 0) -> Device:
-        """Attach an export that has no definition; return when it is usable. `by` is the user id of who asks."""
+        """Attach an export that has no definition; return when it is usable. `by` is the caller's user id."""
         options = dict(options)
         given = options.pop("name", None)
         if given is not None and not isinstance(given, str):
@@ -150,11 +151,11 @@ class Manager:
                 f"{name!r} is the name of a configured device: attach that by its name, or choose another."
             )
         if taken is not None and not (taken.status.state is State.FAILED and taken.idle):
-            raise AlreadyAttached(f"A device {name!r} is there already: detach it first, or choose another name.")
+            raise AlreadyAttached(f"There is a device {name!r} already: detach it first, or choose another name.")
         if taken is not None:
             self._remove(taken)
         if sum(not device.status.configured for device in self._devices.values()) >= MAX_DEVICES:
-            raise Busy(f"nbdd looks after {MAX_DEVICES} ad-hoc devices already; detach one first.")
+            raise Busy(f"There are {MAX_DEVICES} devices attached by URI already; detach one first.")
         device = self._add(definition, configured=False)
         try:
             await device.attach(by=by)
@@ -176,15 +177,15 @@ class Manager:
         await device.set_timeout(seconds)
 
     async def reconnect(self, name: str) -> None:
-        """Exchange the links of an attached device for new ones."""
+        """Replace the connections of an attached device by new ones."""
         await self.device(name).reconnect()
 
     async def resize(self, name: str) -> int:
-        """Take the size that the server says now; returns it, in bytes."""
+        """Take the size that the server reports now; returns it, in bytes."""
         return await self.device(name).resize()
 
     async def list_exports(self, uri: str) -> list[dict[str, Any]]:
-        """Ask a server, in a process of its own, what it exports: one JSON object for each, as `Export.to_wire`."""
+        """List a server's exports, each as `Export.to_wire`; a worker process asks the server."""
         parsed = URI.parse(uri)
         found: list[dict[str, Any]] = []
 
@@ -203,13 +204,13 @@ class Manager:
     async def reload(self) -> Changes:
         """Read the configuration again: keep the equal, add the new, stop the leftovers; a bad file changes nothing.
 
-        Returns when the leftovers nobody uses are detached; the new ones are attached behind the caller's back.
+        Returns when the leftovers that are not in use are detached; the new ones are attached in the background.
         """
         async with self._reloading:
             try:
                 configuration = await asyncio.to_thread(self._load)
             except NbddError as error:
-                log.error("nothing is changed, the configuration is bad:\n%s", error)
+                log.error("not reloaded, the configuration is bad and nothing changes:\n%s", error)
                 raise
             changes, leftovers = await self._apply(configuration)
             await self._retire_all(leftovers)
@@ -220,18 +221,18 @@ class Manager:
             return changes
 
     async def _apply(self, configuration: Configuration) -> tuple[Changes, list[Device]]:
-        """Keep the equal, add the new, redefine the changed; returns the leftovers too, which are not touched yet."""
+        """Keep the equal, add the new, redefine the changed; the leftovers are returned and not touched yet."""
         wanted, self._defaults = configuration.devices, configuration.defaults
         have = [device for device in self._devices.values() if device.status.configured]
         added, changed = [], []
         for number, (name, definition) in enumerate(wanted.items()):
-            await _breathe(number)
+            await yield_to_loop(number)
             device = self._devices.get(name)
             if device is None:
                 added.append(name)
                 device = self._add(definition, configured=True)
             elif not device.status.configured:
-                # Somebody attached it by hand before it had a definition.
+                # It was attached by hand before it had a definition.
                 added.append(name)
                 device.redefine(definition)
             elif device.definition != definition:
@@ -244,34 +245,31 @@ class Manager:
         leftovers = [device for device in have if device.name not in wanted]
         return Changes(tuple(added), tuple(changed), tuple(device.name for device in leftovers)), leftovers
 
-    async def hasten(self, seconds: int) -> None:
-        """Have I/O that waits for a server fail within so many seconds, now and from now on."""
-        await asyncio.gather(*(device.hasten(seconds) for device in self._devices.values() if device.active))
+    async def shorten_dead_timeouts(self, seconds: int) -> None:
+        """Let I/O wait for a server at most `seconds`, from now on and until each device is detached."""
+        await asyncio.gather(
+            *(device.shorten_dead_timeout(seconds) for device in self._devices.values() if device.active)
+        )
 
     async def stop(self, *, detach: bool, wait: float = 0) -> list[str]:
-        """End; with `detach`, free what nobody uses first. Returns one sentence for each device that stays attached.
+        """End; with `detach`, detach what is not in use first. Returns a sentence for each device that stays attached.
 
-        `wait` is how long to wait, in seconds, for those who use a device without a server to leave it.
+        `wait` is how many seconds to wait for the users of a device without a connection to close it.
         """
-        left: list[str] = []
+        still_attached: list[str] = []
         for task in self._tasks:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
         if detach:
-            left = [
-                told
-                for told in await asyncio.gather(
-                    *(
-                        self._detach_quietly(device, 0 if device.status.live_connections else wait)
-                        for device in list(self._devices.values())
-                    )
-                )
-                if told
+            detaching = [
+                self._try_detach(device, 0 if device.status.live_connections else wait)
+                for device in self._devices.values()
             ]
+            still_attached = [refusal for refusal in await asyncio.gather(*detaching) if refusal]
         await asyncio.gather(*(device.close() for device in self._devices.values()))
         await self._supervisor.close()
-        return left
+        return still_attached
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -279,22 +277,23 @@ class Manager:
         task.add_done_callback(self._tasks.discard)
 
     async def _retire_all(self, devices: list[Device]) -> None:
-        """The configuration no longer has these: detach them, unless somebody uses them; those stay for their users."""
+        """Detach devices that left the configuration; those in use stay attached for their users."""
         for device in devices:
             device.disown()
         for start in range(0, len(devices), BATCH):
             await asyncio.gather(*map(self._retire, devices[start : start + BATCH]))
-            await _breathe(start)
+            await yield_to_loop(start)
 
     async def _retire(self, device: Device) -> None:
         if device.status.configured:
             return  # A reload has brought it back while others were detached.
-        told = await self._detach_quietly(device)
-        if told:
-            log.warning("%s", told, extra={"device": device.name})
+        refusal = await self._try_detach(device)
+        if refusal:
+            log.warning("%s", refusal, extra={"device": device.name})
         self._drop(device)
 
-    async def _detach_quietly(self, device: Device, wait: float = 0) -> str:
+    async def _try_detach(self, device: Device, wait: float = 0) -> str:
+        """Detach a device if it is attached; returns why it stays attached, or ""."""
         try:
             await device.detach(wait=wait)
         except NotAttached:
@@ -329,7 +328,7 @@ class Manager:
             self._observer.removed(device)
 
     def _drop(self, device: Device) -> None:
-        """Remove a device that no file defines, once it is idle."""
+        """Remove a device that no configuration file defines, if it is idle."""
         if not device.status.configured and device.idle:
             self._remove(device)
 
@@ -339,7 +338,7 @@ class Manager:
         self._observer.changed(device, old)
 
     def _warn_of_twins(self, new: Status) -> None:
-        """Say if an export is written to through two devices: no filesystem but a clustered one survives that."""
+        """Warn if an export is written to through two devices: only a clustered filesystem survives that."""
         for other in (device.status for device in self._devices.values()):
             shared = [uri for uri in new.uris if uri in other.uris]
             if other.name == new.name or not shared or not other.bound:

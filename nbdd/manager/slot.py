@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""The post of a device's worker: one holds it at a time, and what he leaves is there for the next.
+"""Slot for the current worker of a device.
 
-What he leaves are duplicates of the device's links, for the next worker to watch; systemd keeps them for the next
-manager's. Knows nothing of what a worker is there for.
+Keeps duplicates of the connection sockets, so that the next worker can take over; systemd's descriptor store keeps the
+same for the next manager. The slot knows nothing of what a worker does.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from nbdd.ipc.channel import Message
 from nbdd.manager.supervisor import Ending, WorkerProcess
+from nbdd.system.journal import DeviceLog
+
+log = logging.getLogger(__name__)
 
 KeepSockets = Callable[[str, Sequence[int]], None]
-"""Puts duplicates of a device's links where a successor of this process finds them; an empty list takes them away."""
+"""Stores duplicates of a device's sockets for a successor of this process; an empty list removes them."""
 
 
 class Spawner(Protocol):
@@ -27,8 +31,8 @@ class Spawner(Protocol):
         """See `Supervisor.spawn`."""
 
 
-class Post:
-    """Vacant, filled, or open: filled by a worker who has the device in hand and takes orders for it."""
+class WorkerSlot:
+    """Empty, occupied, or ready: occupied by a worker that has attached or adopted the device and takes orders."""
 
     def __init__(
         self,
@@ -37,109 +41,112 @@ class Post:
         keep_sockets: KeepSockets,
         *,
         on_event: Callable[[Message, list[int]], None],
-        on_holder: Callable[[int], None],
+        on_worker: Callable[[int], None],
     ) -> None:
-        """`on_holder` is called with the process id of who holds the post now; 0 is nobody."""
+        """`on_event` gets what a worker sends unasked, `on_worker` each new worker's process id, 0 for none."""
+        self._log = DeviceLog(log, name)
         self._name = name
         self._spawner = spawner
         self._keep_sockets = keep_sockets
         self._on_event = on_event
-        self._on_holder = on_holder
-        self._holder: WorkerProcess | None = None
-        self._open = asyncio.Event()
-        self._links: list[int] = []
+        self._on_worker = on_worker
+        self._worker: WorkerProcess | None = None
+        self._ready = asyncio.Event()
+        self._sockets: list[int] = []
 
     @property
-    def holder(self) -> WorkerProcess | None:
-        """Who holds the post; he may have ended a moment ago."""
-        return self._holder
+    def worker(self) -> WorkerProcess | None:
+        """The current worker, which may have ended a moment ago."""
+        return self._worker
 
     @property
-    def is_open(self) -> bool:
-        """Whether somebody takes orders for the device."""
-        return self._alive() and self._open.is_set()
+    def is_ready(self) -> bool:
+        """Whether a worker takes orders for the device."""
+        return self._alive() and self._ready.is_set()
 
     @property
-    def links(self) -> tuple[int, ...]:
-        """The descriptors of the device's links."""
-        return tuple(self._links)
+    def sockets(self) -> tuple[int, ...]:
+        """The descriptors of the device's connections."""
+        return tuple(self._sockets)
 
-    # Who holds it
+    # The worker
 
-    async def fill(self) -> WorkerProcess:
-        """Put a new worker in the place of whoever is there."""
-        await self.vacate()
-        self._holder = worker = await self._spawner.spawn(self._name, self._on_event)
-        self._on_holder(worker.pid)
+    async def respawn(self) -> WorkerProcess:
+        """Start a new worker in place of the current one, which is ended."""
+        await self.stop()
+        self._worker = worker = await self._spawner.spawn(self._name, self._on_event)
+        self._log.debug("worker %d started", worker.pid)
+        self._on_worker(worker.pid)
         return worker
 
-    async def filled(self) -> WorkerProcess:
-        """The worker who is there, or a new one, who has nothing in hand."""
-        if self._holder is not None and self._alive():
-            return self._holder
-        return await self.fill()
+    async def ensure(self) -> WorkerProcess:
+        """Return the current worker, or a new one, which has not adopted the device."""
+        if self._worker is not None and self._alive():
+            return self._worker
+        return await self.respawn()
 
-    def open(self) -> None:
-        """The worker has the device in hand."""
-        self._open.set()
+    def set_ready(self) -> None:
+        """The worker has attached or adopted the device."""
+        self._ready.set()
 
-    async def manned(self, seconds: float) -> WorkerProcess | None:
-        """The worker who has the device in hand, waiting so long for a successor who takes it up; None is nobody."""
+    async def wait_ready(self, seconds: float) -> WorkerProcess | None:
+        """Return the worker that takes orders, waiting for it at most `seconds`; None if there is none by then."""
         if not self._alive():
-            # He ended, and nobody has looked yet.
-            self._open.clear()
+            # It ended, and `wait_ended` has not returned yet.
+            self._ready.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._open.wait()
-        return self._holder if self._open.is_set() else None
+                await self._ready.wait()
+        return self._worker if self._ready.is_set() else None
 
-    async def left(self) -> Ending | None:
-        """Wait until the worker ends, and say how; None where there is none."""
-        worker = self._holder
+    async def wait_ended(self) -> Ending | None:
+        """Wait until the worker ends, and return how; None if there is no worker."""
+        worker = self._worker
         if worker is None:
             return None
         ending = await asyncio.shield(worker.ended)
-        self._open.clear()
-        self._holder = None
-        self._on_holder(0)
+        self._ready.clear()
+        self._worker = None
+        self._on_worker(0)
         return ending
 
-    async def vacate(self) -> None:
-        """End the worker, and wait until he has."""
-        self._open.clear()
-        worker, self._holder = self._holder, None
+    async def stop(self) -> None:
+        """End the worker and wait until it has ended."""
+        self._ready.clear()
+        worker, self._worker = self._worker, None
         if worker is not None:
-            await worker.close()
-            self._on_holder(0)
+            ending = await worker.close()
+            self._log.debug("worker %d stopped: it %s", worker.pid, ending)
+            self._on_worker(0)
 
-    def dismiss(self) -> None:
-        """End the worker in the middle of whatever he does; the post is his until he has."""
-        self._open.clear()
-        if self._holder is not None:
-            self._holder.kill()
+    def kill(self) -> None:
+        """Kill the worker, whatever it is doing; it stays in the slot until it has ended."""
+        self._ready.clear()
+        if self._worker is not None:
+            self._worker.kill()
 
-    def abandon(self) -> None:
-        """Nobody looks after the device any more, and its links are let go."""
-        self.dismiss()
-        self._holder = None
-        self.take_links([])
+    def drop(self) -> None:
+        """Kill the worker without waiting for its end, and give up the sockets: no worker is needed any more."""
+        self.kill()
+        self._worker = None
+        self.replace_sockets([])
 
     def _alive(self) -> bool:
-        return self._holder is not None and not self._holder.ended.done()
+        return self._worker is not None and not self._worker.ended.done()
 
-    # What he leaves
+    # The sockets
 
-    def inherit(self, links: list[int]) -> None:
-        """Take the links that a predecessor of this process kept; they are with systemd already."""
-        self._links = links
+    def inherit_sockets(self, fds: list[int]) -> None:
+        """Take over the sockets that a predecessor of this process left; systemd has them already."""
+        self._sockets = fds
 
-    def take_links(self, links: list[int]) -> None:
-        """Take these links instead of those that were here, and have them kept."""
-        self.close_links()
-        self._links = links
-        self._keep_sockets(self._name, links)
+    def replace_sockets(self, fds: list[int]) -> None:
+        """Close the sockets held so far, take these instead, and have systemd keep duplicates of them."""
+        self.close_sockets()
+        self._sockets = fds
+        self._keep_sockets(self._name, fds)
 
-    def close_links(self) -> None:
-        """Close our duplicates; what systemd keeps stays."""
-        while self._links:
-            os.close(self._links.pop())
+    def close_sockets(self) -> None:
+        """Close our duplicates; those of systemd stay."""
+        while self._sockets:
+            os.close(self._sockets.pop())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""``python3 -m nbdd.system.install``: makes a service of a wheel; the Debian package does without.
+"""``python3 -m nbdd.system.install``: sets up the service after ``pip install``; the Debian package does not need it.
 
-A wheel can carry files to its own prefix only, and those who read them look elsewhere: systemd, udev, D-Bus and polkit.
-This copies them there and starts nothing. All goes to /usr/local, which is the administrator's (FHS 3.0, section 4.9),
-but for what is read in one other place alone.
+A wheel can put files below its own prefix only, where systemd, udev, D-Bus and polkit do not look. This command copies
+them to where they do, and starts nothing. They go to /usr/local, which is the administrator's (FHS 3.0, section 4.9),
+unless the program that reads a file looks in one other place only.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PLACES = {
     "share/metainfo": "usr/local/share/metainfo",
     "share/bash-completion/completions": "usr/local/share/bash-completion/completions",
     "share/fish/vendor_completions.d": "usr/local/share/fish/vendor_completions.d",
-    # Debian's own name for it is searched below /usr/share alone.
+    # zsh searches Debian's name for this folder below /usr/share only.
     "share/zsh/vendor-completions": "usr/local/share/zsh/site-functions",
     "share/polkit-1/rules.d": "etc/polkit-1/rules.d",
-    # polkit reads actions here alone until release 124, which Debian 12 does not have.
+    # Before release 124, which Debian 12 does not have, polkit reads actions only here.
     "share/polkit-1/actions": "usr/share/polkit-1/actions",
 }
 """Folder below the wheel's prefix to folder below the root."""
@@ -65,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Copy or remove the files; return the exit status: 0 done, 1 failed, 2 wrong usage (argparse exits)."""
     parser = argparse.ArgumentParser(
         prog="python3 -m nbdd.system.install",
-        description="Make a service of an nbdd that came as a wheel: copy its units, rules and policies to where "
-        "systemd, udev, D-Bus and polkit look. Nothing is started.",
+        description="Set up the service of an nbdd that was installed as a wheel: copy its units, rules and policies "
+        "to where systemd, udev, D-Bus and polkit look. Nothing is started.",
     )
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="the system's root (default: /)")
     parser.add_argument("--remove", action="store_true", help="remove the files again; /etc/nbdd stays")
     given = parser.parse_args(arguments)
-    os.umask(0o022)  # what is copied is for everyone to read
+    os.umask(0o022)  # everybody may read the copies
     try:
         changed = remove(given.root) if given.remove else install(given.root)
     except NbddError as error:
@@ -89,11 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def install(root: Path) -> list[Path]:
-    """Copy the files below `root`, the units with the programs of this wheel in them; return where they are now."""
+    """Copy the files below `root`, the units with the paths of this wheel's programs; returns the new paths."""
     if (root / _OF_THE_PACKAGE).exists():
-        raise NbddError(
-            f"{root / _OF_THE_PACKAGE} is there: the package nbdd is installed, which is all that is needed."
-        )
+        raise NbddError(f"{root / _OF_THE_PACKAGE} exists: the package nbdd is installed, and nothing more is needed.")
     programs = {name: _program(name) for name in PROGRAMS}
     if root == Path("/"):
         for program in programs.values():
@@ -102,7 +100,7 @@ def install(root: Path) -> list[Path]:
     for source, target in _files(root):
         text = re.sub(r"/usr/bin/(nbd[-a-z]+)", lambda found: str(programs[found[1]]), source.read_text())
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Beside it and then in its place: a reader may come at any time.
+        # Written beside it, then renamed: it may be read at any time.
         new = target.with_name(f".{target.name}.new")
         new.write_text(text)
         new.replace(target)
@@ -112,17 +110,17 @@ def install(root: Path) -> list[Path]:
 
 
 def remove(root: Path) -> list[Path]:
-    """Remove what `install` copied; return what was there."""
+    """Remove the files that `install` copied; returns the paths of those that existed."""
     if (root / _ENABLED).is_symlink():
         raise NbddError("The service is still enabled; first: systemctl disable --now nbdd")
-    there = [target for _, target in _files(root) if target.exists()]
-    for target in there:
+    found = [target for _, target in _files(root) if target.exists()]
+    for target in found:
         target.unlink()
-    return there
+    return found
 
 
 def _files(root: Path) -> Iterator[tuple[Path, Path]]:
-    """Each file of the wheel that others read: where it is, and where it goes."""
+    """Each file of the wheel that is copied: its path and the path of the copy."""
     for path in _wheel():
         for folder, place in PLACES.items():
             if path.parent.as_posix().endswith(f"/{folder}"):
@@ -137,17 +135,17 @@ def _program(name: str) -> Path:
 
 
 def _wheel() -> list[Path]:
-    """All that pip installed with nbdd."""
+    """The paths of all files that pip installed with nbdd."""
     try:
         found = metadata.files("nbdd") or []
     except metadata.PackageNotFoundError:
         raise NbddError("This nbdd was not installed as a wheel; in a source tree there is `make deb`.") from None
-    # Not resolve(): a unit names the program as pip does, and what that may lead to is looked at below.
+    # Not resolve(): a unit names the program as pip does; `_insist_on_root` checks where a link leads.
     return [Path(os.path.normpath(path.locate())) for path in found]
 
 
 def _insist_on_root(program: Path) -> None:
-    """The service runs as root: who may change its program, or a folder above it, is root."""
+    """Raise NbddError if others than root can change the program, or a folder above it: the service runs as root."""
     for path in (program, *program.parents, *program.resolve().parents):
         found = path.stat()
         anyone = found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX

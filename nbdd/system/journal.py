@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The log: entries of the journal, which have the device's name as a field; lines on stderr for anybody else."""
+"""The log: entries of the journal with the device's name as a field, or lines on stderr if there is no journal."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FIELD = "NBDD_DEVICE"
 """The field that holds a device's name: ``journalctl NBDD_DEVICE=backup``."""
 
 SOCKET = "/run/systemd/journal/socket"
-"""Where journald takes entries with fields of their own (systemd's JOURNAL_NATIVE_PROTOCOL)."""
+"""The socket on which journald takes entries with fields (systemd's JOURNAL_NATIVE_PROTOCOL)."""
 
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 
 
 class DeviceLog(_Adapter):
-    """What is said of one device: each line begins with its name, and has it as a field."""
+    """Logger of one device: each line begins with its name, and has the name as a field."""
 
     def __init__(self, logger: logging.Logger, name: str) -> None:
         super().__init__(logger, {"device": name})
@@ -39,16 +39,16 @@ class DeviceLog(_Adapter):
 
 
 class JournalHandler(logging.Handler):
-    """Sends entries to journald. What it does not take goes to stderr, but for what a full socket has no room for."""
+    """Sends entries to journald. An entry that can't be sent goes to stderr, or is lost if the socket is full."""
 
     def __init__(self, path: str = SOCKET) -> None:
         super().__init__()
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # No journald, however slow, keeps the manager's loop waiting.
+        # A slow journald must not block the manager's loop.
         self._socket.setblocking(False)
         self._stderr = stderr_handler()
-        # Else logging.basicConfig gives it one that puts level and logger in front, which the journal has as fields.
+        # Without one, logging.basicConfig sets a formatter that repeats level and logger in the text.
         self.setFormatter(logging.Formatter("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -56,10 +56,10 @@ class JournalHandler(logging.Handler):
         try:
             self._socket.sendto(_entry(record, self.format(record)), self._path)
         except BlockingIOError:
-            pass  # Lost: stderr leads to the same journald, and would keep us waiting for it.
+            pass  # Lost: stderr leads to the same journald, and would block.
         except OSError:
             self._stderr.emit(record)
-        except Exception:  # noqa: BLE001 - as logging's own handlers: no line is worth the service
+        except Exception:  # noqa: BLE001 - as logging's own handlers: a line that can't be logged must not end the service
             self.handleError(record)
 
     def close(self) -> None:
@@ -69,14 +69,14 @@ class JournalHandler(logging.Handler):
 
 
 class _Prefixed(logging.Formatter):
-    """Every line begins with its priority, as sd-daemon(3) has it."""
+    """Puts the priority in front of every line, as sd-daemon(3) describes."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(f"<{_priority(record)}>{line}" for line in super().format(record).splitlines())
 
 
 def stderr_handler() -> logging.Handler:
-    """Lines on stderr: with priorities for the journal, with times for a person."""
+    """Handler that writes lines to stderr: with priorities for the journal, with times for a terminal."""
     handler = logging.StreamHandler(sys.stderr)
     if "JOURNAL_STREAM" in os.environ:
         handler.setFormatter(_Prefixed("%(message)s"))
@@ -86,7 +86,7 @@ def stderr_handler() -> logging.Handler:
 
 
 def log_to_journal(level: int) -> None:
-    """Log to the journal where stderr leads there, else to stderr."""
+    """Log to the journal if stderr leads there, else to stderr."""
     handler = JournalHandler() if _stderr_is_the_journal() else stderr_handler()
     logging.basicConfig(level=level, handlers=[handler])
 
@@ -110,7 +110,7 @@ def _entry(record: logging.LogRecord, message: str) -> bytes:
         fields[FIELD] = device
     parts = []
     for key, value in fields.items():
-        # With its length in front a value may hold line breaks.
+        # With its length in front, a value may hold line breaks.
         octets = value.encode(errors="replace")
         parts.append(key.encode() + b"\n" + struct.pack("<Q", len(octets)) + octets + b"\n")
     return b"".join(parts)

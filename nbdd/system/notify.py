@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What nbdd tells systemd: READY, STATUS, RELOADING, STOPPING, the watchdog, and the descriptor store.
+"""Notifications to systemd: READY, STATUS, RELOADING, STOPPING, the watchdog, and the descriptor store.
 
-Without systemd all of it is a no-op.
+Without systemd, each of them does nothing.
 """
 
 from __future__ import annotations
@@ -17,39 +17,35 @@ from sdnotify import SystemdNotifier
 
 
 class Notifier:
-    """One connection to the service manager that started us."""
+    """One connection to the service manager that started this process."""
 
     def __init__(self) -> None:
         self._notifier = SystemdNotifier()
-        # Children must not speak for us, and must not believe they are watched.
+        # Children must not send notifications, nor expect a watchdog.
         os.environ.pop("NOTIFY_SOCKET", None)
         watched = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self._watchdog = int(os.environ.pop("WATCHDOG_USEC", "0")) / 1e6 if watched else 0.0
 
     def ready(self) -> None:
-        """Started, or reloaded."""
+        """Report that the start, or a reload, is complete."""
         self._notifier.notify("READY=1")
 
     def reloading(self) -> None:
-        """A reload begins; `ready` ends it. Both fields go in one datagram, as systemd wants them."""
+        """Report that a reload begins; `ready` ends it. systemd wants both fields in one datagram."""
         self._notifier.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
-        """The end begins."""
+        """Report that the process is about to end."""
         self._notifier.notify("STOPPING=1")
 
-    def extend(self, seconds: float) -> None:
-        """Ask for that much more time to start or to stop."""
-        self._notifier.notify(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
-
     def status(self, text: str) -> None:
-        """One line for ``systemctl status``. sdnotify loses or garbles what is not ASCII."""
+        """Set the line that ``systemctl status`` shows. sdnotify loses or garbles what is not ASCII."""
         self._notifier.notify("STATUS=" + text.encode("ascii", "backslashreplace").decode().replace("\n", " "))
 
     def keep_sockets(self, name: str, fds: Sequence[int]) -> None:
-        """Have systemd keep duplicates of a device's links, instead of those it kept before, across a restart or crash.
+        """Have systemd keep duplicates of a device's sockets, instead of those it kept before, over a restart or crash.
 
-        FDPOLL=0: a link that dies meanwhile is kept too, as its death is what the successor wants to see.
+        FDPOLL=0: a connection that dies meanwhile is kept too, as the successor must see that it is dead.
         """
         fdname = _to_fdname(name)
         self._notifier.notify(f"FDSTOREREMOVE=1\nFDNAME={fdname}")
@@ -59,14 +55,14 @@ class Notifier:
                 socket.send_fds(self._notifier.socket, [message], list(fds))
 
     async def watchdog(self) -> None:
-        """Tell at half the interval that the loop turns; returns at once where no watchdog is set."""
+        """Report at half the interval that the event loop runs; returns at once if no watchdog is set."""
         while self._watchdog:
             self._notifier.notify("WATCHDOG=1")
             await asyncio.sleep(self._watchdog / 2)
 
 
 def kept_sockets() -> dict[str, list[int]]:
-    """The descriptors that systemd kept, by device (sd_listen_fds_with_names(3)); for the first call only."""
+    """The descriptors that systemd kept, by device (sd_listen_fds_with_names(3)); only the first call returns them."""
     count = int(os.environ.pop("LISTEN_FDS", "0"))
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if os.environ.pop("LISTEN_PID", "") != str(os.getpid()) or len(names) != count:

@@ -75,7 +75,7 @@ def test_boot_mounts_what_fstab_says_and_a_shutdown_ends_in_time_with_and_withou
         assert seconds < promised
         guest.boot()
         log = guest.run("journalctl -b -1 --no-pager -o cat -u nbdd").stdout
-        assert "the machine goes down: I/O waits for a dead server for 30 s from now on" in log
+        assert "the machine is shutting down: from now on I/O waits at most 30 s for a dead server" in log
         assert "backup: No server came back within " in log
         lab.until(f"mountpoint -q {MOUNT}", 120)
         assert guest.read(f"{MOUNT}/file") == "kept\n"

@@ -714,13 +714,13 @@ async def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: 
 
 async def test_a_device_in_a_hurry_waits_no_longer_than_it_is_told_to_and_says_so(bench: MakeBench) -> None:
     async with bench(dead_timeout=300) as it:
-        await it.device.hasten(30)
+        await it.device.shorten_dead_timeout(30)
         assert it.spawner.names() == [], "nothing is attached"
         await it.device.attach()
-        await it.device.hasten(30)
+        await it.device.shorten_dead_timeout(30)
         assert (it.device.status.dead_timeout, it.device.status.fails_at) == (30, 0)
         assert it.records.load()[0].definition.dead_timeout == 30, "the next worker is in the same hurry"
-        await it.device.hasten(40)
+        await it.device.shorten_dead_timeout(40)
         assert it.spawner.names() == ["attach", "hasten"], "it never waits longer for that"
         await it.device.detach()
         assert it.device.status.dead_timeout == 300
@@ -729,7 +729,7 @@ async def test_a_device_in_a_hurry_waits_no_longer_than_it_is_told_to_and_says_s
         links = {"live": 0, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": time.monotonic() - 100}
         it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
         it.spawner.waited = 100
-        await it.device.hasten(30)
+        await it.device.shorten_dead_timeout(30)
         assert it.device.status.dead_timeout == 130
         assert abs(it.device.status.fails_at / 1e6 - (time.time() + 30)) < 5
 
@@ -740,7 +740,7 @@ async def test_a_device_that_can_not_be_hurried_is_told_in_the_journal(
     async with bench() as it:
         await it.device.attach()
         it.spawner.outcomes["hasten"] = ["die"] * 3
-        await it.device.hasten(30)
+        await it.device.shorten_dead_timeout(30)
         assert it.device.status.dead_timeout == 300
     assert "disk: its dead timeout can't be shortened: " in caplog.text
 

@@ -522,7 +522,7 @@ async def test_stop_waits_for_the_users_of_a_device_without_a_server_and_for_no_
     await it.until(lambda: it.state("a") is State.ATTACHED)
     if not live:
         it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
-    await it.manager.hasten(30)
+    await it.manager.shorten_dead_timeouts(30)
     assert it.manager.device("a").status.dead_timeout == 30
     it.spawner.outcomes["detach"] = [Busy("in use")] * 3
     left = await it.manager.stop(detach=True, wait=60)
