@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Workers as the manager sees them: spawned from the fork server, spoken to, watched, ended.
+"""Worker processes, seen from the manager: started by the fork server, given orders, watched and ended.
 
-A worker is one class with one way in (`Supervisor.spawn`) and one way out (`WorkerProcess._end`), whatever killed it.
-Every outcome of a worker's life is one `Ending`:
+A worker is one class with one way in (`Supervisor.spawn`) and one way out (`WorkerProcess._end`), whatever ended it.
+Each outcome is one `Ending`:
 
     exit      it returned by itself, with an exit code
-    signal    somebody killed it
-    hang      it did not answer in time, or talked without end, and was killed by us
-    orphaned  its fork server died; it was killed by us, and a new fork server started
+    signal    a signal killed it
+    hang      it did not answer in time, or sent messages without end, and was killed by us
+    orphaned  its fork server died; it was killed by us, and the next spawn starts a new fork server
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from nbdd.system.journal import DeviceLog
 log = logging.getLogger(__name__)
 
 PING_INTERVAL = 10.0
-"""Seconds between two questions to a worker that has nothing else to do."""
+"""Seconds between two pings of a worker that has no order to carry out."""
 
 PING_DEADLINE = 10.0
-"""Seconds a worker may take to answer one; then it hangs."""
+"""Seconds a worker may take to answer one; after that it counts as hung."""
 
 SPAWN_DEADLINE = 10.0
 """Seconds a fork may take."""
 
 KILL_DEADLINE = 10.0
-"""Seconds a killed process may take to go. The kernel holds one that takes longer, and nobody waits for it."""
+"""Seconds a killed process may take to end. One that takes longer is stuck in the kernel, and is not waited for."""
 
 MAX_MESSAGES = 10_000
-"""Messages between two pings; a worker that says more has lost its mind."""
+"""Messages between two pings; a worker that sends more counts as hung."""
 
 _READS = 16
-"""Reads from one worker before the loop turns to the others."""
+"""Reads from one worker before the loop reads from the others."""
 
 
 class How(StrEnum):
@@ -94,7 +94,7 @@ def backoff(first: float = 0.1, most: float = 5.0) -> Iterator[float]:
 
 
 class WorkerProcess:
-    """One running worker. `request` asks it something, `ended` is done when it is gone."""
+    """One worker process. `request` gives it an order; the future `ended` is done when the process has ended."""
 
     def __init__(
         self, name: str, pid: int, pidfd: int, channel: Channel, on_event: Callable[[Message, list[int]], None]
@@ -107,7 +107,7 @@ class WorkerProcess:
         self._replies: dict[int, asyncio.Future[Message]] = {}
         self._reply_fds: dict[int, list[int]] = {}
         self._next_id = 0
-        self._said = 0
+        self._received = 0
         self._killed_as: How | None = None
         self._giving_up: asyncio.TimerHandle | None = None
         # A descriptor for the process, not its number: a kill can never hit a stranger that got the number later.
@@ -138,7 +138,7 @@ class WorkerProcess:
         try:
             self._channel.send({"order": order, "id": number, **arguments}, fds)
         except BlockingIOError:
-            # Some hundred kilobytes of orders unread: nobody is at home.
+            # Some hundred kilobytes of orders are unread: the worker hangs.
             self.kill(How.HANG)
         except OSError:
             pass  # It is ending; _end resolves the future.
@@ -153,12 +153,12 @@ class WorkerProcess:
             raise WorkerFailed(f"The worker of {self.name!r} did not finish {order!r} in {deadline:g} s.") from None
         finally:
             self._replies.pop(number, None)
-            # Still there after an error, or if whoever asked was cancelled just when the reply came.
+            # Not taken after an error, or if the caller was cancelled just when the reply came.
             for fd in self._reply_fds.pop(number, []):
                 os.close(fd)
 
     def kill(self, how: How | None = None) -> None:
-        """Kill the process at once; costs no I/O, the kernel keeps the device. `how` is told as its ending."""
+        """Kill the process at once. That costs no I/O, as the kernel keeps the device. `how` goes into the `Ending`."""
         if self.ended.done():
             return
         self._killed_as = self._killed_as or how
@@ -173,14 +173,16 @@ class WorkerProcess:
         return await asyncio.shield(self.ended)
 
     def _give_up(self) -> None:
-        DeviceLog(log, self.name).error("worker %d does not die, the kernel holds it; going on without it", self.pid)
+        DeviceLog(log, self.name).error(
+            "worker %d was killed and does not die: it is stuck in the kernel; going on without it", self.pid
+        )
         self._end(How.HANG)
 
     def _end(self, how: How, code: int = 0) -> None:
         """The one way out: called once by the supervisor when the process is gone."""
         if self.ended.done():
             return
-        self._readable(reads=MAX_MESSAGES)  # what it still had to say
+        self._readable(reads=MAX_MESSAGES)  # its last messages
         self._heartbeat.cancel()
         if self._giving_up is not None:
             self._giving_up.cancel()
@@ -188,12 +190,12 @@ class WorkerProcess:
         self._channel.close()
         os.close(self._pidfd)
         ending = Ending(self._killed_as or how, code)
+        log.debug("%s: worker %d %s", self.name, self.pid, ending)
         self.ended.set_result(ending)
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(WorkerFailed(f"The worker of {self.name!r} {ending}."))
-                # Whoever asked may have been cancelled; an exception nobody fetches is then no news.
-                future.exception()
+                future.exception()  # fetched, in case the caller was cancelled
 
     def _readable(self, reads: int = _READS) -> None:
         try:
@@ -207,26 +209,28 @@ class WorkerProcess:
         except BlockingIOError:
             return
         except (ChannelError, OSError) as error:
-            DeviceLog(log, self.name).warning("worker %d broke its channel: %s", self.pid, error)
-        except Exception:  # noqa: BLE001 - whatever a worker says, it is the worker that goes
-            DeviceLog(log, self.name).exception("worker %d said what nobody understands", self.pid)
-        # End of the stream: the process is on its way out, and the fork server will tell how it went.
-        # Its own exit code, if it has one by now, survives the signal.
+            DeviceLog(log, self.name).warning("worker %d is killed, its channel can't be used: %s", self.pid, error)
+        except Exception:  # noqa: BLE001 - whatever a worker sends, only the worker ends
+            DeviceLog(log, self.name).exception(
+                "worker %d is killed, it sent a message that can't be handled", self.pid
+            )
+        # End of the stream: the process is ending, and the fork server will report how.
+        # If it has an exit code by now, the signal does not replace that.
         self._loop.remove_reader(self._channel.fileno())
         self.kill()
 
     def _handle(self, message: Message, fds: list[int]) -> None:
-        self._said += 1
-        if self._said > MAX_MESSAGES:
+        self._received += 1
+        if self._received > MAX_MESSAGES:
             self._killed_as = self._killed_as or How.HANG
             for fd in fds:
                 os.close(fd)
-            raise ChannelError("it does not stop talking")
+            raise ChannelError("it sends too many messages")
         number = message.get("id")
         future = self._replies.get(number) if isinstance(number, int) else None
         if isinstance(number, int) and future is not None and not future.done():
             self._reply_fds[number] = fds
-            # The number is ours, not part of the reply, which may be kept as a device's notes.
+            # The number is ours and not part of the reply.
             future.set_result({key: value for key, value in message.items() if key != "id"})
         elif "event" in message:
             self._on_event(message, fds)
@@ -237,7 +241,7 @@ class WorkerProcess:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(PING_INTERVAL)
-            self._said = 0
+            self._received = 0
             if not self._replies:
                 with contextlib.suppress(NbddError):
                     await self.request("ping", deadline=PING_DEADLINE)
@@ -256,13 +260,8 @@ class Supervisor:
         self._starting = asyncio.Lock()
         self._closed = False
 
-    @property
-    def server_pid(self) -> int:
-        """The fork server's process id; 0 while there is none."""
-        return self._server.pid if self._server else 0
-
     async def start(self) -> None:
-        """Start the fork server, if it does not run; raises WorkerFailed where that can't be done."""
+        """Start the fork server, if it does not run; raises WorkerFailed if that fails."""
         async with self._starting:
             if self._closed:
                 raise WorkerFailed("nbdd is stopping.")
@@ -275,7 +274,7 @@ class Supervisor:
                 raise WorkerFailed(f"The fork server can't be started: {error.strerror}.") from None
             try:
                 with theirs:
-                    # -S: site-packages' start-up files would only cost memory; the package is found by PYTHONPATH.
+                    # -S: the start-up files of site-packages only cost memory. PYTHONPATH leads to the package.
                     self._server = await asyncio.create_subprocess_exec(
                         sys.executable,
                         "-S",
@@ -283,7 +282,7 @@ class Supervisor:
                         "nbdd.worker.forkserver",
                         str(theirs.fileno()),
                         pass_fds=(theirs.fileno(),),
-                        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+                        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
                     )
             except OSError as error:
                 ours.close()
@@ -297,9 +296,9 @@ class Supervisor:
             self._watcher = asyncio.create_task(self._watch(self._server, self._control))
 
     async def spawn(self, name: str, on_event: Callable[[Message, list[int]], None]) -> WorkerProcess:
-        """Fork a worker for the device `name`; `on_event` gets what it says unasked, and owns the descriptors with it.
+        """Fork a worker for the device `name`; `on_event` gets what it sends unasked, and owns the descriptors.
 
-        Raises WorkerFailed when no process can be had.
+        Raises WorkerFailed if no process can be started.
         """
         await self.start()
         control = self._control
@@ -325,7 +324,7 @@ class Supervisor:
                 f"No worker could be started for {name!r}: {error.strerror or 'the fork server does not answer'}."
             ) from None
         except BaseException:
-            # Refused, or whoever wanted it no longer does.
+            # Refused, or the caller was cancelled.
             birth.abort()
             raise
         finally:
@@ -347,10 +346,10 @@ class Supervisor:
                     await self._server.wait()
 
     async def _watch(self, server: asyncio.subprocess.Process, control: Channel) -> None:
-        # The end of the channel alone would not do: a worker that is stopped right after its fork still holds it.
+        # The end of the channel is not enough: a worker that is stopped right after its fork still has it open.
         await server.wait()
         if control is self._control:
-            self._readable(control)  # what it still had to say
+            self._readable(control)  # its last messages
             self._server_gone(control)
 
     def _readable(self, control: Channel) -> None:
@@ -361,7 +360,7 @@ class Supervisor:
         except BlockingIOError:
             return
         except (ChannelError, OSError) as error:
-            log.warning("fork server: %s", error)
+            log.warning("the fork server is ended, its channel can't be used: %s", error)
         self._server_gone(control)
 
     def _handle(self, message: Message, fds: list[int]) -> None:
@@ -370,17 +369,17 @@ class Supervisor:
                 worker = self._workers.pop(message["pid"], None)
                 code = message["code"]
                 if worker is not None and code < 0:
-                    worker._end(How.SIGNAL, -code)  # noqa: SLF001 - the supervisor is the one who may
+                    worker._end(How.SIGNAL, -code)  # noqa: SLF001 - reserved for the supervisor
                 elif worker is not None:
                     worker._end(How.EXIT, code)  # noqa: SLF001
             case "spawned":
                 birth = self._births.get(message["id"])
                 if birth is not None and not birth.worker.done():
-                    # Here and not in spawn(): the next message may tell of its end already.
+                    # Here and not in spawn(): the next message may already report its end.
                     worker = WorkerProcess(birth.name, message["pid"], fds.pop(), birth.channel, birth.on_event)
                     self._workers[worker.pid] = worker
                     birth.worker.set_result(worker)
-                # Else nobody wants it any more; it ends by itself, at the end of its channel.
+                # Else the caller was cancelled: the worker ends by itself, at the end of its channel.
             case "refused":
                 birth = self._births.get(message["id"])
                 if birth is not None:
@@ -389,7 +388,7 @@ class Supervisor:
             os.close(fd)
 
     def _server_gone(self, control: Channel) -> None:
-        """Every worker is orphaned: end them all; the next spawn starts a new fork server and adopts."""
+        """Every worker is orphaned: end them all. Their successors, of a new fork server, adopt the devices."""
         if control is not self._control:
             return
         asyncio.get_running_loop().remove_reader(control.fileno())
@@ -399,7 +398,7 @@ class Supervisor:
             with contextlib.suppress(ProcessLookupError):
                 self._server.kill()
         if not self._closed:
-            log.error("the fork server ended; starting a new one, the devices stay attached")
+            log.error("the fork server ended; a new one is started, the devices stay attached")
         for birth in self._births.values():
             birth.fail("The fork server ended.")
         while self._workers:
@@ -410,7 +409,7 @@ class Supervisor:
 
 @dataclass(frozen=True, slots=True)
 class _Birth:
-    """A worker that was ordered and has not been heard of yet."""
+    """A worker that the fork server was asked for and has not started yet."""
 
     name: str
     channel: Channel
@@ -422,10 +421,10 @@ class _Birth:
             self.worker.set_exception(WorkerFailed(why))
 
     def abort(self) -> None:
-        """Nobody waits for it any more."""
+        """The caller does not wait for it any more."""
         if not self.worker.cancel() and not self.worker.cancelled() and self.worker.exception() is None:
-            # It came at the last moment.
+            # It was started at the last moment.
             self.worker.result().kill()
         else:
-            # If it is forked yet, the end of its channel ends it.
+            # If it is forked already, the end of its channel ends it.
             self.channel.close()

@@ -45,6 +45,11 @@ def supervisor() -> contextlib.AbstractAsyncContextManager[Supervisor]:
     return supervised()
 
 
+def server_pid(supervisor: Supervisor) -> int:
+    """The fork server's process id; 0 while there is none."""
+    return supervisor._server.pid if supervisor._server else 0
+
+
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -122,7 +127,7 @@ MakePuppet = Callable[..., contextlib.AbstractAsyncContextManager[Puppet]]
 async def test_a_worker_answers_and_is_a_child_of_the_fork_server(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     assert await worker.request("ping", deadline=SECONDS) == {}
-    assert children(supervisor.server_pid) == [worker.pid]
+    assert children(server_pid(supervisor)) == [worker.pid]
     assert title(worker.pid) == "nbdd:disk"
 
 
@@ -223,7 +228,7 @@ async def test_an_idle_worker_that_hangs_is_found_and_killed(
     ending = await worker.ended
     assert ending.how is How.HANG
     assert str(ending) == "did not answer and was killed"
-    assert children(supervisor.server_pid) == []
+    assert children(server_pid(supervisor)) == []
 
 
 async def test_an_idle_worker_that_answers_is_left_alone(
@@ -257,9 +262,9 @@ async def test_a_process_that_does_not_die_is_waited_for_so_long_and_no_longer(
 ) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "KILL_DEADLINE", 0.05)
     worker = await supervisor.spawn("disk", unheard)
-    stop(supervisor.server_pid)  # nobody tells that it ended
+    stop(server_pid(supervisor))  # nobody tells that it ended
     assert (await worker.close()).how is How.HANG
-    os.kill(supervisor.server_pid, signal.SIGCONT)
+    os.kill(server_pid(supervisor), signal.SIGCONT)
     other = await supervisor.spawn("disk", unheard)
     await other.request("ping", deadline=SECONDS)
     assert "does not die" in caplog.text
@@ -327,7 +332,7 @@ async def test_a_worker_that_does_not_stop_talking_is_ended_and_the_loop_turns_m
         assert turns > 1
         assert (await bad.worker.ended).how is How.HANG
         await flooding
-    assert "does not stop talking" in caplog.text
+    assert "it sends too many messages" in caplog.text
 
 
 async def test_one_worker_has_the_loop_for_a_few_messages_only(supervisor: Supervisor, puppet: MakePuppet) -> None:
@@ -428,7 +433,7 @@ async def test_when_the_fork_server_is_killed_its_workers_are_orphaned_and_the_n
     supervisor: Supervisor,
 ) -> None:
     for _ in range(3):
-        first = supervisor.server_pid
+        first = server_pid(supervisor)
         workers = [await supervisor.spawn("disk", unheard) for _ in range(3)]
         stop(workers[0].pid)
         order = asyncio.create_task(workers[0].request("ping", deadline=SECONDS))
@@ -439,8 +444,8 @@ async def test_when_the_fork_server_is_killed_its_workers_are_orphaned_and_the_n
             await order
         worker = await supervisor.spawn("disk", unheard)
         await worker.request("ping", deadline=SECONDS)
-        assert supervisor.server_pid != first
-        assert children(supervisor.server_pid) == [worker.pid]
+        assert server_pid(supervisor) != first
+        assert children(server_pid(supervisor)) == [worker.pid]
         await worker.close()
 
 
@@ -456,22 +461,22 @@ async def test_the_end_of_the_fork_server_is_seen_even_if_somebody_still_holds_i
         return ours, theirs
 
     worker = await supervisor.spawn("disk", unheard)
-    os.kill(supervisor.server_pid, signal.SIGKILL)
+    os.kill(server_pid(supervisor), signal.SIGKILL)
     await worker.ended
     with monkeypatch.context() as patch:
         patch.setattr(Channel, "pair", staticmethod(tapped))
         worker = await supervisor.spawn("disk", unheard)
-    os.kill(supervisor.server_pid, signal.SIGKILL)
+    os.kill(server_pid(supervisor), signal.SIGKILL)
     assert (await worker.ended).how is How.ORPHANED
     for sock in held:
         sock.close()
 
 
 async def test_a_spawn_under_which_the_fork_server_dies_fails_and_the_next_works(supervisor: Supervisor) -> None:
-    stop(supervisor.server_pid)
+    stop(server_pid(supervisor))
     spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
     await asyncio.sleep(0)
-    os.kill(supervisor.server_pid, signal.SIGKILL)
+    os.kill(server_pid(supervisor), signal.SIGKILL)
     with pytest.raises(WorkerFailed):
         await spawning
     await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
@@ -479,7 +484,7 @@ async def test_a_spawn_under_which_the_fork_server_dies_fails_and_the_next_works
 
 async def test_a_fork_server_that_hangs_is_replaced(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = await supervisor.spawn("disk", unheard)
-    stop(supervisor.server_pid)
+    stop(server_pid(supervisor))
     with monkeypatch.context() as patch:
         patch.setattr(nbdd.manager.supervisor, "SPAWN_DEADLINE", 0.05)
         with pytest.raises(WorkerFailed, match="'disk': the fork server does not answer"):
@@ -493,7 +498,7 @@ async def test_a_fork_server_that_is_gone_ends_its_idle_workers_itself(superviso
     pidfd = os.pidfd_open(worker.pid)
     gone = asyncio.Event()
     asyncio.get_running_loop().add_reader(pidfd, gone.set)
-    os.kill(supervisor.server_pid, signal.SIGKILL)
+    os.kill(server_pid(supervisor), signal.SIGKILL)
     await gone.wait()
     asyncio.get_running_loop().remove_reader(pidfd)
     os.close(pidfd)
@@ -502,7 +507,7 @@ async def test_a_fork_server_that_is_gone_ends_its_idle_workers_itself(superviso
 
 async def test_a_worker_that_dies_before_anybody_saw_it_is_an_ending_and_hurts_no_other(supervisor: Supervisor) -> None:
     other = await supervisor.spawn("other", unheard)
-    server = supervisor.server_pid
+    server = server_pid(supervisor)
     stop(server)
     spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
     await asyncio.sleep(0)
@@ -515,19 +520,26 @@ async def test_a_worker_that_dies_before_anybody_saw_it_is_an_ending_and_hurts_n
         os.sched_yield()
     worker = await spawning
     assert await worker.ended == Ending(How.SIGNAL, signal.SIGKILL)
-    assert supervisor.server_pid == server
+    assert server_pid(supervisor) == server
     await other.request("ping", deadline=SECONDS)
 
 
 async def test_a_fork_that_is_refused_is_told_and_the_fork_server_goes_on(supervisor: Supervisor) -> None:
-    stop(supervisor.server_pid)
+    stop(server_pid(supervisor))
     spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
     await asyncio.sleep(0)
     supervisor._handle({"event": "refused", "id": 1, "message": "Resource temporarily unavailable"}, [])
     with pytest.raises(WorkerFailed, match="for 'disk': Resource temporarily unavailable"):
         await spawning
-    os.kill(supervisor.server_pid, signal.SIGCONT)
+    os.kill(server_pid(supervisor), signal.SIGCONT)
     await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
+
+
+async def test_fork_server_starts_in_any_working_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with supervised() as supervisor:
+        worker = await supervisor.spawn("disk", unheard)
+        assert await worker.request("ping", deadline=SECONDS) == {}
 
 
 async def test_a_machine_without_python_gives_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,7 +570,7 @@ async def test_no_descriptors_left_is_an_error_and_ends_nothing(
 
 
 async def test_a_spawn_that_is_cancelled_leaves_no_worker(supervisor: Supervisor) -> None:
-    server = supervisor.server_pid
+    server = server_pid(supervisor)
     stop(server)
     cancelled = [asyncio.create_task(supervisor.spawn("disk", unheard)) for _ in range(5)]
     await asyncio.sleep(0)
@@ -587,7 +599,7 @@ async def test_a_spawn_that_is_cancelled_in_the_turn_in_which_its_worker_comes_l
         patch.setattr(supervisor, "_handle", handle_and_cancel)
         await asyncio.wait({spawning})
     assert spawning.cancelled()
-    await all_gone(children(supervisor.server_pid))
+    await all_gone(children(server_pid(supervisor)))
 
 
 async def all_gone(pids: list[int]) -> None:
@@ -618,9 +630,9 @@ def test_close_while_spawning_leaves_neither_worker_nor_fork_server(caplog: pyte
             assert isinstance(outcome, WorkerFailed) or (
                 isinstance(outcome, WorkerProcess) and (await outcome.ended) is not None
             )
-        if supervisor.server_pid:
+        if server_pid(supervisor):
             with pytest.raises(ProcessLookupError):
-                os.kill(supervisor.server_pid, 0)
+                os.kill(server_pid(supervisor), 0)
         with pytest.raises(WorkerFailed, match="stopping"):
             await supervisor.spawn("disk", unheard)
 
@@ -632,7 +644,7 @@ def test_close_while_spawning_leaves_neither_worker_nor_fork_server(caplog: pyte
 
 
 async def test_two_hundred_rounds_leave_no_descriptor_no_zombie_and_no_memory(supervisor: Supervisor) -> None:
-    server = supervisor.server_pid
+    server = server_pid(supervisor)
 
     async def rounds(count: int) -> tuple[int, int, int]:
         for number in range(count):
