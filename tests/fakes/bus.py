@@ -6,15 +6,14 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
-import gc
 import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import nbdd.bus  # noqa: F401 - mends dbus_next for the newest Python
 
@@ -23,8 +22,6 @@ from dbus_next.aio.message_bus import MessageBus
 from dbus_next.constants import MessageFlag, MessageType
 from dbus_next.message import Message
 from dbus_next.signature import Variant
-
-_T = TypeVar("_T")
 
 DEADLINE = 30.0
 """Seconds after which a test gives up on something that takes a moment."""
@@ -88,22 +85,6 @@ def private_bus(policy: str = "") -> Iterator[BusDaemon]:
             yield daemon
         finally:
             daemon.kill()
-
-
-def run(work: Coroutine[Any, Any, _T]) -> _T:
-    """`asyncio.run` with a deadline; fails for exceptions that were left in tasks and futures, too."""
-    lost: list[dict[str, Any]] = []
-
-    async def bounded() -> _T:
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: lost.append(context))
-        async with asyncio.timeout(DEADLINE):
-            return await work
-
-    try:
-        return asyncio.run(bounded())
-    finally:
-        gc.collect()
-        assert not lost, lost
 
 
 class BusError(Exception):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
@@ -27,20 +27,6 @@ T = TypeVar("T")
 OnEvent = Callable[[Message, list[int]], None]
 
 EXPORT = {"size": 1 << 20}
-
-
-def run(test: Coroutine[Any, Any, T]) -> T:
-    """Run a test in a loop of its own, with a deadline; what a task leaves behind unseen is a failure."""
-    unseen: list[str] = []
-
-    async def guarded() -> T:
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: unseen.append(str(context)))
-        async with asyncio.timeout(DEADLINE):
-            return await test
-
-    result = asyncio.run(guarded())
-    assert not unseen
-    return result
 
 
 def open_fds() -> int:

@@ -32,7 +32,6 @@ from tests.fakes.bus import (
     NotifySocket,
     caller,
     private_bus,
-    run,
 )
 from tests.fakes.servers import Server, offers
 
@@ -199,20 +198,16 @@ async def client(bus: BusDaemon) -> AsyncIterator[Client]:
 # Start and end
 
 
-def test_it_starts_serves_what_is_configured_and_ends_leaving_nothing(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_daemon_starts_serves_configured_devices_and_ends_leaving_nothing(nbdd: Daemon, bus: BusDaemon) -> None:
     told = nbdd.start() + nbdd.systemd.wait_for(b"STATUS=0/2 attached")
     assert len([message for message in told if message.startswith(b"STATUS=")]) == 1, (
         "one for all that is added at once"
     )
-
-    async def main() -> None:
-        async with client(bus) as here:
-            devices = await here.devices()
-            assert set(devices) == {"backup", "other"}
-            assert devices["backup"]["State"] == "detached"
-            assert devices["backup"]["Configured"] is True
-
-    run(main())
+    async with client(bus) as here:
+        devices = await here.devices()
+        assert set(devices) == {"backup", "other"}
+        assert devices["backup"]["State"] == "detached"
+        assert devices["backup"]["Configured"] is True
     with no_survivors(nbdd.process.pid) as pids:
         assert pids, "the fork server"
         assert nbdd.end() == 0
@@ -220,9 +215,7 @@ def test_it_starts_serves_what_is_configured_and_ends_leaving_nothing(nbdd: Daem
     assert list(nbdd.run.rglob("*.json")) == []
 
 
-def test_after_a_sudden_death_its_successor_is_ready_soon_enough_to_manage_again_within_two_seconds(
-    nbdd: Daemon, show: Callable[[str], None]
-) -> None:
+def test_daemon_killed_has_successor_ready_within_two_seconds(nbdd: Daemon, show: Callable[[str], None]) -> None:
     """This machine's processor is a real one; those of the guests, which have the devices, are emulated in most places.
 
     The two seconds are systemd's pause before the restart, the start, and the adoption by a worker, for which the
@@ -242,20 +235,20 @@ def test_after_a_sudden_death_its_successor_is_ready_soon_enough_to_manage_again
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_both_signals_that_end_it_end_it_well(nbdd: Daemon, number: signal.Signals) -> None:
+def test_daemon_exits_0_on_sigterm_and_sigint(nbdd: Daemon, number: signal.Signals) -> None:
     nbdd.start()
     with no_survivors(nbdd.process.pid):
         nbdd.process.send_signal(number)
         assert nbdd.wait() == 0
 
 
-def test_an_empty_configuration_is_a_start_like_any_other(nbdd: Daemon) -> None:
+def test_daemon_starts_without_configuration_file(nbdd: Daemon) -> None:
     nbdd.config.unlink()
     nbdd.start()
     assert nbdd.end() == 0
 
 
-def test_a_second_one_says_so_in_a_sentence_and_leaves_the_first_alone(
+async def test_second_instance_exits_says_so_and_leaves_the_first_alone(
     nbdd: Daemon, bus: BusDaemon, tmp_path: Path
 ) -> None:
     nbdd.start()
@@ -273,17 +266,13 @@ def test_a_second_one_says_so_in_a_sentence_and_leaves_the_first_alone(
         assert not second.run.exists()
     finally:
         second.close()
-
-    async def main() -> None:
-        async with client(bus) as here:
-            assert set(await here.devices()) == {"backup", "other"}
-
-    run(main())
+    async with client(bus) as here:
+        assert set(await here.devices()) == {"backup", "other"}
     assert children(nbdd.process.pid)[0] == server
     assert nbdd.end() == 0
 
 
-def test_a_bad_configuration_ends_it_with_78_and_every_place(nbdd: Daemon) -> None:
+def test_bad_configuration_exits_78_and_names_every_place(nbdd: Daemon) -> None:
     nbdd.config.write_text(BAD)
     (nbdd.etc / "devices.d").mkdir()
     (nbdd.etc / "devices.d" / "more.yaml").write_text("devices: [\n")
@@ -296,7 +285,7 @@ def test_a_bad_configuration_ends_it_with_78_and_every_place(nbdd: Daemon) -> No
     assert nbdd.systemd.receive() is None or b"READY=1" not in nbdd.log.encode()
 
 
-def test_a_machine_without_a_bus_ends_it_with_a_sentence(nbdd: Daemon, bus: BusDaemon) -> None:
+def test_missing_bus_exits_1_with_one_sentence(nbdd: Daemon, bus: BusDaemon) -> None:
     bus.kill()
     nbdd.begin()
     assert nbdd.wait() == 1
@@ -305,7 +294,7 @@ def test_a_machine_without_a_bus_ends_it_with_a_sentence(nbdd: Daemon, bus: BusD
     assert line.endswith("nbdd needs dbus.service.")
 
 
-def test_ready_does_not_wait_for_servers(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_ready_does_not_wait_for_servers(nbdd: Daemon, bus: BusDaemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         nbdd.config.write_text(f"devices:\n  backup: {{uri: 'nbd://127.0.0.1:{port}/x', attach: boot}}\n")
@@ -313,37 +302,29 @@ def test_ready_does_not_wait_for_servers(nbdd: Daemon, bus: BusDaemon) -> None:
         # It is on its way, and the server has not said a word.
         conn, _ = silent.accept()
         with conn:
-
-            async def main() -> None:
-                async with client(bus) as here:
-                    await here.until("backup", State="connecting")
-
-            run(main())
+            async with client(bus) as here:
+                await here.until("backup", State="connecting")
             nbdd.systemd.wait_for(b"STATUS=0/1 attached (1 connecting)")
             with no_survivors(nbdd.process.pid):
                 assert nbdd.end() == 0
 
 
-def test_a_device_of_boot_keeps_trying_and_says_what_it_met(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_boot_device_keeps_trying_and_reports_last_error(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.config.write_text("devices:\n  backup: {uri: 'nbd://127.0.0.1:1/x', attach: boot}\n")
     nbdd.start()
-
-    async def main() -> None:
-        async with client(bus) as here:
-            while (told := (await here.devices())["backup"])["LastError"][0] != f"{OWN}ConnectFailed":
-                await here.signals.get()
-            assert told["State"] == "connecting"
-            # Tried again, by another worker.
-            while (await here.devices())["backup"]["WorkerPID"] in (0, told["WorkerPID"]):
-                await here.signals.get()
-            assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
-            await here.until("backup", State="detached")
-
-    run(main())
+    async with client(bus) as here:
+        while (told := (await here.devices())["backup"])["LastError"][0] != f"{OWN}ConnectFailed":
+            await here.signals.get()
+        assert told["State"] == "connecting"
+        # Tried again, by another worker.
+        while (await here.devices())["backup"]["WorkerPID"] in (0, told["WorkerPID"]):
+            await here.signals.get()
+        assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
+        await here.until("backup", State="detached")
     assert nbdd.end() == 0
 
 
-def test_a_hangup_or_a_stop_during_a_slow_start_is_kept_for_later(nbdd: Daemon) -> None:
+def test_signals_during_slow_start_are_handled_after_it(nbdd: Daemon) -> None:
     """Both would end a process that does not expect them, and leave its children in the middle of something."""
     (nbdd.run / "devices").mkdir(parents=True)
     record = nbdd.run / "devices" / "slow.json"
@@ -361,7 +342,7 @@ def test_a_hangup_or_a_stop_during_a_slow_start_is_kept_for_later(nbdd: Daemon) 
     assert "slow.json can't be read, its device is left alone" in nbdd.log
 
 
-def test_the_watchdog_hears_that_it_lives(nbdd: Daemon) -> None:
+def test_watchdog_is_notified(nbdd: Daemon) -> None:
     nbdd.start(WATCHDOG_USEC="100000")
     nbdd.systemd.wait_for(b"WATCHDOG=1")
     nbdd.systemd.wait_for(b"WATCHDOG=1")
@@ -371,70 +352,54 @@ def test_the_watchdog_hears_that_it_lives(nbdd: Daemon) -> None:
 # Reload
 
 
-def test_a_hangup_reloads(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_sighup_reloads(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.start()
     nbdd.config.write_text(GOOD.replace("other", "another"))
     nbdd.process.send_signal(signal.SIGHUP)
     told = nbdd.systemd.wait_for(b"READY=1")
     assert [message for message in told if message.startswith(b"RELOADING=1\nMONOTONIC_USEC=")]
-
-    async def main() -> None:
-        async with client(bus) as here:
-            assert set(await here.devices()) == {"backup", "another"}
-
-    run(main())
+    async with client(bus) as here:
+        assert set(await here.devices()) == {"backup", "another"}
     assert nbdd.end() == 0
     assert "reloaded: 1 added, 0 changed, 1 removed" in nbdd.log
 
 
-def test_a_hangup_over_a_bad_file_changes_nothing_and_says_why(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_sighup_with_bad_file_changes_nothing_and_says_why(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.start()
     nbdd.config.write_text(BAD)
     nbdd.process.send_signal(signal.SIGHUP)
     nbdd.systemd.wait_for(b"READY=1")
-
-    async def main() -> None:
-        async with client(bus) as here:
-            assert set(await here.devices()) == {"backup", "other"}
-
-    run(main())
+    async with client(bus) as here:
+        assert set(await here.devices()) == {"backup", "other"}
     assert nbdd.end() == 0
     assert f"{nbdd.config}:4:5: " in nbdd.log
 
 
-def test_reload_tells_what_it_did(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_reload_returns_what_it_did(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.start()
-
-    async def main() -> None:
-        async with client(bus) as here:
-            assert await here.call("Reload") == [[], [], []]
-            assert here.signals.empty()
-            text = GOOD.replace("other:", "another:").replace("1/backup'", "1/changed', timeout: 7")
-            await asyncio.to_thread(nbdd.config.write_text, text)
-            assert await here.call("Reload") == [["another"], ["backup"], ["other"]]
-            devices = await here.devices()
-            assert set(devices) == {"backup", "another"}
-            assert devices["backup"]["URI"] == "nbd://127.0.0.1:1/changed"
-            assert devices["backup"]["Timeout"] == 7
-
-    run(main())
+    async with client(bus) as here:
+        assert await here.call("Reload") == [[], [], []]
+        assert here.signals.empty()
+        text = GOOD.replace("other:", "another:").replace("1/backup'", "1/changed', timeout: 7")
+        await asyncio.to_thread(nbdd.config.write_text, text)
+        assert await here.call("Reload") == [["another"], ["backup"], ["other"]]
+        devices = await here.devices()
+        assert set(devices) == {"backup", "another"}
+        assert devices["backup"]["URI"] == "nbd://127.0.0.1:1/changed"
+        assert devices["backup"]["Timeout"] == 7
     assert nbdd.end() == 0
 
 
-def test_a_reload_of_a_bad_file_fails_with_every_place_and_changes_nothing(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_reload_of_bad_file_fails_with_every_place_and_changes_nothing(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.start()
-
-    async def main() -> None:
-        async with client(bus) as here:
-            before = await here.devices()
-            await asyncio.to_thread(nbdd.config.write_text, BAD)
-            name, text = await here.fails("Reload")
-            assert name == f"{OWN}InvalidConfig"
-            assert [line.split(": ")[0] for line in text.splitlines()] == [f"{nbdd.config}:4:5", f"{nbdd.config}:5:18"]
-            assert await here.devices() == before
-            assert here.signals.empty()
-
-    run(main())
+    async with client(bus) as here:
+        before = await here.devices()
+        await asyncio.to_thread(nbdd.config.write_text, BAD)
+        name, text = await here.fails("Reload")
+        assert name == f"{OWN}InvalidConfig"
+        assert [line.split(": ")[0] for line in text.splitlines()] == [f"{nbdd.config}:4:5", f"{nbdd.config}:5:18"]
+        assert await here.devices() == before
+        assert here.signals.empty()
     assert nbdd.end() == 0
 
 
@@ -471,7 +436,7 @@ def test_a_reload_of_a_bad_file_fails_with_every_place_and_changes_nothing(nbdd:
         ("ListExports", ["nbd+unix:///?socket=/nonexistent", {}], "sa{sv}", f"{OWN}ConnectFailed"),
     ],
 )
-async def test_a_wrong_call_ends_with_its_error_and_harms_nothing(
+async def test_wrong_call_ends_with_its_error_and_harms_nothing(
     shared: Daemon, shared_bus: BusDaemon, *, member: str, body: list[Any], types: str, error: str
 ) -> None:
     assert shared.process.poll() is None
@@ -500,144 +465,120 @@ def shared(shared_bus: BusDaemon, tmp_path_factory: pytest.TempPathFactory) -> I
     assert "Traceback" not in daemon.log, daemon.log
 
 
-def test_the_exports_of_a_server_are_listed(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_list_exports_returns_exports_of_a_server(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.start()
     with Server(offers({b"": 512, b"backup": 1 << 40, b"b\xffd": 1024, b"empty": 0})) as server:
-
-        async def main() -> None:
-            async with client(bus) as here:
-                told = await here.call("ListExports", str(server.uri()), {}, types="sa{sv}")
-                found = [{key: variant.value for key, variant in one.items()} for one in told]
-                sizes = [("", 512), ("backup", 1 << 40), ("b?d", 1024), ("empty", None)]
-                assert [(one["name"], one.get("size")) for one in found] == sizes
-                assert "problem" in found[3]
-                assert set(await here.devices()) == {"backup", "other"}
-
-        run(main())
+        async with client(bus) as here:
+            told = await here.call("ListExports", str(server.uri()), {}, types="sa{sv}")
+            found = [{key: variant.value for key, variant in one.items()} for one in told]
+            sizes = [("", 512), ("backup", 1 << 40), ("b?d", 1024), ("empty", None)]
+            assert [(one["name"], one.get("size")) for one in found] == sizes
+            assert "problem" in found[3]
+            assert set(await here.devices()) == {"backup", "other"}
     assert nbdd.end() == 0
 
 
 @WITHOUT_NBD
-def test_without_the_nbd_module_an_attach_fails_and_says_what_to_load(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_attach_without_nbd_module_fails_and_says_what_to_load(nbdd: Daemon, bus: BusDaemon) -> None:
     with Server(offers({b"backup": 1 << 20})) as server:
         nbdd.config.write_text(f"devices:\n  backup: {{uri: '{server.uri('backup')}'}}\n")
         nbdd.start()
-
-        async def main() -> None:
-            async with client(bus) as here:
-                name, text = await here.fails("Attach", "backup", {}, types="sa{sv}")
-                assert name == f"{OWN}KernelError"
-                assert "modprobe nbd" in text
-                told = (await here.devices())["backup"]
-                assert told["State"] == "failed"
-                assert told["LastError"] == [name, text]
-                assert told["WorkerPID"] == 0
-                # And what was attached by hand alone leaves nothing behind.
-                name, text = await here.fails("AttachURI", str(server.uri("backup")), {}, types="sa{sv}")
-                assert name == f"{OWN}KernelError"
-                assert set(await here.devices()) == {"backup"}
-                assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
-                assert (await here.devices())["backup"]["State"] == "detached"
-
-        run(main())
+        async with client(bus) as here:
+            name, text = await here.fails("Attach", "backup", {}, types="sa{sv}")
+            assert name == f"{OWN}KernelError"
+            assert "modprobe nbd" in text
+            told = (await here.devices())["backup"]
+            assert told["State"] == "failed"
+            assert told["LastError"] == [name, text]
+            assert told["WorkerPID"] == 0
+            # And what was attached by hand alone leaves nothing behind.
+            name, text = await here.fails("AttachURI", str(server.uri("backup")), {}, types="sa{sv}")
+            assert name == f"{OWN}KernelError"
+            assert set(await here.devices()) == {"backup"}
+            assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
+            assert (await here.devices())["backup"]["State"] == "detached"
     assert list(nbdd.run.rglob("*.json")) == []
     with no_survivors(nbdd.process.pid) as pids:
         assert len(pids) == 1, "the workers that failed are gone, the fork server is there"
         assert nbdd.end() == 0
 
 
-def test_two_who_attach_the_same_device_share_one_attempt(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_attach_by_two_callers_is_one_attempt(nbdd: Daemon, bus: BusDaemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         nbdd.config.write_text(f"devices:\n  backup: {{uri: 'nbd://127.0.0.1:{port}/x'}}\n")
         nbdd.start()
-
-        async def main() -> None:
-            async with client(bus) as here:
-                calls = [asyncio.create_task(here.fails("Attach", "backup", {}, types="sa{sv}")) for _ in range(2)]
-                conn, _ = await asyncio.to_thread(listener.accept)
-                await here.until("backup", State="connecting")
-                # Both calls are in: the bus keeps the order.
-                await here.ask(NAME, ROOT, PEER, "Ping")
-                conn.close()
-                one, other = await asyncio.gather(*calls)
-                assert one == other
-                assert one[0] == f"{OWN}NegotiationFailed"
-                assert (await here.devices())["backup"]["State"] == "failed"
-
-        run(main())
+        async with client(bus) as here:
+            calls = [asyncio.create_task(here.fails("Attach", "backup", {}, types="sa{sv}")) for _ in range(2)]
+            conn, _ = await asyncio.to_thread(listener.accept)
+            await here.until("backup", State="connecting")
+            # Both calls are in: the bus keeps the order.
+            await here.ask(NAME, ROOT, PEER, "Ping")
+            conn.close()
+            one, other = await asyncio.gather(*calls)
+            assert one == other
+            assert one[0] == f"{OWN}NegotiationFailed"
+            assert (await here.devices())["backup"]["State"] == "failed"
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.accept()
     assert nbdd.end() == 0
 
 
-def test_a_detach_ends_an_attach_that_is_under_way(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_detach_ends_attach_under_way(nbdd: Daemon, bus: BusDaemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         nbdd.config.write_text(f"devices:\n  backup: {{uri: 'nbd://127.0.0.1:{port}/x'}}\n")
         nbdd.start()
-
-        async def main() -> None:
-            async with client(bus) as here:
-                attach = asyncio.create_task(here.fails("Attach", "backup", {}, types="sa{sv}"))
-                conn, _ = await asyncio.to_thread(listener.accept)
-                with conn:
-                    assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
-                    name, _ = await attach
-                    assert name == f"{OWN}NotAttached"
-                    assert (await here.devices())["backup"]["State"] == "detached"
-
-        run(main())
+        async with client(bus) as here:
+            attach = asyncio.create_task(here.fails("Attach", "backup", {}, types="sa{sv}"))
+            conn, _ = await asyncio.to_thread(listener.accept)
+            with conn:
+                assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
+                name, _ = await attach
+                assert name == f"{OWN}NotAttached"
+                assert (await here.devices())["backup"]["State"] == "detached"
     assert nbdd.end() == 0
 
 
 # What it suffers
 
 
-def test_the_death_of_the_fork_server_is_not_the_end(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_daemon_survives_death_of_fork_server(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.start()
     fork_server = children(nbdd.process.pid)[0]
     with no_survivors(nbdd.process.pid):
         os.kill(fork_server, signal.SIGKILL)
-
-    async def main() -> None:
-        async with client(bus) as here:
-            name, _ = await here.fails("ListExports", "nbd://127.0.0.1:1", {}, types="sa{sv}")
-            assert name == f"{OWN}ConnectFailed"
-            assert set(await here.devices()) == {"backup", "other"}
-
-    run(main())
+    async with client(bus) as here:
+        name, _ = await here.fails("ListExports", "nbd://127.0.0.1:1", {}, types="sa{sv}")
+        assert name == f"{OWN}ConnectFailed"
+        assert set(await here.devices()) == {"backup", "other"}
     with no_survivors(nbdd.process.pid) as pids:
         assert pids[0] != fork_server
         assert nbdd.end() == 0
 
 
-def test_a_stop_answers_the_calls_that_are_under_way(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_stop_answers_calls_under_way(nbdd: Daemon, bus: BusDaemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         nbdd.config.write_text(f"devices:\n  backup: {{uri: 'nbd://127.0.0.1:{port}/x'}}\n")
         nbdd.start()
-
-        async def main() -> None:
-            async with client(bus) as here:
-                attach = asyncio.create_task(here.fails("Attach", "backup", {}, types="sa{sv}"))
-                listing = asyncio.create_task(here.fails("ListExports", f"nbd://127.0.0.1:{port}", {}, types="sa{sv}"))
-                conns = [await asyncio.to_thread(listener.accept) for _ in range(2)]
-                with no_survivors(nbdd.process.pid) as pids:
-                    assert len(pids) >= 5, "the fork server, two workers, and an errand of each"
-                    assert await asyncio.to_thread(nbdd.end) == 0
-                for call in (attach, listing):
-                    name, text = await call
-                    assert name == f"{ERROR}Failed"
-                    assert text
-                for conn, _ in conns:
-                    conn.close()
-
-        run(main())
+        async with client(bus) as here:
+            attach = asyncio.create_task(here.fails("Attach", "backup", {}, types="sa{sv}"))
+            listing = asyncio.create_task(here.fails("ListExports", f"nbd://127.0.0.1:{port}", {}, types="sa{sv}"))
+            conns = [await asyncio.to_thread(listener.accept) for _ in range(2)]
+            with no_survivors(nbdd.process.pid) as pids:
+                assert len(pids) >= 5, "the fork server, two workers, and an errand of each"
+                assert await asyncio.to_thread(nbdd.end) == 0
+            for call in (attach, listing):
+                name, text = await call
+                assert name == f"{ERROR}Failed"
+                assert text
+            for conn, _ in conns:
+                conn.close()
 
 
-def test_its_own_sudden_death_leaves_no_process_behind(nbdd: Daemon, bus: BusDaemon) -> None:
+async def test_daemon_killed_leaves_no_process_behind(nbdd: Daemon, bus: BusDaemon) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         nbdd.config.write_text(f"devices:\n  backup: {{uri: 'nbd://127.0.0.1:{port}/x', attach: boot}}\n")
@@ -652,7 +593,7 @@ def test_its_own_sudden_death_leaves_no_process_behind(nbdd: Daemon, bus: BusDae
     # And its successor starts as if nothing had been.
     nbdd.config.write_text(GOOD)
     nbdd.start()
-    run(still_serves(bus))
+    await still_serves(bus)
     assert nbdd.end() == 0
 
 
@@ -661,7 +602,7 @@ async def still_serves(bus: BusDaemon) -> None:
         assert {"backup", "other"} <= set(await here.devices())
 
 
-def test_the_death_of_the_bus_ends_it_so_that_systemd_starts_it_anew(nbdd: Daemon, bus: BusDaemon) -> None:
+def test_death_of_bus_ends_daemon_so_that_systemd_restarts_it(nbdd: Daemon, bus: BusDaemon) -> None:
     nbdd.start()
     with no_survivors(nbdd.process.pid):
         bus.kill()

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from nbdd.errors import (
     Busy,
     ConnectFailed,
     KernelError,
-    NbddError,
     NegotiationFailed,
     NotAttached,
     OtherExport,
@@ -33,6 +32,7 @@ from nbdd.manager.records import Record
 from nbdd.manager.status import State
 from nbdd.manager.supervisor import Ending, How
 from nbdd.uri import URI
+from tests.fakes.asserts import refused
 from tests.fakes.worker import Bench, definition, open_fds
 
 DOWN = ConnectFailed("storage.example refuses.")
@@ -55,15 +55,6 @@ def bench(tmp_path: Path) -> MakeBench:
         return Bench(tmp_path, **fields)
 
     return make
-
-
-async def refused(work: Awaitable[Any]) -> NbddError:
-    """The error that `work` ends with."""
-    try:
-        await work
-    except NbddError as error:
-        return error
-    raise AssertionError("not refused")
 
 
 def task(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -59,12 +59,12 @@ def records(tmp_path: Path) -> Records:
         (Desktop(icon="b-symbolic"), SYSTEM | dict.fromkeys(ICONS, "b-symbolic")),
     ],
 )
-def test_udev_reads_what_the_key_says(desktop: Desktop, expected: dict[str, str]) -> None:
+def test_hints_are_read_by_udev(desktop: Desktop, expected: dict[str, str]) -> None:
     assert imported(properties(desktop)) == expected
 
 
 @given(name=st.text(max_size=70), icon=st.text(max_size=70))
-def test_no_text_that_the_schema_takes_says_anything_else_to_udev(name: str, icon: str) -> None:
+def test_hints_of_any_valid_text_set_no_other_property(name: str, icon: str) -> None:
     for settings in ({"name": name}, {"icon": icon}):
         try:
             found = definition_from_options("a", {"uri": "nbd://h/x", "desktop": settings}).desktop
@@ -81,12 +81,12 @@ def test_no_text_that_the_schema_takes_says_anything_else_to_udev(name: str, ico
     "name",
     ["a\nUDISKS_SYSTEM=0", "a\n", 'a"', "a\\", "a\r", "\0", "\x7f", "\x85", "\u2028", "\u202e", "\ud800", "x" * 65, ""],
 )
-def test_a_name_that_could_say_more_is_refused(name: str) -> None:
+def test_hints_reject_name_that_could_set_another_property(name: str) -> None:
     with pytest.raises(InvalidArgs, match=r"'desktop\.name' must be a text of 1 to 64 characters without quotes"):
         definition_from_options("a", {"uri": "nbd://h/x", "desktop": {"name": name}})
 
 
-def test_the_hints_are_there_with_the_record_and_go_with_it(records: Records, tmp_path: Path) -> None:
+def test_hints_are_written_and_removed_with_the_record(records: Records, tmp_path: Path) -> None:
     path = tmp_path / "run" / "udev" / "disk.env"
     records.write(Record(definition(Desktop("Photos")), configured=True))
     assert imported(path.read_text())["UDISKS_NAME"] == "Photos"
@@ -95,7 +95,7 @@ def test_the_hints_are_there_with_the_record_and_go_with_it(records: Records, tm
     assert not path.exists()
 
 
-def test_a_device_that_is_no_desktops_has_none_and_loses_those_it_had(records: Records, tmp_path: Path) -> None:
+def test_hints_are_removed_if_desktop_key_is_gone(records: Records, tmp_path: Path) -> None:
     records.write(Record(definition(None), configured=True))
     assert not (tmp_path / "run" / "udev").exists()
     records.write(Record(definition(Desktop()), configured=True))
@@ -103,9 +103,7 @@ def test_a_device_that_is_no_desktops_has_none_and_loses_those_it_had(records: R
     assert list((tmp_path / "run" / "udev").iterdir()) == []
 
 
-def test_the_hints_are_written_before_the_record_as_a_device_may_come_up_at_once(
-    records: Records, tmp_path: Path
-) -> None:
+def test_hints_are_written_before_the_record(records: Records, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "udev").write_text("in the way")
     with pytest.raises(Exception, match="can't be written"):
@@ -113,7 +111,7 @@ def test_the_hints_are_written_before_the_record_as_a_device_may_come_up_at_once
     assert records.load() == []
 
 
-def test_a_record_brings_the_hints_back(records: Records, tmp_path: Path) -> None:
+def test_hints_are_restored_by_writing_the_record(records: Records, tmp_path: Path) -> None:
     desktop = Desktop("Photos", "folder-pictures", user_mountable=False)
     records.write(Record(definition(desktop), configured=True))
     (record,) = records.load()
@@ -121,7 +119,7 @@ def test_a_record_brings_the_hints_back(records: Records, tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run" / "devices" / "disk.json").read_text())["definition"]["desktop"] is not None
 
 
-def test_the_rules_import_the_file_of_the_name_after_the_name_was_checked() -> None:
+def test_udev_rules_import_hints_after_checking_the_name() -> None:
     rules = (TREE / "systemd" / "60-nbdd.rules").read_text()
     check, skip, load, end = (
         rules.index(part)

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from nbdd.manager.records import Record, Records
 from nbdd.manager.status import State, Status
 from nbdd.manager.supervisor import Supervisor
 from nbdd.uri import URI
+from tests.fakes.asserts import refused
 from tests.fakes.worker import FakeSpawner, definition
 
 DOWN = ConnectFailed("storage.example refuses.")
@@ -126,18 +127,10 @@ def it(tmp_path: Path) -> contextlib.AbstractAsyncContextManager[Desk]:
     return desk(tmp_path / "run")
 
 
-async def refused(work: Coroutine[Any, Any, Any]) -> NbddError:
-    try:
-        await work
-    except NbddError as error:
-        return error
-    raise AssertionError("not refused")
-
-
 # Start
 
 
-async def test_start_attaches_what_says_boot_and_nothing_else(it: Desk) -> None:
+async def test_start_attaches_boot_devices_and_no_others(it: Desk) -> None:
     await it.start(boot("a"), definition("b"))
     await it.until(lambda: it.state("a") is State.ATTACHED)
     assert it.state("b") is State.DETACHED
@@ -150,14 +143,12 @@ async def test_start_does_not_wait_for_the_servers(it: Desk) -> None:
     assert it.state("a") is State.CONNECTING
 
 
-async def test_a_bad_file_at_the_start_is_an_error_where_nothing_is_to_be_looked_after(it: Desk) -> None:
+async def test_start_with_bad_file_and_no_records_fails(it: Desk) -> None:
     it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
     assert isinstance(await refused(it.manager.start({})), InvalidConfig)
 
 
-async def test_a_bad_file_at_the_start_does_not_keep_bound_devices_from_being_looked_after(
-    it: Desk, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_start_with_bad_file_still_adopts_bound_devices(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
     it.was_bound(boot("a"))
     it.was_bound(definition("hand"), configured=False)
     it.wanted = InvalidConfig("nbdd.yaml:1:1: no.")
@@ -169,7 +160,7 @@ async def test_a_bad_file_at_the_start_does_not_keep_bound_devices_from_being_lo
     assert "nbdd.yaml:1:1: no." in caplog.text
 
 
-async def test_a_device_of_a_predecessor_is_adopted_with_the_links_that_were_kept(it: Desk) -> None:
+async def test_start_adopts_device_with_kept_sockets(it: Desk) -> None:
     it.was_bound(boot("a"))
     await it.start(boot("a"), sockets={"a": [os.dup(0), os.dup(0)], "stranger": [os.dup(0)]})
     await it.until(lambda: it.state("a") is State.ATTACHED)
@@ -178,7 +169,7 @@ async def test_a_device_of_a_predecessor_is_adopted_with_the_links_that_were_kep
     assert it.kept["stranger"] == [], "and systemd lets go of them too"
 
 
-async def test_a_device_whose_definition_changed_meanwhile_keeps_its_own_until_it_is_detached(it: Desk) -> None:
+async def test_start_keeps_old_definition_of_bound_device_until_detach(it: Desk) -> None:
     it.was_bound(definition("a", timeout=1))
     await it.start(definition("a", timeout=2))
     await it.until(lambda: it.state("a") is State.ATTACHED)
@@ -187,7 +178,7 @@ async def test_a_device_whose_definition_changed_meanwhile_keeps_its_own_until_i
     assert it.manager.device("a").status.timeout == 2
 
 
-async def test_an_idle_device_whose_definition_vanished_meanwhile_is_detached(it: Desk) -> None:
+async def test_start_detaches_idle_device_without_definition(it: Desk) -> None:
     it.was_bound(definition("a"))
     await it.start()
     await it.until(lambda: it.names() == [])
@@ -195,9 +186,7 @@ async def test_an_idle_device_whose_definition_vanished_meanwhile_is_detached(it
     assert it.records.load() == []
 
 
-async def test_a_device_in_use_whose_definition_vanished_meanwhile_stays_for_its_users(
-    it: Desk, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_start_keeps_device_in_use_without_definition(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
     it.was_bound(boot("a"))
     it.spawner.used.add("a")
     await it.start()
@@ -207,14 +196,14 @@ async def test_a_device_in_use_whose_definition_vanished_meanwhile_stays_for_its
     assert "a stays attached: /dev/nbd0 is mounted on /mnt." in caplog.text
 
 
-async def test_an_attach_of_what_left_the_configuration_is_not_finished(it: Desk) -> None:
+async def test_start_does_not_resume_attach_of_device_without_definition(it: Desk) -> None:
     it.was_bound(boot("a"), binding=False)
     await it.start()
     await it.until(lambda: it.names() == [])
     assert it.spawner.bound == {}
 
 
-async def test_a_device_attached_by_hand_is_adopted_and_stays(it: Desk) -> None:
+async def test_start_adopts_and_keeps_device_attached_by_hand(it: Desk) -> None:
     it.was_bound(definition("hand"), configured=False)
     await it.start(definition("a"))
     await it.until(lambda: it.state("hand") is State.ATTACHED)
@@ -223,7 +212,7 @@ async def test_a_device_attached_by_hand_is_adopted_and_stays(it: Desk) -> None:
     assert it.names() == ["a"]
 
 
-async def test_what_was_bound_is_looked_after_before_the_configuration_is_read(it: Desk) -> None:
+async def test_start_adopts_before_the_configuration_is_read(it: Desk) -> None:
     it.was_bound(definition("a"))
     it.readable.clear()
     starting = asyncio.create_task(it.start(definition("a", timeout=7), definition("b")))
@@ -237,7 +226,7 @@ async def test_what_was_bound_is_looked_after_before_the_configuration_is_read(i
     assert it.manager.device("a").status.timeout == 0
 
 
-async def test_a_vanished_device_is_failed_if_manual_and_attached_anew_if_boot(it: Desk) -> None:
+async def test_start_with_vanished_device_fails_it_if_manual_attaches_it_again_if_boot(it: Desk) -> None:
     it.was_bound(boot("a"))
     it.was_bound(definition("b"))
     it.spawner.bound.clear()
@@ -245,7 +234,7 @@ async def test_a_vanished_device_is_failed_if_manual_and_attached_anew_if_boot(i
     await it.until(lambda: it.state("a") is State.ATTACHED and it.state("b") is State.FAILED)
 
 
-async def test_an_export_that_is_attached_twice_is_warned_of(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
+async def test_attach_of_same_export_twice_logs_warning(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
     it.spawner.exports = {"a": "disk", "b": "disk"}
     await it.start(definition("a"), definition("b"))
     await it.manager.attach("a", {})
@@ -254,7 +243,7 @@ async def test_an_export_that_is_attached_twice_is_warned_of(it: Desk, caplog: p
     assert "b: nbd://storage.example/disk is attached as a too" in caplog.text
 
 
-async def test_an_export_of_two_lists_of_servers_is_warned_of_by_its_name(
+async def test_attach_of_export_in_two_server_lists_logs_warning_with_its_name(
     it: Desk, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared, other = URI.parse("nbd://two.example/disk"), URI.parse("nbd://one.example/disk")
@@ -267,7 +256,7 @@ async def test_an_export_of_two_lists_of_servers_is_warned_of_by_its_name(
 # Names
 
 
-async def test_a_name_that_is_none_is_told_apart_from_one_that_nobody_has(it: Desk) -> None:
+async def test_device_name_invalid_and_unknown_are_different_errors(it: Desk) -> None:
     await it.start(definition("a"))
     for work in (it.manager.attach("b", {}), it.manager.detach("b"), it.manager.set_timeout("b", 1)):
         assert isinstance(await refused(work), NoSuchDevice)
@@ -275,7 +264,7 @@ async def test_a_name_that_is_none_is_told_apart_from_one_that_nobody_has(it: De
         assert isinstance(await refused(it.manager.attach(name, {})), InvalidArgs)
 
 
-async def test_options_of_an_attach_hold_for_this_attachment(it: Desk) -> None:
+async def test_attach_options_hold_until_detach(it: Desk) -> None:
     await it.start(definition("a"))
     await it.manager.attach("a", {"timeout": 9})
     assert it.manager.device("a").status.timeout == 9
@@ -296,14 +285,14 @@ async def test_options_of_an_attach_hold_for_this_attachment(it: Desk) -> None:
         ("nbd://host/" + "x" * 200, "x" * 56),
     ],
 )
-async def test_a_device_without_a_name_is_called_by_its_export_or_host(it: Desk, uri: str, name: str) -> None:
+async def test_attach_uri_names_device_after_export_or_host(it: Desk, uri: str, name: str) -> None:
     await it.start()
     assert (await it.manager.attach_uri(uri, {})).name == name
     assert (await it.manager.attach_uri(uri, {})).name == f"{name}-2"
     assert (await it.manager.attach_uri(uri, {})).name == f"{name}-3"
 
 
-async def test_the_name_of_another_device_is_refused(it: Desk) -> None:
+async def test_attach_uri_with_name_in_use_is_refused(it: Desk) -> None:
     await it.start(definition("a"))
     uri = "nbd://host/x"
     assert "name of a configured device" in str(await refused(it.manager.attach_uri(uri, {"name": "a"})))
@@ -315,14 +304,14 @@ async def test_the_name_of_another_device_is_refused(it: Desk) -> None:
     assert it.names() == ["a", "b"]
 
 
-async def test_defaults_hold_for_devices_attached_by_hand(it: Desk) -> None:
+async def test_attach_uri_uses_configured_defaults(it: Desk) -> None:
     it.defaults = {"timeout": 7, "dead-timeout": 8}
     await it.start()
     status = (await it.manager.attach_uri("nbd://host/x", {"timeout": 9})).status
     assert (status.timeout, status.dead_timeout, status.configured) == (9, 8, False)
 
 
-async def test_a_device_by_hand_that_can_not_be_attached_is_gone_again(it: Desk) -> None:
+async def test_attach_uri_failed_removes_device(it: Desk) -> None:
     await it.start()
     it.spawner.outcomes["attach"] = [DOWN]
     assert await refused(it.manager.attach_uri("nbd://host/x", {})) is DOWN
@@ -330,7 +319,7 @@ async def test_a_device_by_hand_that_can_not_be_attached_is_gone_again(it: Desk)
     assert it.news == [("added", "x"), ("removed", "x")]
 
 
-async def test_a_device_by_hand_of_which_something_may_be_left_stays_until_it_is_detached(it: Desk) -> None:
+async def test_attach_uri_failed_keeps_device_that_may_be_bound_until_detach(it: Desk) -> None:
     await it.start()
     it.spawner.outcomes["attach"] = ["die late", DOWN]
     it.spawner.mounted.add("x")
@@ -344,7 +333,7 @@ async def test_a_device_by_hand_of_which_something_may_be_left_stays_until_it_is
     assert it.spawner.bound == {}
 
 
-async def test_a_failed_device_by_hand_makes_room_for_the_next_of_its_name(it: Desk) -> None:
+async def test_attach_uri_replaces_failed_device_of_same_name(it: Desk) -> None:
     it.was_bound(definition("x"), configured=False)
     it.spawner.bound.clear()
     await it.start()
@@ -353,7 +342,7 @@ async def test_a_failed_device_by_hand_makes_room_for_the_next_of_its_name(it: D
     assert it.state("x") is State.ATTACHED
 
 
-async def test_a_detach_during_an_attach_by_hand_removes_the_device_once(it: Desk) -> None:
+async def test_detach_during_attach_uri_removes_device_once(it: Desk) -> None:
     await it.start()
     it.spawner.before["attach"] = asyncio.Event()
     attach = asyncio.create_task(it.manager.attach_uri("nbd://host/x", {}))
@@ -364,7 +353,7 @@ async def test_a_detach_during_an_attach_by_hand_removes_the_device_once(it: Des
     assert it.news == [("added", "x"), ("removed", "x")]
 
 
-async def test_there_is_an_end_to_devices_by_hand(it: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_attach_uri_has_a_limit_of_devices(it: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbdd.manager.manager, "MAX_DEVICES", 2)
     await it.start(definition("a"))
     for _ in range(2):
@@ -376,7 +365,7 @@ async def test_there_is_an_end_to_devices_by_hand(it: Desk, monkeypatch: pytest.
 # Exports
 
 
-async def test_exports_are_listed_by_a_worker_that_ends_afterwards(it: Desk) -> None:
+async def test_list_exports_ends_its_worker_afterwards(it: Desk) -> None:
     await it.start()
     assert await it.manager.list_exports("nbd://host") == [{"name": "one"}, {"name": "two"}]
     it.spawner.outcomes["list-exports"] = [DOWN]
@@ -431,9 +420,7 @@ async def test_reload_with_a_bad_file_changes_nothing(it: Desk) -> None:
     assert (await it.reload(boot("a"))) == Changes((), (), ())
 
 
-async def test_reload_leaves_a_leftover_to_those_who_use_it_and_the_last_one_to_go_removes_it(
-    it: Desk, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_reload_keeps_leftover_in_use_until_it_is_detached(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
     await it.start(boot("a"))
     await it.until(lambda: it.state("a") is State.ATTACHED)
     it.spawner.used.add("a")
@@ -448,7 +435,7 @@ async def test_reload_leaves_a_leftover_to_those_who_use_it_and_the_last_one_to_
     assert "a stays attached: /dev/nbd0 is mounted on /mnt." in caplog.text
 
 
-async def test_reload_ends_a_leftover_that_still_tries_to_attach(it: Desk) -> None:
+async def test_reload_ends_leftover_that_still_attaches(it: Desk) -> None:
     it.spawner.outcomes["attach"] = [*[DOWN] * 1000]
     await it.start(boot("a"))
     await it.until(lambda: it.manager.device("a").status.last_error[0] != "")
@@ -457,7 +444,7 @@ async def test_reload_ends_a_leftover_that_still_tries_to_attach(it: Desk) -> No
     assert it.spawner.living == []
 
 
-async def test_reload_gives_a_device_by_hand_its_definition(it: Desk) -> None:
+async def test_reload_gives_device_attached_by_hand_its_definition(it: Desk) -> None:
     await it.start()
     await it.manager.attach_uri("nbd://host/x", {"name": "x"})
     assert await it.reload(boot("x", timeout=5)) == Changes(("x",), (), ())
@@ -469,13 +456,13 @@ async def test_reload_gives_a_device_by_hand_its_definition(it: Desk) -> None:
     assert it.manager.device("x").status.timeout == 5
 
 
-async def test_reload_attaches_a_device_that_became_one_of_boot(it: Desk) -> None:
+async def test_reload_attaches_device_that_became_boot(it: Desk) -> None:
     await it.start(definition("a"))
     await it.reload(boot("a"))
     await it.until(lambda: it.state("a") is State.ATTACHED)
 
 
-async def test_two_reloads_at_once_go_one_after_the_other(it: Desk) -> None:
+async def test_reload_waits_for_another_reload(it: Desk) -> None:
     await it.start()
     it.wanted = (boot("a"), boot("b"))
     changes = await asyncio.gather(it.manager.reload(), it.manager.reload())
@@ -493,7 +480,7 @@ async def test_reload_adds_ten_thousand_devices(it: Desk) -> None:
 # Stop
 
 
-async def test_stop_without_detach_leaves_every_device_to_a_successor(it: Desk) -> None:
+async def test_stop_without_detach_leaves_every_device_bound(it: Desk) -> None:
     await it.start(boot("a"), boot("b"))
     await it.until(lambda: all(it.state(name) is State.ATTACHED for name in "ab"))
     assert await it.manager.stop(detach=False) == []
@@ -502,7 +489,7 @@ async def test_stop_without_detach_leaves_every_device_to_a_successor(it: Desk) 
     assert it.spawner.living == []
 
 
-async def test_stop_with_detach_frees_what_is_idle_and_tells_what_it_left(it: Desk) -> None:
+async def test_stop_with_detach_frees_idle_devices_and_returns_the_others(it: Desk) -> None:
     await it.start(boot("a"), boot("b"), definition("c"))
     await it.until(lambda: all(it.state(name) is State.ATTACHED for name in "ab"))
     it.spawner.used.add("b")
@@ -514,7 +501,7 @@ async def test_stop_with_detach_frees_what_is_idle_and_tells_what_it_left(it: De
 
 
 @pytest.mark.parametrize("live", [0, 1])
-async def test_stop_waits_for_the_users_of_a_device_without_a_server_and_for_no_others(
+async def test_stop_waits_for_users_of_disconnected_devices_only(
     it: Desk, live: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nbdd.manager.device, "MEND_INTERVAL", 0.01)
@@ -530,7 +517,7 @@ async def test_stop_waits_for_the_users_of_a_device_without_a_server_and_for_no_
     assert list(it.spawner.bound) == (["a"] if live else [])
 
 
-async def test_stop_with_detach_right_after_the_start_frees_nothing_that_is_in_use(it: Desk) -> None:
+async def test_stop_with_detach_right_after_start_keeps_devices_in_use(it: Desk) -> None:
     it.was_bound(boot("a"))
     it.was_bound(boot("gone"))
     it.spawner.used |= {"a", "gone"}
@@ -540,7 +527,7 @@ async def test_stop_with_detach_right_after_the_start_frees_nothing_that_is_in_u
     assert len(it.records.load()) == 2
 
 
-async def test_stop_ends_what_the_start_left_to_do(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
+async def test_stop_ends_unfinished_work_of_start(it: Desk, caplog: pytest.LogCaptureFixture) -> None:
     it.was_bound(boot("gone"))
     it.spawner.before["detach"] = asyncio.Event()
     await it.start()
@@ -552,7 +539,7 @@ async def test_stop_ends_what_the_start_left_to_do(it: Desk, caplog: pytest.LogC
     assert "stays attached" not in caplog.text
 
 
-async def test_stop_ends_attempts_and_tells_those_who_wait(it: Desk) -> None:
+async def test_stop_ends_attach_under_way_with_error(it: Desk) -> None:
     it.spawner.before["attach"] = asyncio.Event()
     await it.start(definition("a"))
     attach = asyncio.create_task(it.manager.attach("a", {}))
@@ -563,7 +550,7 @@ async def test_stop_ends_attempts_and_tells_those_who_wait(it: Desk) -> None:
     assert it.spawner.living == []
 
 
-async def test_a_stop_that_takes_too_long_can_be_cut_short(it: Desk) -> None:
+async def test_stop_cancelled_can_be_repeated_without_detach(it: Desk) -> None:
     await it.start(boot("a"))
     await it.until(lambda: it.state("a") is State.ATTACHED)
     it.spawner.before["detach"] = asyncio.Event()

@@ -37,27 +37,27 @@ def records(tmp_path: Path) -> Records:
     return Records(tmp_path / "run" / "devices")
 
 
-def test_what_was_written_is_read_again(records: Records) -> None:
+def test_record_written_is_loaded_again(records: Records) -> None:
     bare = Record(definition("bare"), configured=False)
     records.write(FULL)
     records.write(bare)
     assert records.load() == [bare, FULL]
 
 
-def test_who_attached_is_nobody_in_a_record_of_an_earlier_version() -> None:
+def test_record_of_earlier_version_has_no_attached_by() -> None:
     wire = FULL.to_wire()
     del wire["attached-by"]
     assert Record.from_wire(wire) == replace(FULL, attached_by=0)
 
 
-def test_the_next_writing_replaces_the_one_before(records: Records, tmp_path: Path) -> None:
+def test_record_written_again_replaces_the_first(records: Records, tmp_path: Path) -> None:
     for since in range(3):
         records.write(Record(definition(), configured=True, attached_since=since))
     assert [record.attached_since for record in records.load()] == [2]
     assert [path.name for path in (tmp_path / "run" / "devices").iterdir()] == ["disk.json"]
 
 
-def test_names_that_look_alike_have_records_of_their_own(records: Records) -> None:
+def test_record_names_that_look_alike_are_separate_files(records: Records) -> None:
     names = ["a", "a.b", "a.json", "a.json.new", "a.new", "A", "a:b"]
     for name in names:
         records.write(Record(definition(name), configured=True))
@@ -66,12 +66,12 @@ def test_names_that_look_alike_have_records_of_their_own(records: Records) -> No
     assert {record.definition.name for record in records.load()} == set(names) - {"a"}
 
 
-def test_no_directory_is_no_records(records: Records) -> None:
+def test_records_without_directory_are_none(records: Records) -> None:
     assert records.load() == []
     records.remove("never")
 
 
-def test_a_record_that_can_not_be_written_is_an_error_and_the_old_one_stands(tmp_path: Path) -> None:
+def test_record_that_can_not_be_written_raises_and_old_one_stays(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     records = Records(directory)
     records.write(FULL)
@@ -82,7 +82,7 @@ def test_a_record_that_can_not_be_written_is_an_error_and_the_old_one_stands(tmp
     assert records.load() == [FULL]
 
 
-def test_removing_is_never_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_record_remove_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "disk.json").mkdir()
     Records(tmp_path).remove("disk")
     assert "can't be removed" in caplog.text
@@ -107,7 +107,7 @@ def test_removing_is_never_an_error(tmp_path: Path, caplog: pytest.LogCaptureFix
         json.dumps(FULL.to_wire() | {"definition": FULL.definition.to_wire() | {"attach": "never"}}),
     ],
 )
-def test_a_bad_record_is_told_and_left_and_the_others_are_read(
+def test_record_that_is_bad_is_logged_and_kept_and_others_load(
     records: Records, tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
 ) -> None:
     caplog.set_level(logging.ERROR)
@@ -119,13 +119,13 @@ def test_a_bad_record_is_told_and_left_and_the_others_are_read(
     assert bad.read_text() == text
 
 
-def test_a_draft_that_a_crash_left_is_no_record(records: Records, tmp_path: Path) -> None:
+def test_record_draft_left_by_crash_is_ignored(records: Records, tmp_path: Path) -> None:
     records.write(FULL)
     (tmp_path / "run" / "devices" / "other.new").write_text("{")
     assert records.load() == [FULL]
 
 
-def test_records_live_where_systemd_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_directory_follows_runtime_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNTIME_DIRECTORY", "/run/elsewhere")
     assert runtime_directory() == Path("/run/elsewhere/devices")
     monkeypatch.delenv("RUNTIME_DIRECTORY")

@@ -19,8 +19,9 @@ import nbdd.manager.supervisor
 from nbdd.errors import Busy, ConnectFailed, InvalidConfig, NbddError, WorkerFailed
 from nbdd.ipc.channel import Channel, Message
 from nbdd.manager.supervisor import Ending, How, Supervisor, WorkerProcess, backoff
+from tests.fakes.asserts import run
 from tests.fakes.servers import Server, offers
-from tests.fakes.worker import open_fds, run
+from tests.fakes.worker import open_fds
 
 SECONDS = 30.0
 
@@ -124,14 +125,14 @@ MakePuppet = Callable[..., contextlib.AbstractAsyncContextManager[Puppet]]
 # Life
 
 
-async def test_a_worker_answers_and_is_a_child_of_the_fork_server(supervisor: Supervisor) -> None:
+async def test_worker_answers_and_is_child_of_fork_server(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     assert await worker.request("ping", deadline=SECONDS) == {}
     assert children(server_pid(supervisor)) == [worker.pid]
     assert title(worker.pid) == "nbdd:disk"
 
 
-async def test_a_worker_has_no_descriptor_but_its_channel(supervisor: Supervisor) -> None:
+async def test_worker_has_no_descriptor_but_its_channel(supervisor: Supervisor) -> None:
     for name in ("one", "two", "three"):
         worker = await supervisor.spawn(name, unheard)
         await worker.request("ping", deadline=SECONDS)
@@ -145,13 +146,13 @@ def _std_sockets() -> int:
     return sum(os.readlink(f"/proc/self/fd/{fd}").startswith("socket:") for fd in range(3))
 
 
-async def test_workers_answer_in_any_order_and_each_its_own(supervisor: Supervisor) -> None:
+async def test_workers_answer_independently(supervisor: Supervisor) -> None:
     workers = await asyncio.gather(*(supervisor.spawn(f"disk{number}", unheard) for number in range(20)))
     assert len({worker.pid for worker in workers}) == 20
     await asyncio.gather(*(worker.request("ping", deadline=SECONDS) for worker in workers for _ in range(20)))
 
 
-async def test_a_worker_tells_what_it_found_before_it_replies(supervisor: Supervisor) -> None:
+async def test_worker_event_comes_before_its_reply(supervisor: Supervisor) -> None:
     told: list[Message] = []
     with Server(offers({b"one": 1, b"two": 2})) as server:
         worker = await supervisor.spawn("exports", lambda message, _fds: told.append(message))
@@ -159,7 +160,7 @@ async def test_a_worker_tells_what_it_found_before_it_replies(supervisor: Superv
     assert [export["name"] for message in told for export in message["exports"]] == ["one", "two"]
 
 
-async def test_the_error_that_a_worker_meets_is_raised_by_its_class_and_the_worker_lives(
+async def test_worker_error_is_raised_by_its_class_and_worker_lives(
     supervisor: Supervisor,
 ) -> None:
     with Server(offers({})) as server:
@@ -175,7 +176,7 @@ async def test_the_error_that_a_worker_meets_is_raised_by_its_class_and_the_work
 # Ends
 
 
-async def test_a_worker_that_is_killed_ended_by_that_signal(supervisor: Supervisor) -> None:
+async def test_worker_killed_ends_with_that_signal(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM):
         worker = await supervisor.spawn("disk", unheard)
@@ -184,21 +185,21 @@ async def test_a_worker_that_is_killed_ended_by_that_signal(supervisor: Supervis
         assert str(worker.ended.result()) == f"was killed by {number.name}"
 
 
-async def test_a_worker_that_exits_ended_with_its_code(supervisor: Supervisor) -> None:
+async def test_worker_exit_ends_with_its_code(supervisor: Supervisor) -> None:
     for _ in range(20):
         worker = await supervisor.spawn("disk", unheard)
         worker._channel._sock.shutdown(socket.SHUT_WR)
         assert await worker.ended == Ending(How.EXIT, 0)
 
 
-async def test_a_worker_that_fails_says_so_by_its_code(supervisor: Supervisor) -> None:
+async def test_worker_exception_ends_with_code_1(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     worker._channel._sock.send(b"rubbish\n")
     assert await worker.ended == Ending(How.EXIT, 1)
     assert str(worker.ended.result()) == "exited with code 1"
 
 
-async def test_an_order_to_a_dead_worker_fails_at_once_and_one_under_way_when_it_dies(supervisor: Supervisor) -> None:
+async def test_request_to_dead_worker_fails_at_once_and_under_way_when_it_dies(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     stop(worker.pid)
     order = asyncio.create_task(worker.request("ping", deadline=SECONDS))
@@ -210,7 +211,7 @@ async def test_an_order_to_a_dead_worker_fails_at_once_and_one_under_way_when_it
         await worker.request("ping", deadline=SECONDS)
 
 
-async def test_an_order_that_takes_too_long_ends_a_worker_that_hangs(supervisor: Supervisor) -> None:
+async def test_request_past_deadline_kills_worker(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     stop(worker.pid)
     with pytest.raises(WorkerFailed, match=r"did not finish 'ping' in 0\.05 s"):
@@ -218,9 +219,7 @@ async def test_an_order_that_takes_too_long_ends_a_worker_that_hangs(supervisor:
     assert (await worker.ended).how is How.HANG
 
 
-async def test_an_idle_worker_that_hangs_is_found_and_killed(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_ping_kills_idle_worker_that_hangs(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "PING_INTERVAL", 0.02)
     monkeypatch.setattr(nbdd.manager.supervisor, "PING_DEADLINE", 0.2)
     worker = await supervisor.spawn("disk", unheard)
@@ -231,9 +230,7 @@ async def test_an_idle_worker_that_hangs_is_found_and_killed(
     assert children(server_pid(supervisor)) == []
 
 
-async def test_an_idle_worker_that_answers_is_left_alone(
-    supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_ping_keeps_idle_worker_that_answers(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "PING_INTERVAL", 0.001)
     worker = await supervisor.spawn("disk", unheard)
     pinged = asyncio.Event()
@@ -249,7 +246,7 @@ async def test_an_idle_worker_that_answers_is_left_alone(
     assert not worker.ended.done()
 
 
-async def test_a_worker_that_takes_no_more_orders_hangs(supervisor: Supervisor) -> None:
+async def test_request_to_worker_that_reads_nothing_kills_it(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     stop(worker.pid)
     orders = [asyncio.create_task(worker.request("x" * 50_000, deadline=SECONDS)) for _ in range(20)]
@@ -257,7 +254,7 @@ async def test_a_worker_that_takes_no_more_orders_hangs(supervisor: Supervisor) 
     assert all(isinstance(error, WorkerFailed) for error in await asyncio.gather(*orders, return_exceptions=True))
 
 
-async def test_a_process_that_does_not_die_is_waited_for_so_long_and_no_longer(
+async def test_kill_gives_up_on_process_that_does_not_die(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "KILL_DEADLINE", 0.05)
@@ -270,7 +267,7 @@ async def test_a_process_that_does_not_die_is_waited_for_so_long_and_no_longer(
     assert "does not die" in caplog.text
 
 
-async def test_close_is_for_any_number_of_callers_and_any_time(supervisor: Supervisor) -> None:
+async def test_close_works_for_many_callers_at_any_time(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     endings = await asyncio.gather(worker.close(), worker.close())
     assert set(endings) == {Ending(How.SIGNAL, signal.SIGKILL)}
@@ -294,7 +291,7 @@ async def test_close_is_for_any_number_of_callers_and_any_time(supervisor: Super
         b"\x00" * 100 + b"\n",
     ],
 )
-async def test_a_worker_that_says_rubbish_is_ended_and_the_others_live(
+async def test_worker_with_bad_messages_is_killed_and_others_live(
     supervisor: Supervisor, puppet: MakePuppet, rubbish: bytes
 ) -> None:
     def on_event(message: Message, fds: list[int]) -> None:
@@ -312,7 +309,7 @@ async def test_a_worker_that_says_rubbish_is_ended_and_the_others_live(
     await other.request("ping", deadline=SECONDS)
 
 
-async def test_a_worker_that_does_not_stop_talking_is_ended_and_the_loop_turns_meanwhile(
+async def test_worker_with_endless_messages_is_killed_and_loop_runs_meanwhile(
     supervisor: Supervisor, puppet: MakePuppet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(nbdd.manager.supervisor, "MAX_MESSAGES", 200_000)
@@ -335,7 +332,7 @@ async def test_a_worker_that_does_not_stop_talking_is_ended_and_the_loop_turns_m
     assert "it sends too many messages" in caplog.text
 
 
-async def test_one_worker_has_the_loop_for_a_few_messages_only(supervisor: Supervisor, puppet: MakePuppet) -> None:
+async def test_worker_events_are_handled_a_few_at_a_time(supervisor: Supervisor, puppet: MakePuppet) -> None:
     heard: list[int] = []
 
     def on_event(message: Message, fds: list[int]) -> None:
@@ -351,7 +348,7 @@ async def test_one_worker_has_the_loop_for_a_few_messages_only(supervisor: Super
         assert heard == list(range(50))
 
 
-async def test_a_reply_that_nobody_asked_for_is_passed_over(supervisor: Supervisor, puppet: MakePuppet) -> None:
+async def test_worker_reply_without_request_is_ignored(supervisor: Supervisor, puppet: MakePuppet) -> None:
     async with puppet(supervisor) as it:
         order = asyncio.create_task(it.worker.request("ping", deadline=SECONDS))
         message, _ = await it.hear()
@@ -372,7 +369,7 @@ async def test_a_reply_that_nobody_asked_for_is_passed_over(supervisor: Supervis
         ({"error": "OSError"}, NbddError),
     ],
 )
-async def test_an_error_of_a_worker_is_of_our_tree_whatever_it_says(
+async def test_worker_error_of_any_content_is_an_nbdd_error(
     supervisor: Supervisor, puppet: MakePuppet, wire: Message, kind: type[NbddError]
 ) -> None:
     async with puppet(supervisor) as it:
@@ -384,7 +381,7 @@ async def test_an_error_of_a_worker_is_of_our_tree_whatever_it_says(
         assert type(caught.value) is kind
 
 
-async def test_descriptors_go_both_ways(supervisor: Supervisor, puppet: MakePuppet) -> None:
+async def test_request_fds_go_both_ways(supervisor: Supervisor, puppet: MakePuppet) -> None:
     heard: list[int] = []
     async with puppet(supervisor, lambda _message, fds: heard.extend(fds)) as it:
         read, write = os.pipe()
@@ -402,9 +399,7 @@ async def test_descriptors_go_both_ways(supervisor: Supervisor, puppet: MakePupp
             os.close(fd)
 
 
-async def test_descriptors_of_a_reply_are_closed_if_whoever_asked_is_cancelled_just_then(
-    supervisor: Supervisor, puppet: MakePuppet
-) -> None:
+async def test_request_cancelled_closes_descriptors_of_its_reply(supervisor: Supervisor, puppet: MakePuppet) -> None:
     async with puppet(supervisor) as it:
         order = asyncio.create_task(it.worker.request_fds("adopt", deadline=SECONDS))
         message, _ = await it.hear()
@@ -416,7 +411,7 @@ async def test_descriptors_of_a_reply_are_closed_if_whoever_asked_is_cancelled_j
         assert order.cancelled()
 
 
-async def test_the_last_words_of_a_worker_are_heard(supervisor: Supervisor, puppet: MakePuppet) -> None:
+async def test_worker_messages_before_its_end_are_handled(supervisor: Supervisor, puppet: MakePuppet) -> None:
     heard: list[Message] = []
     async with puppet(supervisor, lambda message, _fds: heard.append(message)) as it:
         for number in range(100):
@@ -429,7 +424,7 @@ async def test_the_last_words_of_a_worker_are_heard(supervisor: Supervisor, pupp
 # The fork server
 
 
-async def test_when_the_fork_server_is_killed_its_workers_are_orphaned_and_the_next_spawn_works(
+async def test_fork_server_killed_orphans_workers_and_next_spawn_works(
     supervisor: Supervisor,
 ) -> None:
     for _ in range(3):
@@ -449,7 +444,7 @@ async def test_when_the_fork_server_is_killed_its_workers_are_orphaned_and_the_n
         await worker.close()
 
 
-async def test_the_end_of_the_fork_server_is_seen_even_if_somebody_still_holds_its_channel(
+async def test_fork_server_end_is_seen_while_its_channel_is_held_open(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Channel.pair
@@ -472,7 +467,7 @@ async def test_the_end_of_the_fork_server_is_seen_even_if_somebody_still_holds_i
         sock.close()
 
 
-async def test_a_spawn_under_which_the_fork_server_dies_fails_and_the_next_works(supervisor: Supervisor) -> None:
+async def test_spawn_fails_if_fork_server_dies_and_the_next_works(supervisor: Supervisor) -> None:
     stop(server_pid(supervisor))
     spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
     await asyncio.sleep(0)
@@ -482,7 +477,7 @@ async def test_a_spawn_under_which_the_fork_server_dies_fails_and_the_next_works
     await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
 
 
-async def test_a_fork_server_that_hangs_is_replaced(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fork_server_that_hangs_is_replaced(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = await supervisor.spawn("disk", unheard)
     stop(server_pid(supervisor))
     with monkeypatch.context() as patch:
@@ -493,7 +488,7 @@ async def test_a_fork_server_that_hangs_is_replaced(supervisor: Supervisor, monk
     await (await supervisor.spawn("disk", unheard)).request("ping", deadline=SECONDS)
 
 
-async def test_a_fork_server_that_is_gone_ends_its_idle_workers_itself(supervisor: Supervisor) -> None:
+async def test_fork_server_end_ends_idle_workers(supervisor: Supervisor) -> None:
     worker = await supervisor.spawn("disk", unheard)
     pidfd = os.pidfd_open(worker.pid)
     gone = asyncio.Event()
@@ -505,7 +500,7 @@ async def test_a_fork_server_that_is_gone_ends_its_idle_workers_itself(superviso
     await worker.ended
 
 
-async def test_a_worker_that_dies_before_anybody_saw_it_is_an_ending_and_hurts_no_other(supervisor: Supervisor) -> None:
+async def test_worker_that_dies_at_once_has_an_ending_and_others_live(supervisor: Supervisor) -> None:
     other = await supervisor.spawn("other", unheard)
     server = server_pid(supervisor)
     stop(server)
@@ -524,7 +519,7 @@ async def test_a_worker_that_dies_before_anybody_saw_it_is_an_ending_and_hurts_n
     await other.request("ping", deadline=SECONDS)
 
 
-async def test_a_fork_that_is_refused_is_told_and_the_fork_server_goes_on(supervisor: Supervisor) -> None:
+async def test_fork_refused_is_an_error_and_fork_server_lives(supervisor: Supervisor) -> None:
     stop(server_pid(supervisor))
     spawning = asyncio.create_task(supervisor.spawn("disk", unheard))
     await asyncio.sleep(0)
@@ -542,7 +537,7 @@ async def test_fork_server_starts_in_any_working_directory(monkeypatch: pytest.M
         assert await worker.request("ping", deadline=SECONDS) == {}
 
 
-async def test_a_machine_without_python_gives_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fork_server_without_python_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_fds()
     monkeypatch.setattr(sys, "executable", "/nonexistent")
     supervisor = Supervisor()
@@ -552,7 +547,7 @@ async def test_a_machine_without_python_gives_a_sentence(monkeypatch: pytest.Mon
     assert open_fds() == before
 
 
-async def test_no_descriptors_left_is_an_error_and_ends_nothing(
+async def test_spawn_without_free_descriptors_fails_and_ends_nothing(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full() -> tuple[socket.socket, socket.socket]:
@@ -569,7 +564,7 @@ async def test_no_descriptors_left_is_an_error_and_ends_nothing(
 # Cancelled, closed, repeated
 
 
-async def test_a_spawn_that_is_cancelled_leaves_no_worker(supervisor: Supervisor) -> None:
+async def test_spawn_cancelled_leaves_no_worker(supervisor: Supervisor) -> None:
     server = server_pid(supervisor)
     stop(server)
     cancelled = [asyncio.create_task(supervisor.spawn("disk", unheard)) for _ in range(5)]
@@ -585,7 +580,7 @@ async def test_a_spawn_that_is_cancelled_leaves_no_worker(supervisor: Supervisor
     assert children(server) == []
 
 
-async def test_a_spawn_that_is_cancelled_in_the_turn_in_which_its_worker_comes_leaves_none(
+async def test_spawn_cancelled_as_its_worker_starts_leaves_none(
     supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handle = supervisor._handle
@@ -617,7 +612,7 @@ async def all_gone(pids: list[int]) -> None:
         os.close(pidfd)
 
 
-def test_close_while_spawning_leaves_neither_worker_nor_fork_server(caplog: pytest.LogCaptureFixture) -> None:
+def test_close_while_spawning_leaves_no_worker_and_no_fork_server(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
 
     async def once(turns: int) -> None:
@@ -643,7 +638,7 @@ def test_close_while_spawning_leaves_neither_worker_nor_fork_server(caplog: pyte
     assert caplog.text == "", "an end that was wanted is no news"
 
 
-async def test_two_hundred_rounds_leave_no_descriptor_no_zombie_and_no_memory(supervisor: Supervisor) -> None:
+async def test_workers_of_two_hundred_rounds_leave_no_descriptor_zombie_or_memory(supervisor: Supervisor) -> None:
     server = server_pid(supervisor)
 
     async def rounds(count: int) -> tuple[int, int, int]:
@@ -678,5 +673,5 @@ def test_backoff_doubles_to_its_most_with_some_jitter() -> None:
         (Ending(How.ORPHANED), "lost its fork server and was killed"),
     ],
 )
-def test_an_ending_reads_as_a_part_of_a_sentence(ending: Ending, text: str) -> None:
+def test_ending_reads_as_part_of_a_sentence(ending: Ending, text: str) -> None:
     assert str(ending) == text

@@ -30,7 +30,7 @@ from nbdd.metrics.__main__ import main
 from nbdd.metrics.families import OPENMETRICS, PLAIN, open_text, text
 from nbdd.metrics.gather import Snapshot, gather
 from nbdd.metrics.server import HEAD_BYTES, MAX_CLIENTS, Server
-from tests.fakes.bus import run
+from tests.fakes.asserts import run
 from tests.fakes.manager import ABSENT, DEADLINE, PRESENT, FakeManager
 
 NO_AUTOSTART = 2

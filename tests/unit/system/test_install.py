@@ -101,7 +101,7 @@ def files(root: Path) -> set[str]:
 
 
 @pytest.mark.usefixtures("prefix")
-def test_every_file_that_others_read_goes_to_where_they_look(run: Run, root: Path) -> None:
+def test_install_copies_every_file_to_where_its_reader_looks(run: Run, root: Path) -> None:
     status, out, err = run()
     assert (status, set(out.splitlines()), err) == (0, {str(root / place) for place in FILES}, "")
     assert files(root) == FILES
@@ -110,7 +110,7 @@ def test_every_file_that_others_read_goes_to_where_they_look(run: Run, root: Pat
     assert {path.stat().st_mode & 0o777 for path in root.rglob("*") if path.is_dir()} == {0o755}
 
 
-def test_the_units_start_the_programs_of_the_wheel_and_all_else_is_as_it_was(
+def test_install_puts_programs_of_the_wheel_into_units_and_changes_nothing_else(
     run: Run, root: Path, prefix: Path
 ) -> None:
     run()
@@ -123,7 +123,7 @@ def test_the_units_start_the_programs_of_the_wheel_and_all_else_is_as_it_was(
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None or not HOST_UNITS.is_dir(), reason="needs systemd's units")
-def test_systemd_finds_the_units_and_their_programs(run: Run, root: Path, prefix: Path) -> None:
+def test_installed_units_and_programs_are_found_by_systemd(run: Run, root: Path, prefix: Path) -> None:
     run()
     shutil.copytree(HOST_UNITS, root / "usr/lib/systemd/system", symlinks=True)
     (root / "lib").symlink_to("usr/lib")
@@ -140,7 +140,7 @@ def test_systemd_finds_the_units_and_their_programs(run: Run, root: Path, prefix
 
 
 @pytest.mark.usefixtures("prefix")
-def test_a_second_time_renews_the_files_and_a_removal_takes_them_all_but_no_configuration(run: Run, root: Path) -> None:
+def test_install_again_renews_files_and_remove_leaves_only_configuration(run: Run, root: Path) -> None:
     run()
     unit = root / "usr/local/lib/systemd/system/nbdd.service"
     new = unit.read_text()
@@ -155,7 +155,7 @@ def test_a_second_time_renews_the_files_and_a_removal_takes_them_all_but_no_conf
 
 
 @pytest.mark.usefixtures("prefix")
-def test_a_service_that_is_enabled_is_not_removed(run: Run, root: Path) -> None:
+def test_remove_of_enabled_service_is_refused(run: Run, root: Path) -> None:
     run()
     wants = root / "etc/systemd/system/multi-user.target.wants"
     wants.mkdir(parents=True)
@@ -166,7 +166,7 @@ def test_a_service_that_is_enabled_is_not_removed(run: Run, root: Path) -> None:
 
 
 @pytest.mark.usefixtures("prefix")
-def test_nothing_is_done_beside_the_debian_package(run: Run, root: Path) -> None:
+def test_install_beside_debian_package_is_refused(run: Run, root: Path) -> None:
     unit = root / "usr/lib/systemd/system/nbdd.service"
     unit.parent.mkdir(parents=True)
     unit.touch()
@@ -175,7 +175,9 @@ def test_nothing_is_done_beside_the_debian_package(run: Run, root: Path) -> None
     assert "the package nbdd is installed" in err
 
 
-def test_root_never_runs_what_somebody_else_may_change(run: Run, prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_of_program_that_others_can_change_is_refused(
+    run: Run, prefix: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def write_nothing(_path: Path, _text: str) -> None:
         pytest.fail("it wrote to the system")
 
@@ -188,7 +190,7 @@ def test_root_never_runs_what_somebody_else_may_change(run: Run, prefix: Path, m
 
 
 @pytest.mark.usefixtures("prefix")
-def test_a_root_that_can_not_be_written_is_one_sentence(run: Run, tmp_path: Path) -> None:
+def test_install_to_unwritable_root_fails_with_one_sentence(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     status, out, err = run("--root", str(tmp_path / "file"))
     assert (status, out) == (1, "")
@@ -196,7 +198,7 @@ def test_a_root_that_can_not_be_written_is_one_sentence(run: Run, tmp_path: Path
     assert err.endswith(" can't be changed: Not a directory.\n")
 
 
-def test_every_file_of_the_wheel_for_the_system_has_a_place_and_the_manual_tells_it() -> None:
+def test_install_has_place_for_every_file_of_the_wheel_and_manual_names_it() -> None:
     table = tomllib.loads((TREE / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
     folders = {str(Path(target).parent) for target in table["shared-data"].values()}
     # For editors, Prometheus and Grafana, which are given the files by name.
@@ -205,7 +207,7 @@ def test_every_file_of_the_wheel_for_the_system_has_a_place_and_the_manual_tells
     assert set(told) == set(PLACES.values())
 
 
-def test_a_source_tree_is_told_to_make_a_package(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_install_from_source_tree_names_make_deb(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def not_installed(name: str) -> None:
         raise metadata.PackageNotFoundError(name)
 

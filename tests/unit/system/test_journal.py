@@ -64,14 +64,14 @@ def log(journald: Journald) -> Iterator[logging.Logger]:
     handler.close()
 
 
-def test_an_entry_about_a_device_has_its_name_as_a_field(journald: Journald, log: logging.Logger) -> None:
+def test_journal_entry_of_a_device_has_its_name_as_a_field(journald: Journald, log: logging.Logger) -> None:
     DeviceLog(log, "a:b.c").warning("%d of %d links", 1, 2)
     assert journald.entry() == {
         "MESSAGE": "a:b.c: 1 of 2 links", "PRIORITY": "4", "SYSLOG_IDENTIFIER": "nbdd", "NBDD_DEVICE": "a:b.c"
     }  # fmt: skip
 
 
-def test_an_entry_keeps_its_lines_and_what_no_encoding_holds(journald: Journald) -> None:
+def test_journal_entry_keeps_line_breaks_and_unencodable_text(journald: Journald) -> None:
     handler = JournalHandler(str(journald.path))
     # Past the loggers: pytest would keep what they are told, and can't report what no encoding holds.
     handler.emit(logging.makeLogRecord({"msg": "one\ntwo\nMESSAGE=three \udcff", "levelno": logging.ERROR}))
@@ -80,7 +80,7 @@ def test_an_entry_keeps_its_lines_and_what_no_encoding_holds(journald: Journald)
     assert found == {"MESSAGE": "one\ntwo\nMESSAGE=three ?", "PRIORITY": "3", "SYSLOG_IDENTIFIER": "nbdd"}
 
 
-def test_an_entry_is_what_was_said_and_nothing_in_front(journald: Journald, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_entry_has_no_prefix(journald: Journald, monkeypatch: pytest.MonkeyPatch) -> None:
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", root.level)
@@ -93,13 +93,13 @@ def test_an_entry_is_what_was_said_and_nothing_in_front(journald: Journald, monk
         handler.close()
 
 
-def test_levels_become_priorities(journald: Journald, log: logging.Logger) -> None:
+def test_journal_priority_follows_level(journald: Journald, log: logging.Logger) -> None:
     for level in (logging.CRITICAL, logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG):
         log.log(level, "x")
     assert [journald.entry()["PRIORITY"] for _ in range(5)] == ["3", "3", "4", "6", "7"]
 
 
-def test_what_journald_does_not_take_goes_to_stderr(
+def test_journal_entry_that_journald_refuses_goes_to_stderr(
     log: logging.Logger, journald: Journald, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JOURNAL_STREAM", "1:2")
@@ -117,7 +117,7 @@ def test_what_journald_does_not_take_goes_to_stderr(
     handler.close()
 
 
-def test_the_journal_is_where_stderr_leads_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_is_used_if_stderr_leads_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "stderr").open("w") as file:
         monkeypatch.setattr(sys, "stderr", file)
         found = os.fstat(file.fileno())
@@ -128,7 +128,7 @@ def test_the_journal_is_where_stderr_leads_to_it(tmp_path: Path, monkeypatch: py
         assert not journal._stderr_is_the_journal()
 
 
-def test_every_line_on_stderr_for_the_journal_begins_with_its_priority() -> None:
+def test_stderr_lines_for_the_journal_begin_with_priority() -> None:
     code = (
         "import logging; from nbdd.system.journal import log_to_journal; log_to_journal(logging.DEBUG)\n"
         "log = logging.getLogger('x')\n"

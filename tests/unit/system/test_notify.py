@@ -17,16 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbdd.bus.daemon import systemd1
-from nbdd.bus.daemon.systemd1 import is_going_down, job_type, shutdown
 from nbdd.config.definition import NAME_PATTERN
 from nbdd.system.notify import Notifier, _from_fdname, _to_fdname
-from tests.fakes.bus import DEADLINE, PROPERTIES, BusDaemon, Caller, NotifySocket, caller, private_bus, run
-
-# isort: split
-from dbus_next.constants import MessageType
-from dbus_next.message import Message
-from dbus_next.signature import Variant
+from tests.fakes.bus import DEADLINE, NotifySocket
 
 
 @pytest.fixture
@@ -48,13 +41,13 @@ def notifier(systemd: NotifySocket) -> Iterator[Notifier]:  # noqa: ARG001 - set
 # Notifications
 
 
-def test_each_state_is_one_datagram(systemd: NotifySocket, notifier: Notifier) -> None:
+def test_notifier_sends_each_state_in_one_datagram(systemd: NotifySocket, notifier: Notifier) -> None:
     notifier.ready()
     notifier.stopping()
     assert [systemd.receive() for _ in range(3)] == [b"READY=1", b"STOPPING=1", None]
 
 
-def test_a_reload_is_told_with_its_time_in_the_same_datagram(systemd: NotifySocket, notifier: Notifier) -> None:
+def test_notifier_sends_reloading_and_its_time_in_one_datagram(systemd: NotifySocket, notifier: Notifier) -> None:
     before = time.monotonic_ns() // 1000
     notifier.reloading()
     told, stamp = (systemd.receive() or b"").split(b"\n")
@@ -75,7 +68,9 @@ def test_a_reload_is_told_with_its_time_in_the_same_datagram(systemd: NotifySock
         ("", b""),
     ],
 )
-def test_a_status_is_one_line_of_ascii(systemd: NotifySocket, notifier: Notifier, text: str, told: bytes) -> None:
+def test_notifier_sends_status_as_one_line_of_ascii(
+    systemd: NotifySocket, notifier: Notifier, text: str, told: bytes
+) -> None:
     notifier.status(text)
     assert systemd.receive() == b"STATUS=" + told
     assert systemd.receive() is None
@@ -83,7 +78,7 @@ def test_a_status_is_one_line_of_ascii(systemd: NotifySocket, notifier: Notifier
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # sdnotify forgets its socket
 @pytest.mark.parametrize("path", [None, "", "/nonexistent/notify", "nonsense"])
-def test_without_systemd_nothing_happens(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_notifier_without_systemd_does_nothing(path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if path is None:
         monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     else:
@@ -95,18 +90,18 @@ def test_without_systemd_nothing_happens(path: str | None, monkeypatch: pytest.M
     notifier.status("text")
     notifier.keep_sockets("backup", [0])
     notifier.keep_sockets("backup", [])
-    run(notifier.watchdog())
+    await notifier.watchdog()
     assert "NOTIFY_SOCKET" not in os.environ
 
 
-def test_a_systemd_that_went_away_is_no_fault(systemd: NotifySocket, notifier: Notifier) -> None:
+def test_notifier_survives_end_of_systemd(systemd: NotifySocket, notifier: Notifier) -> None:
     systemd._sock.close()
     notifier.ready()
     notifier.keep_sockets("backup", [0])
 
 
 @pytest.mark.usefixtures("systemd")
-def test_children_can_neither_speak_for_us_nor_believe_that_they_are_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notifier_removes_its_environment_for_child_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
     notifier = Notifier()
@@ -118,7 +113,7 @@ def test_children_can_neither_speak_for_us_nor_believe_that_they_are_watched(mon
 
 
 @pytest.mark.parametrize("pid", [None, "own"])
-def test_the_watchdog_hears_from_us_at_half_its_interval(
+async def test_watchdog_is_notified_at_half_its_interval(
     pid: str | None, systemd: NotifySocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
@@ -134,7 +129,7 @@ def test_the_watchdog_hears_from_us_at_half_its_interval(
 
     monkeypatch.setattr("nbdd.system.notify.asyncio.sleep", sleep)
     with pytest.raises(asyncio.CancelledError):
-        asyncio.run(notifier.watchdog())
+        await notifier.watchdog()
     assert waits == [15.0, 15.0, 15.0]
     assert [systemd.receive() for _ in range(4)] == [b"WATCHDOG=1"] * 3 + [None]
     notifier._notifier.socket.close()
@@ -143,13 +138,13 @@ def test_the_watchdog_hears_from_us_at_half_its_interval(
 @pytest.mark.parametrize(
     "environment", [{}, {"WATCHDOG_USEC": "0"}, {"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}]
 )
-def test_without_a_watchdog_or_with_that_of_another_nothing_is_told(
+async def test_watchdog_of_another_process_or_none_is_not_notified(
     environment: dict[str, str], systemd: NotifySocket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     notifier = Notifier()
-    run(notifier.watchdog())
+    await notifier.watchdog()
     assert systemd.receive() is None
     notifier._notifier.socket.close()
 
@@ -157,7 +152,7 @@ def test_without_a_watchdog_or_with_that_of_another_nothing_is_told(
 # The descriptor store
 
 
-def test_links_are_kept_under_their_device_and_replace_those_kept_before(
+def test_descriptor_store_keeps_sockets_by_device_and_replaces_those_before(
     systemd: NotifySocket, notifier: Notifier
 ) -> None:
     ours, theirs = socket.socketpair()
@@ -172,7 +167,7 @@ def test_links_are_kept_under_their_device_and_replace_those_kept_before(
         assert systemd.receive() is None
 
 
-def test_no_links_are_taken_out_of_the_store(systemd: NotifySocket, notifier: Notifier) -> None:
+def test_descriptor_store_drops_sockets_of_a_device(systemd: NotifySocket, notifier: Notifier) -> None:
     notifier.keep_sockets("backup", [])
     assert systemd.receive() == b"FDSTOREREMOVE=1\nFDNAME=backup"
     assert systemd.receive() is None
@@ -180,7 +175,7 @@ def test_no_links_are_taken_out_of_the_store(systemd: NotifySocket, notifier: No
 
 @settings(deadline=None)  # a busy machine is no fault of the code
 @given(name=st.from_regex(NAME_PATTERN, fullmatch=True))
-def test_every_device_has_a_name_in_the_store_and_gets_it_back(name: str) -> None:
+def test_descriptor_store_name_is_valid_and_reversible_for_every_device(name: str) -> None:
     name = name.removesuffix("\n")
     kept = _to_fdname(name)
     # systemd's fdname_is_valid(): no colon, no control characters, at most 255.
@@ -214,7 +209,7 @@ def kept(given: int, **environment: str) -> Sequence[Any]:
     return found
 
 
-def test_what_systemd_kept_is_found_by_device_once_and_by_no_child() -> None:
+def test_kept_sockets_are_found_by_device_once_and_not_by_children() -> None:
     found = kept(3, LISTEN_PID="PID", LISTEN_FDS="3", LISTEN_FDNAMES="backup:a+b:backup")
     assert found == [{"backup": [3, 5], "a:b": [4]}, [False] * 3, {}, []]
 
@@ -230,158 +225,5 @@ def test_what_systemd_kept_is_found_by_device_once_and_by_no_child() -> None:
         {"LISTEN_PID": "PID", "LISTEN_FDNAMES": "backup"},
     ],
 )
-def test_what_was_kept_for_another_or_does_not_add_up_is_not_taken(environment: dict[str, str]) -> None:
+def test_kept_sockets_of_another_process_or_wrong_count_are_not_taken(environment: dict[str, str]) -> None:
     assert kept(1, **environment) == [{}, [], {}, []]
-
-
-# Why are we being stopped?
-
-
-UNIT = "/org/freedesktop/systemd1/unit/nbdd_2eservice"
-JOB = "/org/freedesktop/systemd1/job/77"
-SYSTEMD = "org.freedesktop.systemd1"
-
-
-@pytest.fixture
-def bus() -> Iterator[BusDaemon]:
-    with private_bus() as daemon:
-        yield daemon
-
-
-async def fake_systemd(on: Caller, job: str, *, silent: bool = False) -> None:
-    """A systemd with a job for our unit, none where `job` is "", and no unit of ours where it is "stranger"."""
-
-    def answer(call: Message) -> Message | None:
-        if silent:
-            return None
-        asked = (call.path, call.interface, call.member, *call.body)
-        if asked == ("/org/freedesktop/systemd1", f"{SYSTEMD}.Manager", "GetUnitByPID", os.getpid()):
-            if job == "stranger":
-                return Message.new_error(call, f"{SYSTEMD}.NoUnitForPID", "PID does not belong to any loaded unit.")
-            return Message.new_method_return(call, "o", [UNIT])
-        if asked == (UNIT, PROPERTIES, "Get", f"{SYSTEMD}.Unit", "Job"):
-            return Message.new_method_return(call, "v", [Variant("(uo)", [77, JOB] if job else [0, "/"])])
-        if asked == (JOB, PROPERTIES, "Get", f"{SYSTEMD}.Job", "JobType"):
-            return Message.new_method_return(call, "v", [Variant("s", job)])
-        raise AssertionError(asked)
-
-    on.serve(answer)
-    await on.own(SYSTEMD)
-
-
-@pytest.mark.parametrize(
-    ("job", "told"), [("stop", "stop"), ("restart", "restart"), ("start", "start"), ("", ""), ("stranger", "")]
-)
-async def test_systemd_knows_whether_this_is_a_stop_or_a_restart(bus: BusDaemon, job: str, told: str) -> None:
-    async with caller(bus.address) as ours, caller(bus.address) as fake:
-        await fake_systemd(fake, job)
-        assert await job_type(ours.bus) == told
-
-
-async def test_a_systemd_that_is_not_there_or_does_not_answer_is_not_waited_for(
-    bus: BusDaemon, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(systemd1, "_ASK_DEADLINE", 0.01)
-    async with caller(bus.address) as ours, caller(bus.address) as fake:
-        assert await job_type(ours.bus) == ""
-        await fake_systemd(fake, "stop", silent=True)
-        assert await job_type(ours.bus) == ""
-
-
-async def test_the_question_ends_with_the_bus(bus: BusDaemon) -> None:
-    async with caller(bus.address) as ours, caller(bus.address) as fake:
-        asked = asyncio.Event()
-        fake.serve(lambda _call: asked.set())
-        await fake.own(SYSTEMD)
-        question = asyncio.create_task(job_type(ours.bus))
-        await asked.wait()
-        bus.kill()
-        assert await question == ""
-
-
-# Does the machine go down?
-
-
-SHUTDOWN = "/org/freedesktop/systemd1/unit/shutdown_2etarget"
-
-
-class FakeShutdown:
-    """A systemd that is asked about shutdown.target, which has a job or is not even loaded."""
-
-    def __init__(self, caller: Caller, *, loaded: bool = True, job: bool = False) -> None:
-        self.job = job
-        self.asked: asyncio.Queue[str] = asyncio.Queue()
-        self._caller = caller
-        self._loaded = loaded
-
-    async def start(self) -> None:
-        self._caller.serve(self._answer)
-        await self._caller.own(SYSTEMD)
-
-    async def tell(self, unit: str, *, to: Any = None) -> None:
-        """Send JobNew; with `to`, to one connection, as anybody can."""
-        await self._caller.bus.send(
-            Message(
-                destination=to,
-                message_type=MessageType.SIGNAL,
-                path="/org/freedesktop/systemd1",
-                interface=f"{SYSTEMD}.Manager",
-                member="JobNew",
-                signature="uos",
-                body=[77, JOB, unit],
-            )
-        )
-
-    def _answer(self, call: Message) -> Message:
-        self.asked.put_nowait(call.member)
-        asked = (call.path, call.interface, call.member, *call.body)
-        if asked == ("/org/freedesktop/systemd1", f"{SYSTEMD}.Manager", "Subscribe"):
-            return Message.new_method_return(call)
-        if asked == ("/org/freedesktop/systemd1", f"{SYSTEMD}.Manager", "GetUnit", "shutdown.target"):
-            if self._loaded:
-                return Message.new_method_return(call, "o", [SHUTDOWN])
-            return Message.new_error(call, f"{SYSTEMD}.NoSuchUnit", "Unit shutdown.target not loaded.")
-        if asked == (SHUTDOWN, PROPERTIES, "Get", f"{SYSTEMD}.Unit", "Job"):
-            return Message.new_method_return(call, "v", [Variant("(uo)", [77, JOB] if self.job else [0, "/"])])
-        raise AssertionError(asked)
-
-
-async def test_the_way_down_is_noticed_when_it_begins_and_when_it_has_begun(bus: BusDaemon) -> None:
-    async with caller(bus.address) as ours, caller(bus.address) as fake:
-        systemd = FakeShutdown(fake)
-        await systemd.start()
-        waiting = asyncio.create_task(shutdown(ours.bus))
-        while await systemd.asked.get() != "Get":
-            pass
-        assert not await is_going_down(ours.bus)
-        systemd.job = True
-        await systemd.tell("shutdown.target")
-        await waiting
-        assert await is_going_down(ours.bus)
-        await shutdown(ours.bus)
-
-
-async def test_nobody_but_systemd_can_make_nbdd_believe_that_the_machine_goes_down(bus: BusDaemon) -> None:
-    async with (
-        caller(bus.address) as ours,
-        caller(bus.address) as fake,
-        caller(bus.address) as stranger,
-    ):
-        systemd = FakeShutdown(fake, loaded=False)
-        await systemd.start()
-        waiting = asyncio.create_task(shutdown(ours.bus))
-        while await systemd.asked.get() != "GetUnit":
-            pass
-        await FakeShutdown(stranger).tell("shutdown.target", to=ours.name)
-        assert await systemd.asked.get() == "GetUnit", "systemd is asked"
-        assert not await is_going_down(ours.bus)
-        assert not waiting.done()
-        waiting.cancel()
-
-
-async def test_without_systemd_no_machine_goes_down(bus: BusDaemon) -> None:
-    async with caller(bus.address) as ours:
-        assert not await is_going_down(ours.bus)
-        waiting = asyncio.create_task(shutdown(ours.bus))
-        assert await asyncio.wait({waiting}, timeout=0.2) == (set(), {waiting})
-        waiting.cancel()

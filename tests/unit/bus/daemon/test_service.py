@@ -27,6 +27,7 @@ from nbdd.bus.wire.calls import DBUS
 from nbdd.bus.wire.interface import Interface
 from nbdd.bus.wire.reader import MAX_BODY, Reader
 from nbdd.errors import Busy, InvalidConfig, NbddError
+from tests.fakes.asserts import run
 from tests.fakes.bus import (
     DEADLINE,
     ERROR,
@@ -43,7 +44,6 @@ from tests.fakes.bus import (
     caller,
     close,
     private_bus,
-    run,
 )
 
 # isort: split
