@@ -18,12 +18,14 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, NoReturn, Self
 
 from nbdd.errors import ConnectFailed, KernelError, NbddError, NotAttached, TimedOut, WorkerFailed
 from nbdd.ipc.channel import Channel, Message, close_all_but
 from nbdd.kernel import LinkDeadMonitor, NetlinkNBD, Node, Usage, find, let_udev_finish, release
-from nbdd.kernel.sockets import hung_up
+from nbdd.kernel.binding import KernelDevice
+from nbdd.kernel.sockets import all_hung_up, shut_down
 from nbdd.kernel.sysfs import read
 
 START_SECONDS = 60.0
@@ -150,6 +152,26 @@ def watch(
     return End(Reason.SERVER_DIED if died >= len(sockets) else Reason.DISCONNECTED)
 
 
+def serve(device: KernelDevice, stop: Stop, bound: Callable[[Node], None]) -> End:
+    """Bind the device, call `bound` once it is usable, wait for its end, free it; closes its sockets."""
+    # Before the device is there, to miss no connection that dies.
+    with device.watch_connections() as reports:
+        node = device.connect(None)
+        try:
+            try:
+                device.make_usable(node)
+                bound(node)
+            except NbddError:
+                # It may have been disconnected already: then `watch` knows.
+                if not device.is_cut_off():
+                    raise
+            return watch(node, lambda: device.current() is not None, device.sockets, reports, stop)
+        finally:
+            if (left := device.current()) is not None:
+                device.unbind(left)
+            device.close_sockets()
+
+
 Serve = Callable[[Stop, Callable[[Node], None]], End]
 """What a child does: bind a device, tell which, wait for its end."""
 
@@ -271,7 +293,7 @@ class Service:
         for node, diskseq, pid in devices:
             if not node.bound:
                 continue
-            if not all(hung_up(sock) for sock in self._sockets):
+            if not all_hung_up(self._sockets):
                 let_udev_finish(node, Usage())
             with suppress(NotAttached), NetlinkNBD() as netlink:
                 left += release(
@@ -282,14 +304,9 @@ class Service:
                     diskseq=diskseq,
                     pid=pid,
                     force=True,
-                    nudge=self._shut_down,
+                    nudge=partial(shut_down, self._sockets),
                 )
         return left
-
-    def _shut_down(self) -> None:
-        for sock in self._sockets:
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
 
 
 def _is_dead(pid: int) -> bool:

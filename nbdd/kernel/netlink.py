@@ -29,16 +29,11 @@ from nbdd.kernel.family import (
     ServerFlags,
 )
 from nbdd.kernel.usage import Usage
+from nbdd.limits import BLK_MAX_BLOCK_SIZE, MAX_SIZE, MIN_BLOCK_SIZE
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Sequence
-
-MIN_BLOCK_SIZE = 512
-MAX_BLOCK_SIZE = 65536
-"""BLK_MAX_BLOCK_SIZE; kernels before 6.15 stop at the page size."""
-MAX_SIZE = 2**63 - 1
-"""The kernel's loff_t."""
 
 COMMAND_SECONDS = 15.0
 """How long one command may take. It waits for the commands of others too: generic netlink runs one at a time."""
@@ -204,7 +199,7 @@ class NetlinkNBD:
                 return
             raise KernelError(_refusal(error, f"disconnect {node.path}"), error.errno) from error
 
-    def link_dead(self) -> LinkDeadMonitor:
+    def watch_connections(self) -> LinkDeadMonitor:
         """A new monitor for sockets that die; open it before CONNECT to miss none."""
         group = self._family.groups.get(GROUP)
         if group is None:
@@ -299,10 +294,10 @@ def _check_geometry(size: int, block_size: int, fds: Sequence[int], server_flags
         raise KernelError("The export has a size of 0 bytes; there is nothing to attach.", errno.EINVAL)
     if size > MAX_SIZE:
         raise KernelError(f"The export claims {size} bytes, more than the kernel can address.", errno.EINVAL)
-    if block_size & (block_size - 1) or not MIN_BLOCK_SIZE <= block_size <= MAX_BLOCK_SIZE:
+    if block_size & (block_size - 1) or not MIN_BLOCK_SIZE <= block_size <= BLK_MAX_BLOCK_SIZE:
         raise KernelError(
             f"A block size of {block_size} bytes can't be used: it must be a power of two from {MIN_BLOCK_SIZE} "
-            f"to {MAX_BLOCK_SIZE}.",
+            f"to {BLK_MAX_BLOCK_SIZE}.",
             errno.EINVAL,
         )
     if size < block_size:

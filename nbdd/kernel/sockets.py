@@ -8,8 +8,13 @@ import fcntl
 import select
 import socket
 import termios
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from nbdd.errors import ConnectFailed, InvalidArgs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _DEAD = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
@@ -52,6 +57,18 @@ def hung_up(sock: socket.socket) -> bool:
 def dead(fd: int) -> bool:
     """Whether nothing comes from the other end of this descriptor of a socket any more."""
     return bool(_events(fd) & _DEAD)
+
+
+def all_hung_up(sockets: Iterable[socket.socket]) -> bool:
+    """Whether nothing comes from the other end of any of them any more; True if there are none."""
+    return all(hung_up(sock) for sock in sockets)
+
+
+def shut_down(sockets: Iterable[socket.socket]) -> None:
+    """Shut them down in both directions, for whoever waits for them to fail; never raises."""
+    for sock in sockets:
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
 
 
 def unread(sock: socket.socket) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from typing import TYPE_CHECKING
 
 from nbdd.errors import KernelError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SYSFS = "/sys"
+DEV = "/dev"
 WRITE_SECONDS = 2.0
 """For a write of `queue/io_timeout`, which may wait for a server."""
 
@@ -26,6 +28,8 @@ KERNEL_IO_TIMEOUT = 30_000
 
 SECTOR = 512
 """Bytes; sysfs counts sizes and I/O in sectors of this size, whatever the block size."""
+
+_NODE_PATH = re.compile(rf"{DEV}/nbd(0|[1-9][0-9]{{0,6}})")
 
 # Documentation/block/stat.rst; times in milliseconds, amounts in sectors.
 _STATISTICS = (
@@ -61,7 +65,7 @@ class Node:
 
     __slots__ = ("directory", "index", "name", "path", "sysfs")
 
-    def __init__(self, index: int, *, sysfs: str = SYSFS, dev: str = "/dev") -> None:
+    def __init__(self, index: int, *, sysfs: str = SYSFS, dev: str = DEV) -> None:
         self.index = index
         self.name = f"nbd{index}"
         self.sysfs = sysfs
@@ -201,14 +205,25 @@ def listing(path: str) -> list[str]:
         return []
 
 
-def nodes(*, sysfs: str = SYSFS, dev: str = "/dev") -> Iterator[Node]:
+def path_of_index(index: int) -> str:
+    """/dev/nbdX."""
+    return f"{DEV}/nbd{index}"
+
+
+def index_of_path(path: str) -> int | None:
+    """X of /dev/nbdX, or None if the path is not that of a whole NBD disk; does not follow links."""
+    found = _NODE_PATH.fullmatch(path)
+    return int(found[1]) if found else None
+
+
+def nodes(*, sysfs: str = SYSFS, dev: str = DEV) -> Iterator[Node]:
     """Every NBD device the kernel has made, by index."""
     names = (name[3:] for name in listing(f"{sysfs}/block") if name.startswith("nbd"))
     for index in sorted(int(number) for number in names if number.isdecimal()):
         yield Node(index, sysfs=sysfs, dev=dev)
 
 
-def find(backend: str, *, sysfs: str = SYSFS, dev: str = "/dev") -> list[Node]:
+def find(backend: str, *, sysfs: str = SYSFS, dev: str = DEV) -> list[Node]:
     """The bound devices that carry this identifier; more than one only after something went wrong."""
     return [node for node in nodes(sysfs=sysfs, dev=dev) if node.backend == backend and node.bound]
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
-from nbdd.client.client import Client
 from nbdd.errors import Busy, ConnectFailed, NotAttached, TimedOut, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.ipc.poller import Loop
 from nbdd.kernel import LinkDeadMonitor
+from nbdd.kernel.binding import KernelDevice
 from nbdd.kernel.sockets import dead
 from nbdd.server.connections import why_ended
 from nbdd.worker.child import Job
@@ -80,8 +80,8 @@ class Bound:
         self._reports: LinkDeadMonitor | None = None
         self._unseen: set[int] = set()
         if len(links) < notes["connections"] or any(map(dead, links)):
-            with Client(name) as client:
-                self._reports = client.link_dead()
+            with KernelDevice(name) as device:
+                self._reports = device.watch_connections()
             self._unseen.update(filter(dead, links))
         self._unsure = self._reports is not None
         self.resume()

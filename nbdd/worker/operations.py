@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nbdd.client.client import Client
 from nbdd.config.definition import Definition
 from nbdd.errors import (
     Busy,
@@ -32,6 +31,7 @@ from nbdd.errors import (
 )
 from nbdd.ipc.channel import Message
 from nbdd.kernel import Node, Usage, find
+from nbdd.kernel.binding import KernelDevice
 from nbdd.protocol import Export
 from nbdd.server import fingerprint
 from nbdd.server.connect import Deadline, list_exports
@@ -145,18 +145,18 @@ def _bind(task: Task, definition: Definition, deadline: Deadline, tell: Tell) ->
     for warning in links.warnings:
         tell({"event": "warning", "message": warning}, ())
     try:
-        client = Client(
+        device = KernelDevice(
             task.name,
-            socket=links.sockets,
+            sockets=links.sockets,
             size=links.export.size,
-            blocksize=links.block_size,
+            block_size=links.block_size,
             flags=int(links.export.flags),
             read_only=links.read_only,
             timeout=definition.timeout,
             dead_timeout=definition.dead_timeout,
             io_timeout=_io_timeout(len(links.sockets)),
         )
-        node = client.bind(definition.device)
+        node = device.bind(definition.device)
     except ConnectFailed:
         # It knows the socket, and not whose it is.
         raise ConnectFailed(f"The NBD server {links.uri.address} hung up before the device was usable.") from None
@@ -185,11 +185,11 @@ def mend(task: Task, tell: Tell) -> Answer:
         # Writes over links to one server would be read over those to another late, or never.
         definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
     links = _open_same(task, definition, task.order["missing"], tell=tell)
-    client = _ours(task, links)
+    device = _ours(task, links)
     _offer(tell, links)
-    _give(task, client, links)
+    _give(task, device, links)
     # A timeout may have been set while there was no link.
-    client.pace()
+    device.pace()
     return {"uri": str(links.uri)}, ()
 
 
@@ -209,21 +209,21 @@ def resize(task: Task, tell: Tell) -> Answer:
     if size == task.notes["size"] and task.notes["live"] == task.notes["connections"]:
         links.close()
         return {"size": size}, ()
-    client = _exchange(task, tell, links)
+    device = _exchange(task, tell, links)
     # From Linux 6.9 on the kernel waits for all that is under way, with every other command for any NBD device behind
     # that. What was lost with one of several links is sent again after half a minute only.
     if not _quiet(Node(task.notes["index"]), RESEND_SECONDS) and task.notes["connections"] > 1:
         raise Busy(
             f"{task.name!r} has several connections, and takes a size at a moment without I/O only: try again then."
         )
-    client.set_size(size)
+    device.set_size(size)
     return {"size": size}, ()
 
 
 def refuse(task: Task, _tell: Tell) -> Answer:
     """Give the kernel, for its dead links, one that fails every request: `task.links` is its end. See `refuser`."""
-    client, _ = _adopted(replace(task, links=()), task.notes)
-    client.replace_links([socket.socket(fileno=fd) for fd in task.links])
+    device, _ = _adopted(replace(task, links=()), task.notes)
+    device.replace_connections([socket.socket(fileno=fd) for fd in task.links])
     return {}, ()
 
 
@@ -231,8 +231,8 @@ def set_timeout(task: Task, _tell: Tell) -> Answer:
     """Set the request timeout, live."""
     # Its pace waits, from Linux 6.12 on, for all that is under way, and with a dead link for ever. The mend sees to it.
     whole = task.notes["live"] >= task.notes["connections"]
-    client, _ = _adopted(task, task.notes, paced=whole)
-    client.set_timeout(task.order["seconds"])
+    device, _ = _adopted(task, task.notes, paced=whole)
+    device.set_timeout(task.order["seconds"])
     return {}, ()
 
 
@@ -244,12 +244,12 @@ def detach(task: Task, tell: Tell) -> Answer:
         return {}, ()
     for node in find(task.name):
         with suppress(NotAttached):
-            client = Client(task.name)
-            client.adopt(node.index)
+            device = KernelDevice(task.name)
+            device.adopt(node.index)
             # What has it open is udev, or the errand that died over it. But somebody quick may have mounted it.
-            if claims := client.claims():
+            if claims := device.claims():
                 raise Busy(f"{node.path} is in use: {'; '.join(claims)}.")
-            _disconnect(task, tell, client, force=True)
+            _disconnect(task, tell, device, force=True)
     return {}, ()
 
 
@@ -316,7 +316,7 @@ def _open_same(
         return open_links(replace(definition, uri=(error.uri,)), Deadline(MEND_SECONDS), count, check=check)
 
 
-def _ours(task: Task, links: Links) -> Client:
+def _ours(task: Task, links: Links) -> KernelDevice:
     """The device of the notes, for links that are about to be its own."""
     try:
         return _adopted(replace(task, links=()), task.notes)[0]
@@ -330,17 +330,17 @@ def _offer(tell: Tell, links: Links) -> None:
     tell({"event": "offered", "export": links.export.to_wire()}, [sock.fileno() for sock in links.sockets])
 
 
-def _give(task: Task, client: Client, links: Links) -> None:
+def _give(task: Task, device: KernelDevice, links: Links) -> None:
     """Have the kernel take the links in place of dead ones, and of the refuser; raises KernelError if it may not have.
 
     It replaces what it has seen die by then, and drops the rest without a word. So one that it sees die only now may
     have been in the way.
     """
     index = task.notes["index"]
-    with client.link_dead() as reports:
+    with device.watch_connections() as reports:
         for fd in task.links:
             withdraw(fd)
-        client.replace_links(links.sockets)
+        device.replace_connections(links.sockets)
         late, end = -len(task.links), time.monotonic() + LATE_SECONDS
         while (left := end - time.monotonic()) > 0:
             late += reports.wait(left).count(index)
@@ -348,25 +348,25 @@ def _give(task: Task, client: Client, links: Links) -> None:
         raise KernelError("A link died while the kernel was given new ones; it is given others.")
 
 
-def _exchange(task: Task, tell: Tell, links: Links) -> Client:
+def _exchange(task: Task, tell: Tell, links: Links) -> KernelDevice:
     """Give the kernel these links in place of all that it has, at a quiet moment where there is one."""
-    client = _ours(task, links)
+    device = _ours(task, links)
     index, live = task.notes["index"], task.notes["live"]
     patience = task.definition["dead-timeout"]
     if patience < EXCHANGE_PATIENCE:
-        client.set_dead_timeout(EXCHANGE_PATIENCE)
-    with client.link_dead() as reports:
+        device.set_dead_timeout(EXCHANGE_PATIENCE)
+    with device.watch_connections() as reports:
         _quiet(Node(index), QUIET_SECONDS)
         _offer(tell, links)  # Upon this the worker shuts the old ones down.
         # Only what the kernel counts as dead is replaced.
         deadline = Deadline(DEAD_SECONDS)
         while live > 0:
             live -= reports.wait(deadline.remaining("The kernel did not let go of the old links")).count(index)
-    _give(task, client, links)
+    _give(task, device, links)
     tell({"event": "linked", "uri": str(links.uri)}, ())
     if patience < EXCHANGE_PATIENCE:
-        client.set_dead_timeout(patience)
-    return client
+        device.set_dead_timeout(patience)
+    return device
 
 
 def _quiet(node: Node, seconds: float) -> bool:
@@ -407,25 +407,25 @@ def _io_timeout(connections: int) -> int | None:
     return IO_TIMEOUT if connections == 1 else None
 
 
-def _adopted(task: Task, notes: Message, *, paced: bool = True) -> tuple[Client, Node]:
+def _adopted(task: Task, notes: Message, *, paced: bool = True) -> tuple[KernelDevice, Node]:
     """The device of the notes, if it is still that: else NotAttached."""
     definition = Definition.from_wire(task.definition)
-    client = Client(
+    device = KernelDevice(
         task.name,
         timeout=definition.timeout,
         dead_timeout=definition.dead_timeout,
         io_timeout=_io_timeout(notes.get("connections", 0)) if paced else None,
     )
     sockets = [socket.socket(fileno=fd) for fd in task.links]
-    return client, client.adopt(notes["index"], **_identity(notes), sockets=sockets)
+    return device, device.adopt(notes["index"], **_identity(notes), sockets=sockets)
 
 
 def _unmake(name: str, node: Node, error: ServerError) -> None:
     """Free a device that nobody uses yet; raises the error that made it necessary where somebody does."""
-    with Client(name) as client:
+    with KernelDevice(name) as device:
         try:
-            client.adopt(node.index)
-            client.disconnect(seconds=DETACH_SECONDS)
+            device.adopt(node.index)
+            device.disconnect(seconds=DETACH_SECONDS)
         except NotAttached:
             return
         except Busy as busy:
@@ -433,7 +433,7 @@ def _unmake(name: str, node: Node, error: ServerError) -> None:
 
 
 def _identity(notes: Message) -> dict[str, Any]:
-    """What tells a device from a later one of the same index, as `Client.adopt` takes it."""
+    """What tells a device from a later one of the same index, as `KernelDevice.adopt` takes it."""
     return {"diskseq": notes.get("diskseq") or None, "pid": notes.get("pid") or None}
 
 
@@ -456,7 +456,7 @@ def _noted(node: Node, notes: Message) -> Message:
         "index": node.index,
         "node": node.path,
         "size": node.size,
-        # Not asked for again, where a link may be dead: see Client._current_block_size.
+        # Not asked for again, where a link may be dead: see KernelDevice.block_size.
         "block-size": notes.get("block-size") or node.block_size,
         "read-only": node.read_only,
         "diskseq": node.diskseq or 0,
@@ -464,8 +464,8 @@ def _noted(node: Node, notes: Message) -> Message:
     }
 
 
-def _disconnect(task: Task, tell: Tell, client: Client, *, force: bool) -> None:
+def _disconnect(task: Task, tell: Tell, device: KernelDevice, *, force: bool) -> None:
     seconds = FORCE_SECONDS if task.order["force"] else DETACH_SECONDS
-    if left := client.disconnect(seconds=seconds, force=force):
+    if left := device.disconnect(seconds=seconds, force=force):
         message = f"detached, and the node is taken until they leave: {'; '.join(left)}"
         tell({"event": "warning", "message": message}, ())

@@ -69,7 +69,7 @@ class FakeKernel:
         """... or acted upon, and answered when it is set."""
         self.settings: dict[str, Any] = {}
         """Module constants for workers that begin now. `forks` fails so many of their forks, after the first
-        `forks_after`; `stuck`: see `FakeClient.bind`."""
+        `forks_after`; `stuck`: see `FakeKernelDevice.bind`."""
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -183,7 +183,7 @@ class FakeKernel:
             "index": asked["index"] or 0,
             "path": f"/dev/nbd{asked['index'] or 0}",
             "size": asked["size"],
-            "block_size": asked["blocksize"],
+            "block_size": asked["block_size"],
             "read_only": asked["read_only"],
             "diskseq": 7,
             "pid": question["pid"],
@@ -237,7 +237,7 @@ def node(index: int, size: int, block_size: int, *, read_only: bool = False) -> 
     }  # fmt: skip
 
 
-# On the other side: what workers and errands have instead of nbdd.client.client and nbdd.kernel.
+# On the other side: what workers and errands have instead of nbdd.kernel.
 
 
 def ask(what: str, fds: Sequence[int] = (), **question: Any) -> Any:
@@ -298,14 +298,14 @@ class FakeReports:
         self._sock.close()
 
 
-class FakeClient:
-    """`nbdd.client.client.Client`."""
+class FakeKernelDevice:
+    """`nbdd.kernel.binding.KernelDevice`."""
 
     stuck = False
 
-    def __init__(self, backend: str, *, socket: Sequence[socket.socket] = (), **arguments: Any) -> None:
+    def __init__(self, backend: str, *, sockets: Sequence[socket.socket] = (), **arguments: Any) -> None:
         self._name = backend
-        self._sockets = list(socket)
+        self._sockets = list(sockets)
         self._arguments = arguments
 
     def __enter__(self) -> Self:
@@ -328,7 +328,7 @@ class FakeClient:
         self._sockets = list(sockets)
         return shown(ask("adopt", name=self._name, detail=(index, diskseq), bound_by=pid))
 
-    def replace_links(self, sockets: Sequence[socket.socket]) -> None:
+    def replace_connections(self, sockets: Sequence[socket.socket]) -> None:
         self._ask("replace", len(sockets), sockets)
 
     def set_timeout(self, seconds: int) -> None:
@@ -349,7 +349,7 @@ class FakeClient:
     def claims(self) -> list[str]:
         return cast(list[str], ask("users"))
 
-    def link_dead(self) -> FakeReports:
+    def watch_connections(self) -> FakeReports:
         return FakeReports()
 
     def _ask(self, what: str, detail: Any, sockets: Sequence[socket.socket] = ()) -> Any:
@@ -362,7 +362,7 @@ def main() -> None:
     def prepared(channel: Channel, name: str) -> int:
         settings = ask("settings")
         failures, first = settings.pop("forks", 0), settings.pop("forks_after", 0)
-        FakeClient.stuck = settings.pop("stuck", False)
+        FakeKernelDevice.stuck = settings.pop("stuck", False)
         for key, value in settings.items():
             for module in (nbdd.worker.operations, nbdd.worker.attached):
                 if hasattr(module, key):
@@ -381,7 +381,7 @@ def main() -> None:
         return work(channel, name)
 
     fakes = {
-        "Client": FakeClient,
+        "KernelDevice": FakeKernelDevice,
         "find": find,
         "Usage": FakeUsage,
         "Node": lambda index: SimpleNamespace(statistics=lambda: ask("statistics", index=index)),

@@ -19,8 +19,8 @@ from nbdd.worker import operations
 from nbdd.worker.worker import main
 
 
-def no_client(*_: object, **__: object) -> NoReturn:
-    """In the place of nbdd.client.client.Client."""
+def no_device(*_: object, **__: object) -> NoReturn:
+    """In the place of nbdd.kernel.binding.KernelDevice."""
     raise KernelError("There is no kernel here.")
 
 
@@ -31,7 +31,7 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
-    vars(operations).update(find=lambda _: [], Client=no_client, CONNECT_SECONDS=float(sys.argv[2]))
+    vars(operations).update(find=lambda _: [], KernelDevice=no_device, CONNECT_SECONDS=float(sys.argv[2]))
     status = main(Channel(socket.socket(fileno=int(sys.argv[1]))), "hostile")
     print(max(peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) >> 10)
     sys.exit(status)

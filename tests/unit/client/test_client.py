@@ -20,11 +20,12 @@ from typing import Any
 import pytest
 
 import nbdd
-import nbdd.client.client
+import nbdd.kernel.binding
+import nbdd.kernel.usable
 from nbdd import Client, Connection, NbddError, connect
-from nbdd.client.client import largest_block_size
 from nbdd.errors import ConnectFailed, InvalidArgs, InvalidURI, KernelError, NegotiationFailed, NotAttached, NotRead
 from nbdd.kernel import Node
+from nbdd.kernel.arguments import largest_block_size
 from nbdd.protocol import Flags
 from tests.fakes.servers import GO, HAS_FLAGS, MIB, Server, ack, greeting, info_blocks, info_export, offers, says
 from tests.fakes.worker import open_fds
@@ -62,7 +63,7 @@ def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> None:
         raise AssertionError("the kernel was asked")
 
-    monkeypatch.setattr(nbdd.client.client, "NetlinkNBD", refuse)
+    monkeypatch.setattr(nbdd.kernel.binding, "NetlinkNBD", refuse)
 
 
 def refused(call: Callable[[], object], *words: str, error: type[NbddError] = InvalidArgs) -> None:
@@ -98,12 +99,12 @@ def test_links_that_the_kernel_leaves_unread_are_told_and_the_device_is_freed(
         # As whoever waits for that answer hears it, when the device is ended.
         raise KernelError(f"{node.path} can't be read.")
 
-    monkeypatch.setattr(nbdd.client.client, "NetlinkNBD", Kernel)
-    monkeypatch.setattr(nbdd.client.client, "settle", settle)
-    monkeypatch.setattr(nbdd.client.client, "release", lambda *_, **__: asked.append("release"))
+    monkeypatch.setattr(nbdd.kernel.binding, "NetlinkNBD", Kernel)
+    monkeypatch.setattr(nbdd.kernel.usable, "settle", settle)
+    monkeypatch.setattr(nbdd.kernel.binding, "release", lambda *_, **__: asked.append("release"))
     monkeypatch.setattr(Node, "bound", property(lambda _: True))
     client = Client(socket=ours, size=MIB, flags=int(Flags.NBD_FLAG_CAN_MULTI_CONN))
-    refused(client.bind, "does not read from all 3 links of /dev/nbd7", error=NotRead)
+    refused(client.bind, "does not read from all 3 connections of /dev/nbd7", error=NotRead)
     assert asked == ["connect", "disconnect", "release"]
     for sock in theirs:
         assert sock.recv(1) == b"", "the links are shut down, which ends the work items that wait"
@@ -272,7 +273,7 @@ def test_sizes_are_rounded_down_to_whole_blocks(calls: list[tuple[str, int]], ex
     with Client() as client:
         for what, value in calls:
             getattr(client, f"set_{what}")(value)
-        assert (client._size, client._block_size) == expected
+        assert (client._device.size, client._device.block_size) == expected
 
 
 @pytest.mark.parametrize(
@@ -288,7 +289,7 @@ def test_values_out_of_range_are_refused_and_change_nothing(method: str, values:
     with Client(timeout=5, blocksize=1024, size=MIB) as client:
         for value in values:
             refused(partial(getattr(client, method), value), str(value))
-        assert (client._size, client._block_size, client._timeout) == (MIB, 1024, 5)
+        assert (client._device.size, client._device.block_size, client._device.timeout) == (MIB, 1024, 5)
 
 
 def test_a_block_size_above_the_size_is_refused() -> None:
@@ -435,9 +436,9 @@ class Kernel:
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     kernel = Kernel(tmp_path)
-    monkeypatch.setattr(nbdd.client.client, "NetlinkNBD", lambda: kernel)
-    monkeypatch.setattr(nbdd.client.client, "Node", lambda _index: kernel.node)
-    monkeypatch.setattr(nbdd.client.client, "settle", lambda *_arguments, **_options: True)
+    monkeypatch.setattr(nbdd.kernel.binding, "NetlinkNBD", lambda: kernel)
+    monkeypatch.setattr(nbdd.kernel.binding, "Node", lambda _index: kernel.node)
+    monkeypatch.setattr(nbdd.kernel.usable, "settle", lambda *_arguments, **_options: True)
     return kernel
 
 

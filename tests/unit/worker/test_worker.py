@@ -532,7 +532,7 @@ def test_attach_binds_what_the_server_offers_and_describes_it(boss: Boss, kernel
             (
                 "bind",
                 {
-                    "index": 5, "size": 4 * MIB, "blocksize": 4096, "flags": MULTI, "read_only": True, "timeout": 3,
+                    "index": 5, "size": 4 * MIB, "block_size": 4096, "flags": MULTI, "read_only": True, "timeout": 3,
                     "dead_timeout": 4, "io_timeout": None,
                 },
             )
