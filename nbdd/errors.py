@@ -9,7 +9,7 @@
     │   ├── ConnectFailed             org.nbdd1.Error.ConnectFailed
     │   ├── NegotiationFailed         org.nbdd1.Error.NegotiationFailed
     │   │   ├── NoSuchExport          org.nbdd1.Error.NoSuchExport
-    │   │   └── OtherExport           org.nbdd1.Error.NegotiationFailed
+    │   │   └── ExportChanged         org.nbdd1.Error.NegotiationFailed
     │   ├── TLSFailed                 org.nbdd1.Error.TLSFailed
     │   └── TimedOut                  org.nbdd1.Error.TimedOut
     ├── DeviceError
@@ -19,7 +19,7 @@
     │   └── Busy                      org.nbdd1.Error.Busy
     ├── KernelError                   org.nbdd1.Error.KernelError
     │   ├── NoFreeDevice              org.nbdd1.Error.NoFreeDevice
-    │   └── NotRead                   org.nbdd1.Error.KernelError
+    │   └── ConnectionNotServiced     org.nbdd1.Error.KernelError
     ├── CallerError
     │   ├── InvalidArgs               org.freedesktop.DBus.Error.InvalidArgs
     │   ├── AccessDenied              org.freedesktop.DBus.Error.AccessDenied
@@ -99,8 +99,8 @@ class NoSuchExport(NegotiationFailed):
     dbus_name = _OWN + "NoSuchExport"
 
 
-class OtherExport(NegotiationFailed):
-    """The server came back, or the next one answered, and what it offers is not what is on the device."""
+class ExportChanged(NegotiationFailed):
+    """The server, or the next one of the list, offers another export than the one that is on the device."""
 
 
 class TLSFailed(ServerError):
@@ -163,8 +163,8 @@ class NoFreeDevice(KernelError):
     dbus_name = _OWN + "NoFreeDevice"
 
 
-class NotRead(KernelError):
-    """The kernel has taken several links and does not read them all; new ones may fare better. See `Client.bind`."""
+class ConnectionNotServiced(KernelError):
+    """The kernel took several connections and does not read from all of them; new ones may do. See `Client.bind`."""
 
 
 class CallerError(NbddError):

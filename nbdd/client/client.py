@@ -317,7 +317,7 @@ class Client:
         Usable: it has its size, its partitions are there, udev has made its links. A device that can't be read
         within `usable_within` seconds is unbound again and TimedOut raised, or ConnectFailed if the server hung up.
         Raises AlreadyAttached, InvalidArgs (no socket, no size), Busy, NoFreeDevice, KernelError. Of several sockets
-        NotRead, if the kernel reads only some of them: that is rare, and new sockets may be all it takes.
+        ConnectionNotServiced, if the kernel reads only some of them: that is rare, and new sockets may be all it takes.
         """
         return self._device.bind(self._index if index is None else index, usable_within=usable_within)
 

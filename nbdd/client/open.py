@@ -11,7 +11,7 @@ from nbdd.config.definition import Definition
 from nbdd.errors import InvalidArgs, InvalidURI
 from nbdd.protocol import Flags
 from nbdd.server.connect import Deadline
-from nbdd.server.connections import open_links
+from nbdd.server.connections import open_connections
 from nbdd.uri import URI
 
 MAX_CONNECTIONS = 16
@@ -64,7 +64,7 @@ def connect(uri: str, *, timeout: float = 15.0, connections: int = 1) -> Connect
     failed: ConnectFailed, NegotiationFailed, NoSuchExport, TLSFailed, TimedOut.
     """
     _check(uri, timeout, connections)
-    links = open_links(Definition("", (URI.parse(uri),), connections=connections), Deadline(timeout))
+    links = open_connections(Definition("", (URI.parse(uri),), connections=connections), Deadline(timeout))
     export = links.export
     return Connection(
         sockets=links.sockets,

@@ -121,7 +121,7 @@ class KernelDevice:
         Usable: it has its size, its partitions are there, udev has made its links. A device that can't be read
         within `usable_within` seconds is unbound again and TimedOut raised, or ConnectFailed if the server hung up.
         Raises AlreadyAttached, InvalidArgs (no socket, no size), Busy, NoFreeDevice, KernelError.
-        NotRead: the kernel reads from some of the sockets only; new ones may be all it takes. See `make_usable`.
+        ConnectionNotServiced: the kernel reads from some of the sockets only; new ones may do. See `make_usable`.
         """
         if (bound := self.current()) is not None:
             raise AlreadyAttached(f"The client is bound to {bound.path} already.")

@@ -7,7 +7,7 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from nbdd.errors import ConnectFailed, KernelError, NbddError, NotRead
+from nbdd.errors import ConnectFailed, ConnectionNotServiced, KernelError, NbddError
 from nbdd.kernel.release import let_udev_finish
 from nbdd.kernel.sockets import all_hung_up, hung_up, shut_down, unread
 from nbdd.kernel.udev import settle
@@ -33,11 +33,11 @@ def make_usable(
 ) -> None:
     """Wait until a device that was just bound has its size, its partitions and udev's links.
 
-    `disconnect` is called if the server has hung up, for what waits for it to fail. Raises ConnectFailed then, NotRead,
-    TimedOut, KernelError.
+    `disconnect` is called if the server has hung up, for what waits for it to fail. Raises ConnectFailed then,
+    ConnectionNotServiced, TimedOut, KernelError.
 
-    NotRead: the kernel reads only from some of several sockets. That is rare, on a machine that is slow or very busy
-    just then, and new sockets may be all it takes. Each connection has a work item of the kernel's that never ends. If
+    ConnectionNotServiced: the kernel reads only from some of several sockets. That is rare, on a machine that is slow
+    or very busy just then, and new sockets may be all it takes. Each connection has a work item of the kernel's that never ends. If
     the kernel has too few threads for all of them at once, and makes none within 10 ms, it leaves those that wait to a
     single one (drivers/block/nbd.c, recv_work; kernel/workqueue.c, rescuer_thread). The threads that it has made too
     late are there for the next attempt.
@@ -59,7 +59,7 @@ def make_usable(
         if not not_read:
             raise
     if not_read:
-        raise NotRead(
+        raise ConnectionNotServiced(
             f"The kernel does not read from all {len(sockets)} connections of {node.path}, for want of threads at this "
             "moment."
         )

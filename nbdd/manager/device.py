@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from nbdd.config.definition import Attach, Definition
-from nbdd.errors import AlreadyAttached, Busy, NbddError, NotAttached, OtherExport, WorkerFailed
+from nbdd.errors import AlreadyAttached, Busy, ExportChanged, NbddError, NotAttached, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.manager.records import Record, Records
 from nbdd.manager.slot import KeepSockets, Spawner, WorkerSlot
@@ -472,7 +472,7 @@ class Device:
         elif reconnects > self._status.reconnects:
             self._log.info("connected to %s again, %d of %d links", uri, live, self._status.connections)
         if self._status.bound:
-            failed = bool(message["failing"]) or message.get("error") == OtherExport.__name__
+            failed = bool(message["failing"]) or message.get("error") == ExportChanged.__name__
             changes["state"] = state_for(live, self._status.connections, failed=failed)
         self._set(**changes)
 

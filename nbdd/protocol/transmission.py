@@ -20,7 +20,7 @@ REQUEST = struct.Struct(">IHHQQI")
 SIMPLE_REPLY = struct.Struct(">IIQ")
 """Magic, error, cookie."""
 
-FAREWELL = REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
+DISCONNECT = REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
 """What a client says that needs a connection no longer."""
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Self, TypeAlias
 
 from nbdd.config.definition import Definition
-from nbdd.errors import ConnectFailed, NegotiationFailed, OtherExport, ServerError
+from nbdd.errors import ConnectFailed, ExportChanged, NegotiationFailed, ServerError
 from nbdd.protocol import Export, Flags
-from nbdd.protocol.transmission import FAREWELL
+from nbdd.protocol.transmission import DISCONNECT
 from nbdd.server.connect import Deadline, open_export
 from nbdd.uri import URI
 
@@ -29,7 +29,7 @@ _TCP_INFO = struct.Struct("=B55xI")
 
 
 @dataclass(frozen=True, slots=True)
-class Links:
+class Connections:
     """Open links to one export, all of one mind about it."""
 
     uri: URI
@@ -49,20 +49,20 @@ class Links:
     def close(self) -> None:
         """Take leave of the server and close; only for links that the kernel never got."""
         for sock in self.sockets:
-            hang_up(sock)
+            disconnect(sock)
 
 
-Check: TypeAlias = Callable[[Links], None]
+Check: TypeAlias = Callable[[Connections], None]
 """Raises a ServerError where a server has not what is wanted."""
 
 
-def open_links(
+def open_connections(
     definition: Definition, deadline: Deadline, connections: int | None = None, *, check: Check | None = None
-) -> Links:
+) -> Connections:
     """Connect to the first server of the definition that gives what it asks for, and that `check` lets pass.
 
     `connections` is how many links to open, where it is not the definition's number.
-    Raises the ServerError of the only server, or one that tells of each: OtherExport, where that is one of them.
+    Raises the ServerError of the only server, or one that tells of each: ExportChanged, where that is one of them.
     """
     failures: list[ServerError] = []
     for number, uri in enumerate(definition.uri):
@@ -85,11 +85,11 @@ def open_links(
     if not failures:
         raise ConnectFailed(f"{definition.name!r} names no server.")
     # Every one is told; the class is the gravest, or the last one's, which the person just waited for.
-    grave = any(isinstance(failure, OtherExport) for failure in failures)
-    raise (OtherExport if grave else type(failures[-1]))(" ".join(str(failure) for failure in failures))
+    grave = any(isinstance(failure, ExportChanged) for failure in failures)
+    raise (ExportChanged if grave else type(failures[-1]))(" ".join(str(failure) for failure in failures))
 
 
-def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> Links:
+def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> Connections:
     sock, export = open_export(uri, deadline, network_timeout=definition.network_timeout)
     sockets = [sock]
     try:
@@ -111,24 +111,24 @@ def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> 
         for _ in range(wanted - 1):
             other, other_export = open_export(uri, deadline, network_timeout=definition.network_timeout)
             sockets.append(other)
-            difference = differs(export, other_export)
+            difference = export_difference(export, other_export)
             if difference:
                 raise NegotiationFailed(f"{uri} is not the same on every connection: {difference}.")
-        return Links(uri, export, tuple(sockets), block_size, read_only, tuple(warnings))
+        return Connections(uri, export, tuple(sockets), block_size, read_only, tuple(warnings))
     except BaseException:
         for opened in sockets:
-            hang_up(opened)
+            disconnect(opened)
         raise
 
 
-def hang_up(sock: socket.socket) -> None:
+def disconnect(sock: socket.socket) -> None:
     """Close a link that never carried a request, in good order: without the farewell servers log an error."""
     with suppress(OSError):
-        sock.send(FAREWELL, socket.MSG_DONTWAIT)
+        sock.send(DISCONNECT, socket.MSG_DONTWAIT)
     sock.close()
 
 
-def why_ended(sock: socket.socket) -> str:
+def disconnect_reason(sock: socket.socket) -> str:
     """Why a link of the kernel is dead, as a part of a sentence, as far as its socket still knows."""
     error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error == errno.ECONNRESET:
@@ -152,7 +152,7 @@ def _tcp(sock: socket.socket) -> tuple[int, int, int]:
     return state, silent, sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
 
 
-def differs(one: Export, other: Export) -> str:
+def export_difference(one: Export, other: Export) -> str:
     """What makes two answers about an export different for a block device; "" where nothing does."""
     for what in ("size", "flags", "minimum", "maximum"):
         before, now = getattr(one, what), getattr(other, what)

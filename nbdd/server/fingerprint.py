@@ -27,13 +27,13 @@ _BLKID_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class Fingerprint:
     """UUIDs as libblkid writes them; "" is none, or not known."""
 
     filesystem: str = ""
     partition_table: str = ""
 
-    def differs(self, other: Identity) -> str:
+    def difference(self, other: Fingerprint) -> str:
         """What both have and have differently, as a part of a sentence; "" where they agree or one does not know."""
         for field in fields(self):
             one, two = getattr(self, field.name), getattr(other, field.name)
@@ -46,7 +46,7 @@ _KEYS = {"ID_FS_UUID": "filesystem", "ID_PART_TABLE_UUID": "partition_table"}
 """As udev's builtin and blkid's output format "udev" name them."""
 
 
-def of_device(node: Node, usage: Usage, *, udev: str = "/run/udev") -> Identity:
+def of_device(node: Node, usage: Usage, *, udev: str = "/run/udev") -> Fingerprint:
     """What udev found on the device when it last looked; nothing where that may be out of date.
 
     It is out of date while a program writes to the disk itself, as mkfs does: udev looks again when that is closed.
@@ -57,7 +57,7 @@ def of_device(node: Node, usage: Usage, *, udev: str = "/run/udev") -> Identity:
     return _parse("" if stale else read(f"{udev}/data/b{number}") or "", "E:")
 
 
-def of_export(sock: socket.socket, size: int, block_size: int, deadline: Deadline) -> Identity:
+def of_export(sock: socket.socket, size: int, block_size: int, deadline: Deadline) -> Fingerprint:
     """What a server has now; `sock` is negotiated and not yet the kernel's. Raises ServerError.
 
     `size` and `block_size` in bytes: no request is for less than a block.
@@ -69,7 +69,7 @@ def of_export(sock: socket.socket, size: int, block_size: int, deadline: Deadlin
     return _probe(size, [(offset, part) for (offset, _), part in zip(places, parts, strict=True)])
 
 
-def _probe(size: int, parts: list[tuple[int, bytes]]) -> Identity:
+def _probe(size: int, parts: list[tuple[int, bytes]]) -> Fingerprint:
     """Have blkid look at a file that has these parts, and holes between them."""
     import subprocess  # noqa: PLC0415 - the errand that looks pays for it, and not every worker
 
@@ -93,10 +93,10 @@ def _probe(size: int, parts: list[tuple[int, bytes]]) -> Identity:
     return _parse(told.stdout.decode("utf-8", "replace"), "")
 
 
-def _parse(text: str, prefix: str) -> Identity:
+def _parse(text: str, prefix: str) -> Fingerprint:
     found: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition("=")
         if key.startswith(prefix) and (name := _KEYS.get(key.removeprefix(prefix))):
             found[name] = value
-    return Identity(**found)
+    return Fingerprint(**found)

@@ -17,7 +17,7 @@ from nbdd.ipc.poller import Loop
 from nbdd.kernel import LinkDeadMonitor
 from nbdd.kernel.binding import KernelDevice
 from nbdd.kernel.sockets import dead
-from nbdd.server.connections import why_ended
+from nbdd.server.connections import disconnect_reason
 from nbdd.worker.child import Job
 from nbdd.worker.error_server import Refuser
 from nbdd.worker.handover import Offer
@@ -158,7 +158,7 @@ class Bound:
         with socket.socket(fileno=fd) as sock:
             # What the kernel reports counts once.
             if self._reports is None or fd in self._unseen:
-                self._lost(1, why_ended(sock))
+                self._lost(1, disconnect_reason(sock))
         self._unseen.discard(fd)
 
     def _lost(self, count: int, why: str) -> None:

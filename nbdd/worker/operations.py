@@ -19,14 +19,14 @@ from nbdd.config.definition import Definition
 from nbdd.errors import (
     Busy,
     ConnectFailed,
+    ConnectionNotServiced,
+    ExportChanged,
     InvalidArgs,
     KernelError,
     NbddError,
     NegotiationFailed,
     NoFreeDevice,
     NotAttached,
-    NotRead,
-    OtherExport,
     ServerError,
 )
 from nbdd.ipc.channel import Message
@@ -35,8 +35,8 @@ from nbdd.kernel.binding import KernelDevice
 from nbdd.protocol import Export
 from nbdd.server import fingerprint
 from nbdd.server.connect import Deadline, list_exports
-from nbdd.server.connections import Links, differs, open_links
-from nbdd.server.fingerprint import Identity
+from nbdd.server.connections import Connections, export_difference, open_connections
+from nbdd.server.fingerprint import Fingerprint
 from nbdd.uri import URI
 from nbdd.worker.child import Answer, Tell
 from nbdd.worker.error_server import withdraw
@@ -122,7 +122,7 @@ def attach(task: Task, tell: Tell) -> Answer:
     if bound and task.order["resume"]:
         # One before us died between the kernel's answer and its own: it knew the server, we must ask again.
         try:
-            with open_links(definition, Deadline(CONNECT_SECONDS)) as links:
+            with open_connections(definition, Deadline(CONNECT_SECONDS)) as links:
                 notes = {**_offered(links), "index": bound[0].index}
             return _noted(_adopted(task, notes)[1], notes), ()
         except ServerError as error:
@@ -133,7 +133,7 @@ def attach(task: Task, tell: Tell) -> Answer:
     for _ in range(definition.connections - 1):
         try:
             return _bind(task, definition, deadline, tell)
-        except NotRead as error:
+        except ConnectionNotServiced as error:
             # With each attempt the kernel has at least one more.
             tell({"event": "info", "message": f"{error} They are connected anew."}, ())
     return _bind(task, definition, deadline, tell)
@@ -141,7 +141,7 @@ def attach(task: Task, tell: Tell) -> Answer:
 
 def _bind(task: Task, definition: Definition, deadline: Deadline, tell: Tell) -> Answer:
     """Connect, and bind what comes of it."""
-    links = open_links(definition, deadline)
+    links = open_connections(definition, deadline)
     for warning in links.warnings:
         tell({"event": "warning", "message": warning}, ())
     try:
@@ -288,35 +288,35 @@ class _Unseen(Exception):
 
 def _open_same(
     task: Task, definition: Definition, connections: int | None = None, *, tell: Tell, grown: bool = False
-) -> Links:
+) -> Connections:
     """New links, as many as the device has or as are said, to what the notes say; it may have `grown`."""
     known = Export.from_wire(task.notes["export"])
 
-    def check(links: Links) -> None:
+    def check(links: Connections) -> None:
         found = links.export
         if grown and found.size < known.size:
-            raise OtherExport(
+            raise ExportChanged(
                 f"{links.uri} has {found.size} bytes now, less than the {known.size} of the device. A device that is "
                 "attached can't shrink: detach it, and attach it again."
             )
-        if difference := differs(known, replace(found, size=known.size) if grown else found):
+        if difference := export_difference(known, replace(found, size=known.size) if grown else found):
             raise _other(links, difference)
 
-    def look(links: Links) -> None:
+    def look(links: Connections) -> None:
         check(links)
         # What stands at the end of a device that grew stands where its end was.
         _look_same(Node(task.notes["index"]), links, known.size)
 
     count = connections or task.notes["connections"]
     try:
-        return open_links(definition, Deadline(MEND_SECONDS), count, check=look)
+        return open_connections(definition, Deadline(MEND_SECONDS), count, check=look)
     except _Unseen as error:
         tell({"event": "warning", "message": str(error)}, ())
         # That server alone: one before it in the list may have been looked at, and refused.
-        return open_links(replace(definition, uri=(error.uri,)), Deadline(MEND_SECONDS), count, check=check)
+        return open_connections(replace(definition, uri=(error.uri,)), Deadline(MEND_SECONDS), count, check=check)
 
 
-def _ours(task: Task, links: Links) -> KernelDevice:
+def _ours(task: Task, links: Connections) -> KernelDevice:
     """The device of the notes, for links that are about to be its own."""
     try:
         return _adopted(replace(task, links=()), task.notes)[0]
@@ -325,12 +325,12 @@ def _ours(task: Task, links: Links) -> KernelDevice:
         raise
 
 
-def _offer(tell: Tell, links: Links) -> None:
+def _offer(tell: Tell, links: Connections) -> None:
     """Before the kernel is asked: whatever becomes of us, the worker holds what the kernel may have taken."""
     tell({"event": "offered", "export": links.export.to_wire()}, [sock.fileno() for sock in links.sockets])
 
 
-def _give(task: Task, device: KernelDevice, links: Links) -> None:
+def _give(task: Task, device: KernelDevice, links: Connections) -> None:
     """Have the kernel take the links in place of dead ones, and of the refuser; raises KernelError if it may not have.
 
     It replaces what it has seen die by then, and drops the rest without a word. So one that it sees die only now may
@@ -348,7 +348,7 @@ def _give(task: Task, device: KernelDevice, links: Links) -> None:
         raise KernelError("A link died while the kernel was given new ones; it is given others.")
 
 
-def _exchange(task: Task, tell: Tell, links: Links) -> KernelDevice:
+def _exchange(task: Task, tell: Tell, links: Connections) -> KernelDevice:
     """Give the kernel these links in place of all that it has, at a quiet moment where there is one."""
     device = _ours(task, links)
     index, live = task.notes["index"], task.notes["live"]
@@ -379,10 +379,10 @@ def _quiet(node: Node, seconds: float) -> bool:
     return True
 
 
-def _look_same(node: Node, links: Links, size: int) -> None:
+def _look_same(node: Node, links: Connections, size: int) -> None:
     """Refuse an export that has another filesystem on it, or another partition table, than the device of that size."""
     known = fingerprint.of_device(node, Usage())
-    if known == Identity():
+    if known == Fingerprint():
         return
     try:
         found = fingerprint.of_export(links.sockets[0], size, links.block_size, Deadline(LOOK_SECONDS))
@@ -392,12 +392,12 @@ def _look_same(node: Node, links: Links, size: int) -> None:
     except ServerError as error:
         # Too slow, or it can't read there. I/O that can go on does not wait for that.
         raise _Unseen(links.uri, str(error)) from None
-    if difference := known.differs(found):
+    if difference := known.difference(found):
         raise _other(links, difference)
 
 
-def _other(links: Links, difference: str) -> OtherExport:
-    return OtherExport(
+def _other(links: Connections, difference: str) -> ExportChanged:
+    return ExportChanged(
         f"{links.uri} came back as something else, and is not used: {difference}. I/O waits; detach the device if this "
         "is what you want."
     )
@@ -437,7 +437,7 @@ def _identity(notes: Message) -> dict[str, Any]:
     return {"diskseq": notes.get("diskseq") or None, "pid": notes.get("pid") or None}
 
 
-def _offered(links: Links) -> Message:
+def _offered(links: Connections) -> Message:
     """The notes about a device, but for what only the kernel knows."""
     return {
         "uri": str(links.uri),

@@ -23,7 +23,15 @@ import nbdd
 import nbdd.kernel.binding
 import nbdd.kernel.usable
 from nbdd import Client, Connection, NbddError, connect
-from nbdd.errors import ConnectFailed, InvalidArgs, InvalidURI, KernelError, NegotiationFailed, NotAttached, NotRead
+from nbdd.errors import (
+    ConnectFailed,
+    ConnectionNotServiced,
+    InvalidArgs,
+    InvalidURI,
+    KernelError,
+    NegotiationFailed,
+    NotAttached,
+)
 from nbdd.kernel import Node
 from nbdd.kernel.arguments import largest_block_size
 from nbdd.protocol import Flags
@@ -104,7 +112,7 @@ def test_links_that_the_kernel_leaves_unread_are_told_and_the_device_is_freed(
     monkeypatch.setattr(nbdd.kernel.binding, "release", lambda *_, **__: asked.append("release"))
     monkeypatch.setattr(Node, "bound", property(lambda _: True))
     client = Client(socket=ours, size=MIB, flags=int(Flags.NBD_FLAG_CAN_MULTI_CONN))
-    refused(client.bind, "does not read from all 3 connections of /dev/nbd7", error=NotRead)
+    refused(client.bind, "does not read from all 3 connections of /dev/nbd7", error=ConnectionNotServiced)
     assert asked == ["connect", "disconnect", "release"]
     for sock in theirs:
         assert sock.recv(1) == b"", "the links are shut down, which ends the work items that wait"

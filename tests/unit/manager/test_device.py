@@ -21,10 +21,10 @@ from nbdd.errors import (
     AlreadyAttached,
     Busy,
     ConnectFailed,
+    ExportChanged,
     KernelError,
     NegotiationFailed,
     NotAttached,
-    OtherExport,
     TimedOut,
     WorkerFailed,
 )
@@ -680,7 +680,7 @@ async def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: 
         assert it.now() is State.RECONNECTING
         fails_at = it.device.status.fails_at
         assert abs(fails_at / 1e6 - (time.time() + 60)) < 5
-        other = OtherExport("It is another.").to_wire()
+        other = ExportChanged("It is another.").to_wire()
         it.spawner.worker.say("links", [], **links, failing=False, **other)
         assert it.now() is State.FAILED
         assert it.device.status.last_error == (NegotiationFailed.dbus_name, "It is another.")

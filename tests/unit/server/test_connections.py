@@ -19,7 +19,7 @@ from nbdd.config.definition import Definition
 from nbdd.errors import ConnectFailed, NegotiationFailed, NoSuchExport, ServerError, TimedOut
 from nbdd.protocol import Flags
 from nbdd.server.connect import Deadline
-from nbdd.server.connections import Links, hang_up, open_links, why_ended
+from nbdd.server.connections import Connections, disconnect, disconnect_reason, open_connections
 from nbdd.uri import URI
 from tests.fakes.servers import GO, HAS_FLAGS, MIB, Server, ack, greeting, info_blocks, info_export, offers, says
 from tests.fakes.worker import open_fds
@@ -33,9 +33,9 @@ def wanted(*uris: URI, **fields: Any) -> Definition:
     return Definition("disk", uris, **fields)
 
 
-def open_from(serve: Callable[[socket.socket], None], **fields: Any) -> Links:
+def open_from(serve: Callable[[socket.socket], None], **fields: Any) -> Connections:
     with Server(serve) as server:
-        return open_links(wanted(server.uri(), **fields), Deadline(SECONDS))
+        return open_connections(wanted(server.uri(), **fields), Deadline(SECONDS))
 
 
 def refusal_from(serve: Callable[[socket.socket], None], **fields: Any) -> str:
@@ -43,7 +43,7 @@ def refusal_from(serve: Callable[[socket.socket], None], **fields: Any) -> str:
     with Server(serve) as server:
         definition = wanted(server.uri(), **fields)
         with pytest.raises(NegotiationFailed) as caught:
-            open_links(definition, Deadline(SECONDS))
+            open_connections(definition, Deadline(SECONDS))
     return str(caught.value)
 
 
@@ -115,7 +115,7 @@ def test_an_export_of_size_0_is_refused() -> None:
 
 def test_an_export_that_does_not_exist_is_refused_by_its_own_class() -> None:
     with Server(offers({b"other": MIB})) as server, pytest.raises(NoSuchExport):
-        open_links(wanted(server.uri("disk")), Deadline(SECONDS))
+        open_connections(wanted(server.uri("disk")), Deadline(SECONDS))
 
 
 def test_several_connections_are_opened_where_the_server_allows_them() -> None:
@@ -133,7 +133,7 @@ def test_one_connection_is_opened_where_the_server_does_not_allow_more() -> None
 def test_the_number_of_links_can_be_another_than_the_definitions() -> None:
     with Server(offers({b"": MIB}, MULTI)) as server:
         definition = wanted(server.uri(), connections=4)
-        with open_links(definition, Deadline(SECONDS), 2) as links:
+        with open_connections(definition, Deadline(SECONDS), 2) as links:
             assert len(links.sockets) == 2
 
 
@@ -154,7 +154,7 @@ def test_connections_that_disagree_are_refused(second: Callable[[socket.socket],
 def test_the_first_server_that_gives_what_is_asked_for_is_taken() -> None:
     with Server(offers({b"": 0})) as first, Server(offers({b"": MIB})) as second, Server(offers({b"": MIB})) as third:
         definition = wanted(first.uri(), second.uri(), third.uri())
-        with open_links(definition, Deadline(SECONDS)) as links:
+        with open_connections(definition, Deadline(SECONDS)) as links:
             assert links.uri == second.uri()
         assert not third.connected.is_set()
 
@@ -162,7 +162,7 @@ def test_the_first_server_that_gives_what_is_asked_for_is_taken() -> None:
 def test_a_silent_server_leaves_time_for_the_next() -> None:
     with Server(says(b"")) as silent, Server(offers({b"": MIB})) as good:
         definition = wanted(silent.uri(), good.uri())
-        with open_links(definition, Deadline(4)) as links:
+        with open_connections(definition, Deadline(4)) as links:
             assert links.uri == good.uri()
 
 
@@ -172,14 +172,14 @@ def test_every_server_that_failed_is_told_and_the_last_ones_class() -> None:
     with Server(offers({b"": 0})) as empty:
         definition = wanted(empty.uri(), gone.uri())
         with pytest.raises(ConnectFailed) as caught:
-            open_links(definition, Deadline(SECONDS))
+            open_connections(definition, Deadline(SECONDS))
     assert "size of 0 bytes" in str(caught.value)
     assert "nothing listens" in str(caught.value)
 
 
 def test_silent_servers_end_with_the_deadline() -> None:
     with Server(says(b"")) as one, Server(says(b"")) as two, pytest.raises(TimedOut):
-        open_links(wanted(one.uri(), two.uri()), Deadline(0.4))
+        open_connections(wanted(one.uri(), two.uri()), Deadline(0.4))
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_silent_servers_end_with_the_deadline() -> None:
 def test_a_refusal_leaves_no_descriptor(serve: Callable[[socket.socket], None]) -> None:
     before = open_fds()
     with Server(serve) as server, pytest.raises(ServerError):
-        open_links(wanted(server.uri(), connections=3, read_only=False), Deadline(SECONDS))
+        open_connections(wanted(server.uri(), connections=3, read_only=False), Deadline(SECONDS))
     assert open_fds() == before
 
 
@@ -208,7 +208,7 @@ def ending_of(sock: socket.socket, kill: Callable[[], None]) -> str:
     kill()
     assert poll.poll(SECONDS * 1000)
     with sock:
-        return why_ended(sock)
+        return disconnect_reason(sock)
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ class DeadSocket:
 def test_a_link_that_timed_out_says_so_even_if_the_driver_has_taken_the_error(
     error: int, silent: int, why: str
 ) -> None:
-    assert why_ended(cast(socket.socket, DeadSocket(error, 7, silent))) == why
+    assert disconnect_reason(cast(socket.socket, DeadSocket(error, 7, silent))) == why
 
 
 # Links that are not used
@@ -309,14 +309,14 @@ def overheard(act: Callable[[Definition], None], flags: int = MULTI) -> list[byt
 
 
 def test_links_that_are_not_used_take_leave_of_the_server() -> None:
-    received = overheard(lambda definition: open_links(definition, Deadline(SECONDS)).close())
+    received = overheard(lambda definition: open_connections(definition, Deadline(SECONDS)).close())
     assert received == [DISC, DISC]
 
 
 def test_links_that_are_refused_take_leave_of_the_server() -> None:
     def refuse(definition: Definition) -> None:
         with pytest.raises(NegotiationFailed):
-            open_links(replace(definition, read_only=False), Deadline(SECONDS))
+            open_connections(replace(definition, read_only=False), Deadline(SECONDS))
 
     assert overheard(refuse, flags=MULTI | READ_ONLY) == [DISC]
 
@@ -326,6 +326,6 @@ def test_a_link_that_takes_nothing_more_is_closed_all_the_same() -> None:
     with suppress(BlockingIOError):
         while True:
             ours.send(bytes(65536), socket.MSG_DONTWAIT)
-    hang_up(ours)
+    disconnect(ours)
     assert ours.fileno() == -1
     theirs.close()

@@ -21,7 +21,7 @@ from nbdd.errors import NegotiationFailed, ServerError, TimedOut
 from nbdd.kernel import Node, Usage
 from nbdd.server import fingerprint
 from nbdd.server.connect import Deadline
-from nbdd.server.fingerprint import Identity
+from nbdd.server.fingerprint import Fingerprint
 
 MIB = 1 << 20
 ONE, TWO = "11111111-1111-1111-1111-111111111111", "22222222-2222-2222-2222-222222222222"
@@ -55,7 +55,9 @@ def mute(sock: socket.socket) -> None:
             pass
 
 
-def look(size: int, serve: Callable[[socket.socket], None], *, seconds: float = 10, block_size: int = 512) -> Identity:
+def look(
+    size: int, serve: Callable[[socket.socket], None], *, seconds: float = 10, block_size: int = 512
+) -> Fingerprint:
     ours, theirs = socket.socketpair()
     thread = threading.Thread(target=serve, args=(theirs,))
     thread.start()
@@ -80,16 +82,16 @@ def ext4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_the_filesystem_of_an_export_is_known_by_its_uuid(ext4: bytes, backwards: bool) -> None:
-    assert look(len(ext4), answer(ext4, backwards=backwards)) == Identity(filesystem=ONE)
+    assert look(len(ext4), answer(ext4, backwards=backwards)) == Fingerprint(filesystem=ONE)
 
 
 def test_a_size_that_is_no_multiple_of_the_block_size_is_no_hindrance(ext4: bytes) -> None:
     image = ext4 + bytes(700)
-    assert look(len(image), answer(image), block_size=4096) == Identity(filesystem=ONE)
+    assert look(len(image), answer(image), block_size=4096) == Fingerprint(filesystem=ONE)
 
 
 def test_an_empty_export_has_no_identity() -> None:
-    assert look(100_000, answer(bytes(100_000))) == Identity()
+    assert look(100_000, answer(bytes(100_000))) == Fingerprint()
 
 
 def test_a_server_that_can_not_read_or_answers_nonsense_or_nothing_is_told() -> None:
@@ -104,18 +106,18 @@ def test_a_server_that_can_not_read_or_answers_nonsense_or_nothing_is_told() -> 
 @pytest.mark.parametrize(
     ("one", "two", "difference"),
     [
-        (Identity(ONE), Identity(ONE), ""),
-        (Identity(ONE), Identity(TWO), f"the UUID of its filesystem was {ONE} and is {TWO}"),
-        (Identity("", ONE), Identity("", TWO), f"the UUID of its partition table was {ONE} and is {TWO}"),
-        (Identity(ONE), Identity(), ""),
-        (Identity(), Identity(ONE), ""),
+        (Fingerprint(ONE), Fingerprint(ONE), ""),
+        (Fingerprint(ONE), Fingerprint(TWO), f"the UUID of its filesystem was {ONE} and is {TWO}"),
+        (Fingerprint("", ONE), Fingerprint("", TWO), f"the UUID of its partition table was {ONE} and is {TWO}"),
+        (Fingerprint(ONE), Fingerprint(), ""),
+        (Fingerprint(), Fingerprint(ONE), ""),
     ],
 )
-def test_only_what_both_know_can_differ(one: Identity, two: Identity, difference: str) -> None:
-    assert one.differs(two) == difference
+def test_only_what_both_know_can_differ(one: Fingerprint, two: Fingerprint, difference: str) -> None:
+    assert one.difference(two) == difference
 
 
-def device(tmp_path: Path, *, written: bool = False, claims: bool = False, busy: bool = False) -> Identity:
+def device(tmp_path: Path, *, written: bool = False, claims: bool = False, busy: bool = False) -> Fingerprint:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "b43:0").write_text(f"I:1\nE:ID_FS_UUID={ONE}\nE:ID_FS_TYPE=ext4\nE:ID_PART_TABLE_UUID=ab\n")
     if busy:
@@ -126,13 +128,13 @@ def device(tmp_path: Path, *, written: bool = False, claims: bool = False, busy:
 
 
 def test_what_was_on_the_device_is_what_udev_found(tmp_path: Path) -> None:
-    assert device(tmp_path) == Identity(ONE, "ab")
+    assert device(tmp_path) == Fingerprint(ONE, "ab")
 
 
 def test_while_it_is_written_to_nothing_is_known(tmp_path: Path) -> None:
-    assert device(tmp_path, written=True, claims=True) == Identity()
+    assert device(tmp_path, written=True, claims=True) == Fingerprint()
 
 
-@pytest.mark.parametrize(("claims", "known"), [(False, Identity()), (True, Identity(ONE, "ab"))])
-def test_while_udev_is_busy_only_what_is_in_use_is_known(tmp_path: Path, claims: bool, known: Identity) -> None:
+@pytest.mark.parametrize(("claims", "known"), [(False, Fingerprint()), (True, Fingerprint(ONE, "ab"))])
+def test_while_udev_is_busy_only_what_is_in_use_is_known(tmp_path: Path, claims: bool, known: Fingerprint) -> None:
     assert device(tmp_path, busy=True, claims=claims) == known

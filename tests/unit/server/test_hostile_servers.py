@@ -28,7 +28,7 @@ from nbdd.errors import KernelError, NbddError, NegotiationFailed, ServerError, 
 from nbdd.ipc.channel import Channel, Message
 from nbdd.protocol import Export
 from nbdd.server.connect import Deadline, list_exports, open_export
-from nbdd.server.connections import open_links
+from nbdd.server.connections import open_connections
 from nbdd.uri import URI
 from tests.fakes.hostile import (
     CAN_MULTI_CONN,
@@ -70,15 +70,15 @@ def _open_export(uri: URI, deadline: Deadline) -> Export:
     return export
 
 
-def _open_links(uri: URI, deadline: Deadline) -> Export:
-    with open_links(Definition("hostile", (uri,), connections=3), deadline) as links:
+def _open_connections(uri: URI, deadline: Deadline) -> Export:
+    with open_connections(Definition("hostile", (uri,), connections=3), deadline) as links:
         return links.export
 
 
 TALKS: dict[str, tuple[Talk, tuple[int, ...]]] = {
     # Who talks to a server, and with which options.
     "export": (_open_export, (GO,)),
-    "links": (_open_links, (GO,)),
+    "links": (_open_connections, (GO,)),
     "list": (list_exports, (LIST, INFO)),
 }
 
@@ -194,7 +194,7 @@ def test_a_server_that_changes_between_two_connections_is_refused(change: str) -
     other, changed = CHANGES[change]
     turns = iter([accepts(GO, MIB, CAN_MULTI_CONN), other, other])
     with Server(answers(lambda _: [next(turns)])) as server:
-        assert changed in str(refusal(_open_links, server.uri("x")))
+        assert changed in str(refusal(_open_connections, server.uri("x")))
 
 
 # Words that a terminal would act upon.

@@ -23,7 +23,7 @@ from nbdd.config.definition import Definition
 from nbdd.errors import Busy
 from nbdd.ipc.channel import Message
 from nbdd.server.connect import Deadline
-from nbdd.server.connections import open_links
+from nbdd.server.connections import open_connections
 from nbdd.worker import operations
 from nbdd.worker.operations import Task
 from tests.fakes.kernel import SECONDS, FakeKernel
@@ -254,7 +254,7 @@ def test_a_server_that_was_refused_is_not_taken_because_the_next_one_can_not_be_
 
         monkeypatch.setattr(operations, "_look_same", look)
         definition = Definition(NAME, (other.uri(), unseen.uri()))
-        with open_links(definition, Deadline(SECONDS)) as links:
+        with open_connections(definition, Deadline(SECONDS)) as links:
             notes = {"export": links.export.to_wire(), "connections": 1, "live": 0, "index": 0, "uri": ""}
         warnings: list[Message] = []
         task = Task({}, NAME, definition.to_wire(), notes, ())

@@ -8,36 +8,38 @@ from typing import cast
 
 import pytest
 
-from nbdd.errors import ConnectFailed, NegotiationFailed, OtherExport, ServerError, TimedOut
+from nbdd.errors import ConnectFailed, ExportChanged, NegotiationFailed, ServerError, TimedOut
 from nbdd.kernel import Node
 from nbdd.server import fingerprint
-from nbdd.server.connections import Links
-from nbdd.server.fingerprint import Identity
+from nbdd.server.connections import Connections
+from nbdd.server.fingerprint import Fingerprint
 from nbdd.worker import operations
 
 NODE = Node(0)
-LINKS = cast(Links, SimpleNamespace(sockets=[None], export=SimpleNamespace(size=1), block_size=512, uri="nbd://h/x"))
+LINKS = cast(
+    Connections, SimpleNamespace(sockets=[None], export=SimpleNamespace(size=1), block_size=512, uri="nbd://h/x")
+)
 
 
-def look(monkeypatch: pytest.MonkeyPatch, found: Identity | Exception) -> None:
-    def of_export(*_: object) -> Identity:
+def look(monkeypatch: pytest.MonkeyPatch, found: Fingerprint | Exception) -> None:
+    def of_export(*_: object) -> Fingerprint:
         if isinstance(found, Exception):
             raise found
         return found
 
-    monkeypatch.setattr(fingerprint, "of_device", lambda *_: Identity("one"))
+    monkeypatch.setattr(fingerprint, "of_device", lambda *_: Fingerprint("one"))
     monkeypatch.setattr(fingerprint, "of_export", of_export)
     operations._look_same(NODE, LINKS, 1)
 
 
-@pytest.mark.parametrize("found", [Identity("one"), Identity()])
-def test_the_same_or_nothing_is_let_pass(monkeypatch: pytest.MonkeyPatch, found: Identity) -> None:
+@pytest.mark.parametrize("found", [Fingerprint("one"), Fingerprint()])
+def test_the_same_or_nothing_is_let_pass(monkeypatch: pytest.MonkeyPatch, found: Fingerprint) -> None:
     look(monkeypatch, found)
 
 
 def test_another_filesystem_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OtherExport, match="was one and is two"):
-        look(monkeypatch, Identity("two"))
+    with pytest.raises(ExportChanged, match="was one and is two"):
+        look(monkeypatch, Fingerprint("two"))
 
 
 @pytest.mark.parametrize("error", [TimedOut("Slow."), ServerError("It can't read there.")])

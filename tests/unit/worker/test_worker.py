@@ -27,12 +27,12 @@ from nbdd.config.definition import Definition
 from nbdd.errors import (
     Busy,
     ConnectFailed,
+    ConnectionNotServiced,
     KernelError,
     NbddError,
     NegotiationFailed,
     NoSuchExport,
     NotAttached,
-    NotRead,
     TimedOut,
     WorkerFailed,
 )
@@ -554,9 +554,9 @@ def test_what_the_server_could_not_give_is_told(boss: Boss) -> None:
 def test_links_that_the_kernel_does_not_read_are_made_anew_once_for_each_of_them(
     boss: Boss, kernel: FakeKernel
 ) -> None:
-    kernel.refusals["bind"] = NotRead("not read")
+    kernel.refusals["bind"] = ConnectionNotServiced("not read")
     with Server(offers({b"": MIB}, MULTI)) as server:
-        with pytest.raises(NotRead):
+        with pytest.raises(ConnectionNotServiced):
             boss.order("attach", definition=wire(server, connections=3), resume=False)
         assert len(server._conns) == 9
     assert [event["message"] for event, _ in boss.events] == 2 * ["not read They are connected anew."]
@@ -886,7 +886,7 @@ def test_a_server_that_came_back_grown_is_taken_by_a_resize(hire: Callable[[], B
     with Server(in_turn(offers({b"": MIB}), offers({b"": 2 * MIB}))) as server:
         boss.order("attach", definition=wire(server), resume=False)
         cut(server)
-        assert boss.event_with(error="OtherExport")
+        assert boss.event_with(error="ExportChanged")
         assert boss.order("resize")["size"] == 2 * MIB
         assert boss.event_with(live=1, size=2 * MIB)
 
@@ -967,7 +967,7 @@ def test_a_server_that_comes_back_as_another_is_refused_until_it_is_the_same_aga
     with Server(in_turn(good, other, other, other, good)) as server:
         boss.order("attach", definition=wire(server), resume=False)
         cut(server)
-        message = boss.event_with(error="OtherExport")
+        message = boss.event_with(error="ExportChanged")
         assert "came back as something else, and is not used" in message["message"]
         assert what in message["message"]
         assert message["live"] == 0

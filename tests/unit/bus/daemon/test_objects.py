@@ -36,13 +36,13 @@ from nbdd.config.definition import NAME_PATTERN
 from nbdd.config.schema import Schema
 from nbdd.errors import (
     AccessDenied,
+    ConnectionNotServiced,
+    ExportChanged,
     InvalidArgs,
     InvalidConfig,
     NbddError,
     NoSuchDevice,
     NotAttached,
-    NotRead,
-    OtherExport,
 )
 from nbdd.manager.device import Device
 from nbdd.manager.manager import Changes, Manager
@@ -628,7 +628,7 @@ async def test_every_error_crosses_the_bus_by_its_name_and_text(address: str, ki
     async with world(address) as here:
         here.manager.error = kind("First line.\nSecond, über\0 lines.")
         name, text = await here.fails("Attach", "backup", {}, types="sa{sv}")
-        if kind in (OtherExport, NotRead):
+        if kind in (ExportChanged, ConnectionNotServiced):
             # For callers it is what it is derived from.
             assert name == f"org.nbdd1.Error.{kind.__mro__[1].__name__}"
         elif kind.__name__ in CONTRACT:
