@@ -37,10 +37,10 @@ def make_usable(
     ConnectionNotServiced, TimedOut, KernelError.
 
     ConnectionNotServiced: the kernel reads only from some of several sockets. That is rare, on a machine that is slow
-    or very busy just then, and new sockets may be all it takes. Each connection has a work item of the kernel's that never ends. If
-    the kernel has too few threads for all of them at once, and makes none within 10 ms, it leaves those that wait to a
-    single one (drivers/block/nbd.c, recv_work; kernel/workqueue.c, rescuer_thread). The threads that it has made too
-    late are there for the next attempt.
+    or very busy just then, and new sockets may be all it takes. Each connection has a work item of the kernel's that
+    never ends. If the kernel has too few threads for all of them at once, and makes none within 10 ms, it leaves those
+    that wait to a single one (drivers/block/nbd.c, recv_work; kernel/workqueue.c, rescuer_thread). The threads that it
+    has made too late are there for the next attempt.
     """
     not_read = False
 
