@@ -16,6 +16,7 @@ from socket import AF_INET, AF_INET6, inet_ntop, inet_pton
 from typing import NoReturn
 
 from nbdd.errors import InvalidURI
+from nbdd.text import printable, quoted
 
 DEFAULT_PORT = 10809
 """The port that IANA assigned to NBD."""
@@ -97,7 +98,7 @@ class URI:
         """Where the server is, for messages: host:port, [IPv6]:port or the socket's path."""
         if self.socket is not None:
             # A path may hold any byte but NUL; a message shall hold no control character.
-            return self.socket if self.socket.isprintable() else repr(self.socket)[1:-1]
+            return printable(self.socket)
         host = f"[{self.host}]" if self.host is not None and ":" in self.host else self.host
         return f"{host}:{self.port}"
 
@@ -109,7 +110,7 @@ class _Parser:
         self.text = text
 
     def fail(self, why: str) -> NoReturn:
-        raise InvalidURI(f"{_shown(_without_secrets(self.text))} is not a URI that nbdd can use: {why}")
+        raise InvalidURI(f"{quoted(_without_secrets(self.text), _SHOWN)} is not a URI that nbdd can use: {why}")
 
     def parse(self) -> URI:
         text = self.text
@@ -122,7 +123,7 @@ class _Parser:
         if not colon:
             self.fail("it does not begin with a scheme such as nbd:// or nbd+unix://.")
         if scheme.lower() not in _SCHEMES:
-            self.fail(f"the scheme must be one of {', '.join(_SCHEMES)}, not {_shown(scheme)}.")
+            self.fail(f"the scheme must be one of {', '.join(_SCHEMES)}, not {quoted(scheme, _SHOWN)}.")
         tls, unix = _SCHEMES[scheme.lower()]
         if "#" in rest:
             self.fail("an NBD URI has no #fragment; a # in a name is written %23.")
@@ -214,12 +215,12 @@ class _Parser:
             return DEFAULT_PORT
         if not (digits.isascii() and digits.isdigit()):
             # Perhaps a password with a "/" in it; then the "@" is further on, and the text is nobody's business.
-            what = "what follows the colon" if "@" in self.text else _shown(digits)
+            what = "what follows the colon" if "@" in self.text else quoted(digits, _SHOWN)
             self.fail(f"the port must be a number from 1 to 65535, and {what} is not.")
         # Only so many digits go to int(): it refuses thousands of them with a ValueError.
         number = int(digits) if len(digits) <= 10 else 0
         if not 1 <= number <= 65535:
-            self.fail(f"the port must be a number from 1 to 65535, not {_shown(digits)}.")
+            self.fail(f"the port must be a number from 1 to 65535, not {quoted(digits, _SHOWN)}.")
         return number
 
     def query(self, query: str | None, tls: bool, unix: bool) -> tuple[str | None, tuple[tuple[str, str], ...]]:
@@ -231,9 +232,9 @@ class _Parser:
                 self.fail("everything after the ? has the form key=value, and values are separated by &.")
             key = self.decode(key, "query")
             if key in found:
-                self.fail(f"the key {_shown(key)} stands in it twice.")
+                self.fail(f"the key {quoted(key, _SHOWN)} stands in it twice.")
             if key != "socket" and key not in _TLS_KEYS:
-                self.fail(f"the key {_shown(key)} is unknown; known are socket, {', '.join(_TLS_KEYS)}.")
+                self.fail(f"the key {quoted(key, _SHOWN)} is unknown; known are socket, {', '.join(_TLS_KEYS)}.")
             value = self.decode(raw, f"value of {key}")
             if not value:
                 self.fail(f"the key {key} has no value.")
@@ -282,11 +283,6 @@ def _quote(text: str, safe: frozenset[str]) -> str:
     if safe.issuperset(text):
         return text
     return "".join(char if char in safe else "".join(f"%{octet:02X}" for octet in char.encode()) for char in text)
-
-
-def _shown(text: str) -> str:
-    """The text in quotes, short, and with every character that does not print escaped."""
-    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
 
 
 def _without_secrets(text: str) -> str:

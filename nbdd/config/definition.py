@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from nbdd.errors import InvalidArgs
+from nbdd.text import quoted
 from nbdd.uri import URI
 
 NAME_PATTERN = r"^(?!.*-part[0-9]+$)[A-Za-z0-9][A-Za-z0-9._:-]{0,62}$"
@@ -32,10 +33,9 @@ def check_name(name: str) -> str:
     """Return `name` if it can name a device; raise `InvalidArgs` with the rule otherwise."""
     # fullmatch, since "$" would let a trailing newline through.
     if not re.fullmatch(NAME_PATTERN.strip("^$"), name):
-        shown = name if len(name) <= 80 else name[:77] + "..."
         raise InvalidArgs(
-            f"{shown!r} can't name a device: use 1 to 63 letters, digits and '. _ - :', the first a letter or digit, "
-            "and no -partN at the end, as partitions have."
+            f"{quoted(name)} can't name a device: use 1 to 63 letters, digits and '. _ - :', the first a letter or "
+            "digit, and no -partN at the end, as partitions have."
         )
     return name
 

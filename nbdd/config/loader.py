@@ -12,8 +12,9 @@ from typing import Any, TextIO
 
 from nbdd.config.definition import Attach, Definition, Desktop, check_name
 from nbdd.config.schema import TLS_REFUSED, Fault, Schema
-from nbdd.config.source import Mark, Problem, Source, shown
+from nbdd.config.source import Mark, Problem, Source
 from nbdd.errors import InvalidArgs, InvalidConfig, InvalidURI, TLSFailed
+from nbdd.text import plural, printable, quoted
 from nbdd.uri import URI
 
 DIRECTORY = Path("/etc/nbdd")
@@ -53,10 +54,10 @@ def check(directory: Path, out: TextIO) -> int:
         configuration = load(directory, must_exist=True)
     except InvalidConfig as error:
         print(error, file=out)
-        print(_count(len(error.problems), "problem") + ".", file=out)
+        print(plural(len(error.problems), "problem") + ".", file=out)
         return 1
     devices, files = len(configuration.devices), len(configuration.files)
-    print(f"{_path(directory)}: {_count(devices, 'device')} in {_count(files, 'file')}, all well.", file=out)
+    print(f"{_path(directory)}: {plural(devices, 'device')} in {plural(files, 'file')}, all well.", file=out)
     return 0
 
 
@@ -261,7 +262,7 @@ class _File:
             if isinstance(node, str) and node != "auto" and (*path, "device") not in self.faulty:
                 owner = self.loader.nodes.setdefault(node, name)
                 if owner != name:
-                    sentence = f"{node} is given to the device {shown(owner)} already; choose another, or auto."
+                    sentence = f"{node} is given to the device {quoted(owner)} already; choose another, or auto."
                     faults.append(Fault((*path, "device"), sentence))
             if sound and not faults:
                 fields = _fields(self.loader.defaults | settings)
@@ -279,7 +280,7 @@ def _subject(path: tuple[str | int, ...]) -> str:
     """What a problem is about, before its sentence."""
     subject = ""
     if path[:1] == ("devices",) and len(path) > 1 and isinstance(path[1], str):
-        subject, path = f"device {shown(path[1])}: ", path[2:]
+        subject, path = f"device {quoted(path[1])}: ", path[2:]
     elif path[:1] == ("defaults",) and len(path) > 1:
         subject, path = "defaults: ", path[1:]
     return f"{subject}key {_key(path)}: " if path and isinstance(path[0], str) else subject
@@ -287,14 +288,9 @@ def _subject(path: tuple[str | int, ...]) -> str:
 
 def _key(path: tuple[str | int, ...]) -> str:
     """A key of a device, as 'uri' or 'desktop.icon'; which item of a list is meant, the place tells."""
-    return shown(".".join(step for step in path if isinstance(step, str)))
+    return quoted(".".join(step for step in path if isinstance(step, str)))
 
 
 def _path(path: Path) -> str:
     """The path as text that can be printed, whatever bytes it is made of."""
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return printable(str(path))

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from nbdd import data
-from nbdd.config.source import shown
+from nbdd.text import quoted as quote
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -140,16 +140,16 @@ def _found(error: ValidationError, written: str | None) -> str:
         return "it has no value"
     if isinstance(value, bool):
         meaning = "true" if value else "false"
-        return f"{shown(written)} means {meaning} in YAML" if written not in (None, meaning) else f"it is {meaning}"
+        return f"{quote(written)} means {meaning} in YAML" if written not in (None, meaning) else f"it is {meaning}"
     if isinstance(value, int | float):
-        text = shown(written if written is not None else str(value))[1:-1]
+        text = quote(written if written is not None else str(value))[1:-1]
         return f"{text} is a number" if wrong_type and "number" not in _expected(error) else f"it is {text}"
     if isinstance(value, str):
         # Written without quotes, these would not have become text.
         quoted = written is not None and (value.isdecimal() or value.lower() in _NOT_TEXT)
         if wrong_type or quoted:
-            return f"{shown(value)} is text" + ("; leave the quotes out" if quoted else "")
-        return f"it is {shown(value)}"
+            return f"{quote(value)} is text" + ("; leave the quotes out" if quoted else "")
+        return f"it is {quote(value)}"
     if isinstance(value, list):
         if wrong_type:
             return "it is a list"

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
+from nbdd.text import quoted
+
 MAX_BYTES = 16 * 1024 * 1024
 """Of one file; 10,000 devices with every key fit into 4 MiB."""
 
@@ -28,7 +30,6 @@ _TOO_DEEP = f"mappings and lists are nested more than {MAX_DEPTH} deep."
 MAX_VALUES = 500_000
 """Of one file with every alias counted as what it stands for, so that a few lines can't become a billion values."""
 
-_SHOWN = 80
 """Characters of a value that an error repeats."""
 
 # The complement of YAML 1.1's c-printable (section 5.1), but for the surrogates, which UTF-8 excludes anyway.
@@ -142,11 +143,6 @@ class _Unusable(Exception):
         self.sentence = sentence
 
 
-def shown(text: str) -> str:
-    """The text in quotes, short, and with every character that does not print escaped."""
-    return repr(text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "...")
-
-
 def _read_text(path: Path) -> str:
     try:
         # Without O_NONBLOCK a FIFO would wait for somebody to write into it.
@@ -162,7 +158,7 @@ def _read_text(path: Path) -> str:
             os.close(descriptor)
     except OSError as error:
         if isinstance(error, FileNotFoundError) and path.is_symlink():
-            target = shown(os.fsencode(path.readlink()).decode(errors="backslashreplace"))
+            target = quoted(os.fsencode(path.readlink()).decode(errors="backslashreplace"))
             raise _Unusable(None, f"can't be read: it is a link to {target}, which does not exist.") from None
         why = (error.strerror or str(error)).lower()
         raise _Unusable(None, f"can't be read: {why}.") from None
@@ -243,7 +239,7 @@ class _Composer:
             entry = Entry(mark, mark, None)
             kind = "map" if isinstance(event, yaml.MappingStartEvent) else "seq"
             if event.tag not in (None, "!", _TAG + kind):  # type: ignore[attr-defined]
-                self.problem(mark, f"the tag {shown(event.tag)} means nothing to nbdd; leave it out.")  # type: ignore[attr-defined]
+                self.problem(mark, f"the tag {quoted(event.tag)} means nothing to nbdd; leave it out.")  # type: ignore[attr-defined]
             self.inside.append(mark)
             value = self.mapping() if kind == "map" else self.sequence()
             self.inside.pop()
@@ -348,7 +344,7 @@ class _Composer:
             case "int" | "float":
                 self.problem(mark, _trap(text))
                 return None
-        self.problem(mark, f"the tag {shown(str(tag))} means nothing to nbdd; leave it out.")
+        self.problem(mark, f"the tag {quoted(str(tag))} means nothing to nbdd; leave it out.")
         return None
 
     def problem(self, mark: Mark, sentence: str) -> None:
@@ -399,5 +395,5 @@ def _trap(text: str) -> str:
     elif text.lstrip("+-")[:2] in ("0x", "0b", "0o"):
         why = "YAML reads it in another base than ten"
     else:
-        return f"{shown(text)} is not a number."
-    return f"{shown(text)} is not taken, since {why}; write a plain decimal number, or put text in quotes."
+        return f"{quoted(text)} is not a number."
+    return f"{quoted(text)} is not taken, since {why}; write a plain decimal number, or put text in quotes."

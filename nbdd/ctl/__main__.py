@@ -15,8 +15,8 @@ import click
 
 from nbdd.ctl.cli import cli
 from nbdd.ctl.common import say
-from nbdd.ctl.show import clean
 from nbdd.errors import InvalidConfig, NbddError
+from nbdd.text import printable
 
 DONE, FAILED, USAGE = 0, 1, 2
 INTERRUPTED = 128 + signal.SIGINT
@@ -71,7 +71,7 @@ def _run(arguments: list[str]) -> int:
 def _complain(*problems: str) -> None:
     """Say what went wrong: one line, or one for each fault in a configuration that has several."""
     for problem in problems:
-        say(clean(problem))
+        say(printable(problem))
 
 
 def _prepare() -> None:

@@ -13,8 +13,9 @@ from typing import IO, Any
 from nbdd.bus.caller.client import Client, Event, Kind
 from nbdd.bus.caller.device import Device
 from nbdd.ctl.find import is_uri
-from nbdd.ctl.show import Look, clean, fit
+from nbdd.ctl.show import Look, fit
 from nbdd.errors import AlreadyAttached, NbddError, NoSuchDevice, ServerError
+from nbdd.text import printable
 from nbdd.uri import same_export
 
 _FIELDS_OF_OPTIONS = {
@@ -197,7 +198,7 @@ class Attempt:
         if device.last_error is not None:
             text += f"; last error: {device.last_error.message}"
         columns = None if self._look.width is None else self._look.width - 1
-        terminal.write("\r\x1b[K" + fit(clean(text), columns))
+        terminal.write("\r\x1b[K" + fit(printable(text), columns))
         terminal.flush()
         self._shown = True
 

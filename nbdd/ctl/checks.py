@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdd import protocol
-from nbdd.ctl.show import size
 from nbdd.errors import InvalidConfig, NbddError, NegotiationFailed, NoSuchExport
 from nbdd.kernel import NetlinkNBD, module_loaded, nodes
 from nbdd.server.connect import Deadline, connect, list_exports, negotiate
+from nbdd.text import clause, plural, size
 from nbdd.uri import URI
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def netlink_family(root: str = "/") -> Finding:
         with NetlinkNBD(seconds=KERNEL_SECONDS):
             return ok(subject, 'the family "nbd" answers')
     except NbddError as error:
-        return fault(subject, f"{_clause(error)}; nbdd needs Linux 4.12 or later, and the first network namespace")
+        return fault(subject, f"{clause(error)}; nbdd needs Linux 4.12 or later, and the first network namespace")
 
 
 def device_nodes(root: str = "/") -> Finding:
@@ -142,7 +142,7 @@ def systemd_unit(show: Callable[[], str] | None = None) -> Finding:
     try:
         told = dict(line.split("=", 1) for line in (show or _show_unit)().splitlines() if "=" in line)
     except (OSError, subprocess.SubprocessError) as error:
-        why = _clause(str(error).partition("\n")[0])
+        why = clause(str(error).partition("\n")[0])
         return warning(subject, f"systemd can't be asked about nbdd.service ({why})")
     state, enabled = told.get("ActiveState", ""), told.get("UnitFileState", "")
     match told.get("LoadState", ""):
@@ -178,7 +178,7 @@ def _show_unit() -> str:
 def running(version: str | None, ours: str, problem: NbddError | None = None) -> Finding:
     """Whether nbdd answers, and is the one that belongs to this nbdctl."""
     if problem is not None:
-        return fault("nbdd", _clause(problem))
+        return fault("nbdd", clause(problem))
     if version is None:
         return warning("nbdd", "it does not run now; `systemctl start nbdd` starts it")
     if version != ours:
@@ -225,7 +225,7 @@ def links(devices: Iterable[Device], root: str = "/") -> Iterator[Finding]:
 def states(devices: Iterable[Device]) -> Iterator[Finding]:
     """Devices that are not well."""
     for device in devices:
-        last = f": {_clause(device.last_error.message)}" if device.last_error else ""
+        last = f": {clause(device.last_error.message)}" if device.last_error else ""
         subject = f"device {device.name}"
         if device.state == "failed" and device.node:
             does = "waits" if device.fails_at > time.time_ns() // 1000 else "fails"
@@ -251,9 +251,9 @@ def configuration(directory: Path) -> tuple[Configuration | None, list[Finding]]
     except InvalidConfig as error:
         hidden = [problem for problem in error.problems if problem.rstrip(".").endswith("permission denied")]
         if hidden and len(hidden) == len(error.problems):
-            return None, [warning(subject, f"only root can see all of it ({_clause(hidden[0])})")]
-        return None, [fault(subject, _clause(problem)) for problem in error.problems]
-    named = _count(len(found.devices), "device"), _count(len(found.files), "file")
+            return None, [warning(subject, f"only root can see all of it ({clause(hidden[0])})")]
+        return None, [fault(subject, clause(problem)) for problem in error.problems]
+    named = plural(len(found.devices), "device"), plural(len(found.files), "file")
     unsafe = [warning(subject, told) for told in map(_unsafe, (directory, *found.files)) if told]
     return found, [ok(subject, f"{named[0]} in {named[1]}, all well"), *unsafe]
 
@@ -296,10 +296,10 @@ def server(subject: str, uri: URI) -> Finding:
     except NegotiationFailed as error:
         # An old server can't tell of an export without opening it; it may have a list.
         if isinstance(error, NoSuchExport) or not _listed(uri):
-            return fault(subject, _clause(error))
+            return fault(subject, clause(error))
         return ok(subject, f"{uri.address} has it in its list of exports")
     except NbddError as error:
-        return fault(subject, _clause(error))
+        return fault(subject, clause(error))
     return ok(subject, f"{uri.address} has it, {size(export.size)}")
 
 
@@ -308,12 +308,3 @@ def _listed(uri: URI) -> bool:
         return uri.export in {export.name for export in list_exports(uri, Deadline(SERVER_SECONDS))}
     except NbddError:
         return False
-
-
-def _clause(error: NbddError | str) -> str:
-    """An error's sentences as a part of one line."""
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

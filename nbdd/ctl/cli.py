@@ -31,6 +31,7 @@ from nbdd.ctl.importing import import_
 from nbdd.ctl.monitor import monitor
 from nbdd.ctl.top import top
 from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice, NotAttached
+from nbdd.text import printable, size
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Client
@@ -149,7 +150,7 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
         if attempt.goes_on:
             name = attempt.name
             end = f" To end that: nbdctl detach {name}" if name else " `nbdctl list` shows it."
-            say(show.clean(f"Stopped waiting; nbdd goes on attaching {name or target}.{end}"))
+            say(printable(f"Stopped waiting; nbdd goes on attaching {name or target}.{end}"))
         raise click.exceptions.Exit(130) from None
     if as_json:
         document({"name": device.name, "node": device.node, "size": device.size})
@@ -157,7 +158,7 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
         print(show.attached(device))
     if attempt.twins:
         others = " and ".join(attempt.twins)
-        say(show.clean(f"Beware: {others} can write to the same export. What is mounted twice is destroyed."))
+        say(printable(f"Beware: {others} can write to the same export. What is mounted twice is destroyed."))
 
 
 @cli.command()
@@ -204,15 +205,15 @@ def detach(target: str, force: bool, wait: int | None, if_needed: bool, as_json:
     try:
         name, done = call(action, asks=True)
     except KeyboardInterrupt:
-        say(show.clean(f"Stopped waiting; nbdd may still detach {target}. `nbdctl status {target}` shows it."))
+        say(printable(f"Stopped waiting; nbdd may still detach {target}. `nbdctl status {target}` shows it."))
         raise click.exceptions.Exit(130) from None
     if as_json:
         document({"name": name, "detached": done})
     else:
-        print(show.clean(f"{name} is detached" if done else f"{name} was not attached"))
+        print(printable(f"{name} is detached" if done else f"{name} was not attached"))
     if node and here:
         for claim in users.claims().get(node, []):
-            say(show.clean(f"{claim} still: what was not written is lost, and all I/O there fails."))
+            say(printable(f"{claim} still: what was not written is lost, and all I/O there fails."))
 
 
 @cli.command("list", short_help="List all devices, attached or not.")
@@ -302,7 +303,7 @@ def set_timeout(target: str, seconds: int, as_json: bool) -> None:
         document({"name": name, "timeout": seconds})
     else:
         limit = f"a request may take {seconds} s" if seconds else "a request may take as long as it needs"
-        print(show.clean(f"{name}: {limit}"))
+        print(printable(f"{name}: {limit}"))
 
 
 @cli.command()
@@ -318,7 +319,7 @@ def reconnect(target: str, as_json: bool) -> None:
     if as_json:
         document({"name": name, "reconnected": True})
     else:
-        print(show.clean(f"{name} is connected anew"))
+        print(printable(f"{name} is connected anew"))
 
 
 @cli.command()
@@ -329,11 +330,11 @@ def resize(target: str, as_json: bool) -> None:
 
     What is on the device is grown afterwards, with resize2fs, xfs_growfs and the like.
     """
-    name, size = _do(target, lambda client, name: client.resize(name))
+    name, count = _do(target, lambda client, name: client.resize(name))
     if as_json:
-        document({"name": name, "size": size})
+        document({"name": name, "size": count})
     else:
-        print(show.clean(f"{name} has {show.size(size)} ({size} bytes)"))
+        print(printable(f"{name} has {size(count)} ({count} bytes)"))
 
 
 @cli.command()
@@ -368,7 +369,7 @@ def reload(as_json: bool) -> None:
         print("Nothing changed.")
     for label, names in zip(("added", "changed", "removed"), done, strict=True):
         if names:
-            print(show.clean(f"{label}: {', '.join(sorted(names, key=order))}"))
+            print(printable(f"{label}: {', '.join(sorted(names, key=order))}"))
 
 
 cli.add_command(monitor)

@@ -12,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from nbdd.ctl import complete, remote, show
+from nbdd.ctl import complete, remote
+from nbdd.text import printable
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -39,7 +40,7 @@ def number(value: str | int, least: int = 0) -> int:
     """A whole number that the bus can carry."""
     digits = str(value)
     if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or not least <= int(digits) <= LARGEST:
-        raise click.BadParameter(f"{show.clean(digits)} is not a whole number from {least} to {LARGEST}.")
+        raise click.BadParameter(f"{printable(digits)} is not a whole number from {least} to {LARGEST}.")
     return int(digits)
 
 

@@ -11,8 +11,9 @@ import click
 
 from nbdd.bus.caller.device import Device
 from nbdd.ctl.common import as_json_here, document, only_here
-from nbdd.ctl.show import Look, clean
+from nbdd.ctl.show import Look
 from nbdd.errors import NbddError
+from nbdd.text import printable
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Client
@@ -94,10 +95,10 @@ async def _service(client: Client) -> tuple[str | None, list[Device], NbddError 
 
 
 def _text(found: list[Finding], look: Look) -> str:
-    subjects = max(len(clean(finding.subject)) for finding in found)
+    subjects = max(len(printable(finding.subject)) for finding in found)
     verdicts = max(map(len, _COLOURS))
     lines = []
     for finding in found:
         verdict = look.paint(f"{finding.verdict:{verdicts}}", fg=_COLOURS[finding.verdict])
-        lines.append(f"{verdict}  {clean(finding.subject):{subjects}}  {clean(finding.text)}")
+        lines.append(f"{verdict}  {printable(finding.subject):{subjects}}  {printable(finding.text)}")
     return "\n".join(lines)

@@ -13,8 +13,9 @@ from typing import IO, TYPE_CHECKING, Any
 from nbdd.bus.caller.device import Device
 from nbdd.ctl.common import order
 from nbdd.ctl.rates import Rates, Sample, between
-from nbdd.ctl.show import Look, clean, table
+from nbdd.ctl.show import Look, table
 from nbdd.errors import NbddError
+from nbdd.text import one_line, printable
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Client
@@ -42,7 +43,7 @@ class Frame:
     def cells(self) -> Iterator[tuple[str, ...]]:
         """A row for each device, as HEAD has it; "" where there is no figure."""
         for device, rates in self.rows:
-            start = (clean(device.name), clean(device.node), clean(device.state))
+            start = (printable(device.name), printable(device.node), printable(device.state))
             links = f"{device.live_connections}/{device.connections}"
             yield (*start, links, *(_figures(rates) if rates is not None else [""] * (len(FIGURES) - 1)))
 
@@ -98,7 +99,7 @@ class Looker:
         except NbddError as error:
             if not self._begun or now - self._answered > PATIENCE:
                 raise
-            frame.problem = clean(" ".join(str(error).split()))
+            frame.problem = one_line(str(error))
             return frame
         self._begun, self._answered = True, now
         return frame

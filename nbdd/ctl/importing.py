@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from nbdd.ctl.common import as_json_here, document, only_here, say
-from nbdd.ctl.show import clean
 from nbdd.errors import InvalidConfig
+from nbdd.text import printable
 
 NBDTAB = "/etc/nbdtab"
 
@@ -39,7 +39,7 @@ def import_(file: str, as_json: bool) -> None:
         print(nbdtab.yaml(entries, file))
     lost = [entry for entry in entries if entry.lost]
     for entry in lost:
-        say(clean(f"{file}:{entry.line}: {entry.name} is left out: {entry.left_out}."))
+        say(printable(f"{file}:{entry.line}: {entry.name} is left out: {entry.left_out}."))
     if lost:
         raise click.exceptions.Exit(1)
 
@@ -51,10 +51,10 @@ def _text(file: str) -> str:
         with open(file, encoding="utf-8") as stream:
             return stream.read()
     except OSError as error:
-        raise InvalidConfig(f"{clean(file)} can't be read: {error.strerror}.") from None
+        raise InvalidConfig(f"{printable(file)} can't be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise InvalidConfig(f"{clean(file)}:{line}: it is not valid UTF-8.") from None
+        raise InvalidConfig(f"{printable(file)}:{line}: it is not valid UTF-8.") from None
 
 
 def _object(entry: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nbdd.config.loader import definition_from_options
-from nbdd.ctl.show import clean
 from nbdd.errors import InvalidConfig, InvalidURI, NbddError
+from nbdd.text import printable
 from nbdd.uri import DEFAULT_PORT, URI
 
 _DEVICE = re.compile(r"(?:/dev/)?(nbd(?:0|[1-9][0-9]{0,4}))")
@@ -67,7 +67,7 @@ def read(text: str, place: str) -> list[Entry]:
         try:
             entry = _entry(number, fields)
         except NbddError as error:
-            problems.append(f"{clean(place)}:{number}: {error}")
+            problems.append(f"{printable(place)}:{number}: {error}")
             continue
         first = known.setdefault(entry.name, number)
         if first != number:
@@ -87,7 +87,7 @@ def _entry(line: int, fields: list[str]) -> Entry:
     device, host, export, *rest = fields
     found = _DEVICE.fullmatch(device)
     if found is None:
-        raise InvalidConfig(f"{clean(device)!r} is no device such as nbd0.")
+        raise InvalidConfig(f"{printable(device)!r} is no device such as nbd0.")
     entry = Entry(line, found[1])
     options = list(_options(rest[0] if rest else ""))
     entry.settings["uri"] = str(_uri(host, export, options))
@@ -102,7 +102,9 @@ def _options(text: str) -> Iterator[tuple[str, str | None]]:
     for item in text.split(",") if text else ():
         option, equals, value = item.partition("=")
         if not option or (equals and not value):
-            raise InvalidConfig(f"the options {clean(text)!r} have an empty place; they are option or option=value.")
+            raise InvalidConfig(
+                f"the options {printable(text)!r} have an empty place; they are option or option=value."
+            )
         yield option, value if equals else None
 
 
@@ -112,10 +114,10 @@ def _uri(host: str, export: str, options: Iterable[tuple[str, str | None]]) -> U
     if "unix" in given:
         return URI.parse(str(URI(tls=False, host=None, port=DEFAULT_PORT, socket=host, export=export)))
     if not _NO_HOST.isdisjoint(host):
-        raise InvalidURI(f"{clean(host)!r} is no host.")
+        raise InvalidURI(f"{printable(host)!r} is no host.")
     port = given.get("port") or str(DEFAULT_PORT)
     if not (port.isascii() and port.isdigit() and len(port) < 10 and 0 < int(port) < 65536):
-        raise InvalidURI(f"the port must be a number from 1 to 65535, not {clean(port)!r}.")
+        raise InvalidURI(f"the port must be a number from 1 to 65535, not {printable(port)!r}.")
     return URI.parse(str(URI(tls=False, host=host, port=int(port), socket=None, export=export)))
 
 
@@ -155,7 +157,7 @@ def _number(entry: Entry, key: str, written: str, value: str) -> None:
 def yaml(entries: Iterable[Entry], place: str) -> str:
     """The devices as a file for /etc/nbdd/devices.d, with a comment for everything that has no place there."""
     lines = [
-        f"# From {clean(place)}, by nbdctl import.",
+        f"# From {printable(place)}, by nbdctl import.",
         "# Without any link I/O waits for dead-timeout seconds, 300 by default; nbd-client lets it fail at once.",
         "# With attach: boot, a device is attached when nbdd starts.",
         "",
@@ -170,12 +172,12 @@ def yaml(entries: Iterable[Entry], place: str) -> str:
 def _block(entry: Entry) -> Iterator[str]:
     mark = "#" if entry.left_out else " "
     if entry.left_out:
-        yield clean(f"# line {entry.line}, left out: {entry.left_out}.")
+        yield printable(f"# line {entry.line}, left out: {entry.left_out}.")
     yield f"{mark} {entry.name}:"
     for key, value in entry.settings.items():
         yield f"{mark}   {key}: {_scalar(value)}"
     for option, reason in entry.remarks.items():
-        yield clean(f"{mark}   # {option}: {reason}.")
+        yield printable(f"{mark}   # {option}: {reason}.")
 
 
 def _scalar(value: str | int) -> str:

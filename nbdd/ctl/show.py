@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Text for people: tables, sizes, states. All of it returns strings; nothing here prints.
 
-Names, descriptions and errors may come from an NBD server that means no good. `clean` takes out of them whatever
+Names, descriptions and errors may come from an NBD server that means no good. `printable` takes out of them whatever
 could move a terminal's cursor, ring its bell or turn its text around, so nothing else may show them.
 """
 
@@ -17,11 +17,10 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from nbdd.bus.caller.device import Device
+from nbdd.text import duration, printable, size
 
 if TYPE_CHECKING:
     from nbdd.ctl.users import Users
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 _COLOURS = {
     "attached": "green",
@@ -70,36 +69,6 @@ class Look:
         """The text in the colour of a device's state."""
         colour = _COLOURS.get(state)
         return self.paint(text, fg=colour) if colour else text
-
-
-def clean(text: str) -> str:
-    """The text on one line, with every character that does not print escaped."""
-    return "".join(char if char.isprintable() else _escape(char) for char in text)
-
-
-def _escape(char: str) -> str:
-    code = ord(char)
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-def size(count: int) -> str:
-    """Bytes in binary units: "512 B", "10 GiB", "1.5 TiB". A whole number is exact, a decimal is rounded."""
-    unit = min(max(count.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
-    if round(count / (1 << 10 * unit), 1) >= 1024 and unit < len(_UNITS) - 1:
-        unit += 1  # 1023.99 GiB is better called 1.0 TiB
-    whole, rest = divmod(count, 1 << 10 * unit)
-    return f"{whole} {_UNITS[unit]}" if not rest else f"{count / (1 << 10 * unit):.1f} {_UNITS[unit]}"
-
-
-def duration(seconds: int) -> str:
-    """About how long, as a person says it: "90 s", "12 min", "2 h 30 min", "3 d 4 h"."""
-    if seconds < 120:
-        return f"{seconds} s"
-    if seconds < 7200:
-        return f"{seconds // 60} min"
-    days, hours, minutes = seconds // 86400, seconds % 86400 // 3600, seconds % 3600 // 60
-    parts = ((days, "d"), (hours, "h"), (minutes if not days else 0, "min"))
-    return " ".join(f"{number} {unit}" for number, unit in parts if number)
 
 
 def width(text: str) -> int:
@@ -201,14 +170,14 @@ def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None,
     known = list(found)
     rows = [
         (
-            clean(device.name),
-            clean(device.node),
-            clean(device.state),
+            printable(device.name),
+            printable(device.node),
+            printable(device.state),
             size(device.size) if device.size else "",
             "ro" if device.read_only else "rw",
             f"{device.live_connections}/{device.connections}",
-            clean(device.uri),
-            clean(_uses(device, claims)),
+            printable(device.uri),
+            printable(_uses(device, claims)),
         )
         for device in known
     ]
@@ -223,7 +192,7 @@ def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None,
     )
     if look.terminal:
         ill = [device for device in known if device.last_error and device.state not in {"attached", "detached"}]
-        notes = [clean(f"{device.name}: {device.last_error.message}") for device in ill if device.last_error]
+        notes = [printable(f"{device.name}: {device.last_error.message}") for device in ill if device.last_error]
         text = "\n".join([text, "", *notes] if notes else [text])
     return text
 
@@ -249,30 +218,30 @@ def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
         meant = flags if flags & _HAS_FLAGS else 0
         rows.append(
             (
-                clean(export.get("name", "")) or '""',
+                printable(export.get("name", "")) or '""',
                 # Where the server did not tell, it is not nothing.
                 size(export["size"]) if export.get("size") or not export.get("problem") else "?",
                 "ro" if meant & _READ_ONLY else "rw",
                 "many" if meant & _CAN_MULTI_CONN else "1",
-                clean(export.get("description", "")),
+                printable(export.get("description", "")),
             )
         )
     text = table(
         ("NAME", "SIZE", "MODE", "LINKS", "DESCRIPTION"), rows, look, right=("SIZE",), flexible=("NAME", "DESCRIPTION")
     )
-    problems = dict.fromkeys(clean(export["problem"]) for export in known if export.get("problem"))
+    problems = dict.fromkeys(printable(export["problem"]) for export in known if export.get("problem"))
     return "\n".join([text, "", *problems]) if problems and look.terminal else text
 
 
 def attached(device: Device) -> str:
     """One sentence about a device that is attached."""
     mode = ", read-only" if device.read_only else ""
-    return clean(f"{device.name} is {device.node}, {size(device.size)}{mode}, from {device.uri}")
+    return printable(f"{device.name} is {device.node}, {size(device.size)}{mode}, from {device.uri}")
 
 
 def status(device: Device, statistics: Mapping[str, int] | None, users: Users | None, look: Look) -> str:
     """All about one device, a line for each thing."""
-    lines: dict[str, str | list[str]] = {"State": state(clean(device.state), look)}
+    lines: dict[str, str | list[str]] = {"State": state(printable(device.state), look)}
     if device.fails_at:
         left = int(device.fails_at / 1e6 - time.time())
         lines["I/O"] = f"waits for a link, and fails in {duration(left)}" if left > 0 else "fails until there is a link"
@@ -300,12 +269,12 @@ def status(device: Device, statistics: Mapping[str, int] | None, users: Users | 
         mended = "; mended since" if device.state == "attached" else ""
         lines["Last error"] = f"{device.last_error.message} ({device.last_error.name}){mended}"
     longest = max(map(len, lines))
-    out = [look.paint(clean(device.name), bold=True)]
+    out = [look.paint(printable(device.name), bold=True)]
     for label, texts in lines.items():
         first, *more = [texts] if isinstance(texts, str) else texts
         # The state carries colours of ours and was cleaned before it got them.
-        out.append(f"  {label:>{longest}}: {first if label == 'State' else clean(first)}")
-        out += [f"  {'':>{longest}}  {clean(text)}" for text in more]
+        out.append(f"  {label:>{longest}}: {first if label == 'State' else printable(first)}")
+        out += [f"  {'':>{longest}}  {printable(text)}" for text in more]
     return "\n".join(out)
 
 

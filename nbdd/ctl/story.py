@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbdd.bus.caller.device import Device, Failure, fields
-from nbdd.ctl.show import clean, duration, size
+from nbdd.text import duration, printable, size
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Event
@@ -46,7 +46,7 @@ class Story:
                 text = self._new(new)
             case _:
                 text = self._changed(event.name, fields(event.properties))
-        return clean(f"{event.name}: {text}") if text else ""
+        return printable(f"{event.name}: {text}") if text else ""
 
     def state(self, name: str) -> str:
         """The state of a device after what was told; "" for an unknown one."""

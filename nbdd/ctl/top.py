@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nbdd.ctl.common import as_json, call, count
-from nbdd.ctl.show import clean
+from nbdd.text import printable
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Client
@@ -27,7 +27,7 @@ def seconds(value: str | float) -> float:
     except ValueError:
         found = 0.0
     if not LEAST_SECONDS <= found <= MOST_SECONDS:
-        raise click.BadParameter(f"{clean(str(value))} is no number from {LEAST_SECONDS:g} to {MOST_SECONDS:g}.")
+        raise click.BadParameter(f"{printable(str(value))} is no number from {LEAST_SECONDS:g} to {MOST_SECONDS:g}.")
     return found
 
 

@@ -19,6 +19,7 @@ from nbdd.bus.caller.device import Device
 from nbdd.desktop import notice
 from nbdd.desktop.udisks import Block, UDisks
 from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice
+from nbdd.text import one_line
 from nbdd.uri import URI
 
 KNOWN_SECONDS = 10.0
@@ -137,7 +138,7 @@ class Disks:
         if not folders:
             raise problems[0]
         for left in problems:
-            log.warning("nbdd-open: %s", notice.one_line(str(left)))
+            log.warning("nbdd-open: %s", one_line(str(left), notice.MAX_TEXT))
         return Path(folders[0])
 
     async def find(self, target: str) -> list[Device]:
@@ -149,7 +150,9 @@ class Disks:
         for device in attached:
             if target == device.name or device.is_at(target) or (place and await self._holds(device, place)):
                 return [device]
-        raise NoSuchDevice(f"{notice.one_line(target)} is no network disk that is attached; 'nbdctl list' shows them.")
+        raise NoSuchDevice(
+            f"{one_line(target, notice.MAX_TEXT)} is no network disk that is attached; 'nbdctl list' shows them."
+        )
 
     async def mounted(self, device: Device) -> bool:
         """Whether the device, or a partition of it, is mounted anywhere."""

@@ -17,6 +17,7 @@ from enum import StrEnum
 from nbdd.bus.caller.device import Device
 from nbdd.desktop.notifications import Notification, Urgency
 from nbdd.errors import InvalidURI
+from nbdd.text import one_line
 from nbdd.uri import URI
 
 GRACE = 5.0
@@ -118,7 +119,7 @@ def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notic
     """What a person asked for by an action was not done."""
     name = title(device)
     detach = action in {DETACH, DETACH_ANYWAY}
-    body = one_line(problem)
+    body = one_line(problem, MAX_TEXT)
     actions = [action]
     if action == DETACH and in_use:
         body += " To detach it anyway loses what was not written yet."
@@ -155,13 +156,6 @@ def server(device: Device) -> str:
     return uri.host or uri.address
 
 
-def one_line(text: str) -> str:
-    """An error as a notification has room for it."""
-    # Marks that turn the writing direction, of a server that means no good, do not print either.
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return line if len(line) <= MAX_TEXT else line[: MAX_TEXT - 1] + "…"
-
-
 def _lost(device: Device, fails: float) -> Notice:
     until = f", until {clock(fails)} at most" if fails else ""
     return Notice(
@@ -193,7 +187,7 @@ def _failing(device: Device, fails: float) -> Notice:
 
 def _why(device: Device) -> str:
     """The device's last error as one more sentence, if it had one."""
-    return f" {one_line(device.last_error.message)}" if device.last_error is not None else ""
+    return f" {one_line(device.last_error.message, MAX_TEXT)}" if device.last_error is not None else ""
 
 
 def _failed(device: Device, waits_until: float) -> Notice:

@@ -27,6 +27,7 @@ from nbdd.desktop.file_manager import show_folder
 from nbdd.desktop.notifications import Notification, Notifications, NotShown
 from nbdd.desktop.udisks import UDisks
 from nbdd.errors import NbddError
+from nbdd.text import one_line
 from nbdd.uri import URI
 
 PATIENCE = 1.5
@@ -126,7 +127,7 @@ def _tell(what: object) -> None:
 
 def _what(uri: URI) -> str:
     export = uri.export or "The default export"
-    return notice.one_line(f"{export} on {uri.host or uri.address}")
+    return one_line(f"{export} on {uri.host or uri.address}", notice.MAX_TEXT)
 
 
 def _xdg_open(folder: Path) -> None:
@@ -159,7 +160,7 @@ async def run(uri: str | None, target: str | None) -> int:
             else:
                 await open_link(uri or "", voice, session)
         except NbddError as problem:
-            sentence = notice.one_line(str(problem))
+            sentence = one_line(str(problem), notice.MAX_TEXT)
             log.error("nbdd-open: %s", sentence)
             doing = "be detached" if target is not None else "be opened"
             await voice.say(f"The network disk can't {doing}", sentence, "dialog-error")

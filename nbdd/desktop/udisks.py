@@ -14,6 +14,7 @@ from dbus_next import Message, MessageFlag, MessageType, Variant
 from nbdd.bus.caller.connection import CallerBus
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
 from nbdd.errors import AccessDenied, Busy, NbddError
+from nbdd.text import clause
 
 _NAME = "org.freedesktop.UDisks2"
 _ROOT = Peer(_NAME, "/org/freedesktop/UDisks2", "org.freedesktop.DBus.ObjectManager")
@@ -147,7 +148,7 @@ class UDisks:
         except TimeoutError:
             raise NbddError(f"UDisks does not answer within {_ANSWER_SECONDS} s.") from None
         except CallError as problem:
-            what = " ".join(str(problem).split()).rstrip(".")
+            what = clause(problem)
             if problem.name == _MOUNTED_ALREADY:
                 raise _MountedAlready(what) from None
             if problem.name in _REFUSALS:

@@ -6,6 +6,5 @@ from __future__ import annotations
 from nbdd.protocol.constants import Flags
 from nbdd.protocol.export import Export
 from nbdd.protocol.negotiation import Receive, Send, Steps, go, info, list_exports
-from nbdd.protocol.text import printable
 
-__all__ = ["Export", "Flags", "Receive", "Send", "Steps", "go", "info", "list_exports", "printable"]
+__all__ = ["Export", "Flags", "Receive", "Send", "Steps", "go", "info", "list_exports"]

@@ -38,7 +38,8 @@ from nbdd.protocol.constants import (
 )
 from nbdd.protocol.export import Export, Infos, parse_size_and_flags
 from nbdd.protocol.refusal import Refusal
-from nbdd.protocol.text import MAX_STRING, decode, encode, printable
+from nbdd.protocol.text import MAX_SHOWN, MAX_STRING, decode, encode
+from nbdd.text import quoted
 
 MAX_REPLY = 4 * MAX_STRING
 """Bytes in one reply. The longest that we know holds two strings; the rest is room for replies that we only skip."""
@@ -180,12 +181,12 @@ def _greet() -> Steps[bool]:
     magic = yield Receive(8, what, "Perhaps it is not an NBD server, or does not let this machine in.")
     if magic != NBDMAGIC:
         kind = " but a web server" if magic.startswith(b"HTTP") else ""
-        raise NegotiationFailed(f"is not an NBD server{kind}: its first bytes are {printable(magic)}.")
+        raise NegotiationFailed(f"is not an NBD server{kind}: its first bytes are {quoted(magic, MAX_SHOWN)}.")
     style = yield Receive(8, what)
     if style == OLDSTYLE_MAGIC:
         raise NegotiationFailed("speaks the oldstyle NBD protocol, which has no export names; nbdd needs newstyle.")
     if style != IHAVEOPT:
-        raise NegotiationFailed(f"greeted with {printable(style)} where NBD has 'IHAVEOPT'.")
+        raise NegotiationFailed(f"greeted with {quoted(style, MAX_SHOWN)} where NBD has 'IHAVEOPT'.")
     offered = HandshakeFlags(int.from_bytes((yield Receive(2, what)), "big"))
     if HandshakeFlags.NBD_FLAG_FIXED_NEWSTYLE not in offered:
         raise NegotiationFailed("speaks newstyle NBD as it was before 2012; nbdd needs the fixed newstyle.")
@@ -287,7 +288,7 @@ def _skip(option: Opt, kind: int) -> None:
 def _export_name(export: str, no_zeroes: bool) -> Steps[Export]:
     """NBD_OPT_EXPORT_NAME. The only error that it knows is to hang up."""
     yield _option(Opt.NBD_OPT_EXPORT_NAME, encode(export))
-    name = printable(export) if export else "a default export"
+    name = quoted(export, MAX_SHOWN) if export else "a default export"
     what = f"its reply to {Opt.NBD_OPT_EXPORT_NAME.name}"
     payload = yield Receive(10, what, f"Most likely it does not have {name}; a server this old can't say so.")
     size, flags = parse_size_and_flags(payload)

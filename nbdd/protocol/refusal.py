@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from nbdd.errors import NegotiationFailed, NoSuchExport, ServerError, TLSFailed
 from nbdd.protocol.constants import Opt, RepErr
-from nbdd.protocol.text import printable
+from nbdd.protocol.text import MAX_SHOWN
+from nbdd.text import quoted
 
 TLS_REQUIRED = "accepts encrypted connections only (TLS), and nbdd does not speak TLS yet."
 
@@ -50,7 +51,7 @@ class Refusal:
         """The exception to raise. Like all of protocol/, its text is what follows "The NBD server <address> "."""
         text = self._text(export)
         if self.message:
-            text += f" It says: {printable(self.message)}."
+            text += f" It says: {quoted(self.message, MAX_SHOWN)}."
         if self.kind == RepErr.NBD_REP_ERR_TLS_REQD:
             return TLSFailed(text)
         if self.kind == RepErr.NBD_REP_ERR_UNKNOWN:
@@ -62,5 +63,5 @@ class Refusal:
         if self.kind == RepErr.NBD_REP_ERR_UNKNOWN and not export and texts is _TO_DESCRIBE:
             return "has no default export; name one, as in nbd://server/NAME."
         text = texts.get(self.kind, _TO_ANY.get(self.kind, "refuses {option} with the unknown error {kind:#x}."))
-        name = printable(export) if export else "its default export"
+        name = quoted(export, MAX_SHOWN) if export else "its default export"
         return text.format(option=self.option.name, name=name, kind=self.kind)

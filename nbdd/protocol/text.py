@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from nbdd.errors import NegotiationFailed
+from nbdd.text import quoted
 
 MAX_STRING = 4096
 """Bytes of a string: "MUST be no longer than 4096 bytes" (proto.md, Conventions)."""
@@ -16,12 +17,12 @@ def decode(octets: bytes, what: str) -> str:
     """The string of a server, or `NegotiationFailed` where it breaks the rules of the protocol.
 
     It should be UTF-8. Bytes that are not become lone surrogates, as in file names, so that `encode` gives the same
-    bytes again and an export with such a name can at least be seen. Its control characters stay: see `printable`.
+    bytes again and an export with such a name can at least be seen. Its control characters stay: `quoted` escapes them.
     """
     if len(octets) > MAX_STRING:
         raise NegotiationFailed(f"sent {what} of {len(octets)} bytes; NBD allows {MAX_STRING}.")
     if 0 in octets:
-        raise NegotiationFailed(f"sent {what} with a NUL character in it: {printable(octets)}.")
+        raise NegotiationFailed(f"sent {what} with a NUL character in it: {quoted(octets, MAX_SHOWN)}.")
     return octets.decode("utf-8", "surrogateescape")
 
 
@@ -30,27 +31,7 @@ def encode(text: str) -> bytes:
     try:
         octets = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise NegotiationFailed(f"can't be asked for {printable(text)}: that is not valid UTF-8.") from None
+        raise NegotiationFailed(f"can't be asked for {quoted(text, MAX_SHOWN)}: that is not valid UTF-8.") from None
     if len(octets) > MAX_STRING:
         raise NegotiationFailed(f"can't be asked for a name of {len(octets)} bytes; NBD allows {MAX_STRING}.")
     return octets
-
-
-def printable(text: bytes | str, limit: int = MAX_SHOWN) -> str:
-    """The text in quotes, at most `limit` characters of it, without anything that a terminal would act upon.
-
-    What does not print (control characters, line separators, marks that turn the writing direction, bytes that are
-    no UTF-8) is escaped as Python escapes it.
-    """
-    if isinstance(text, bytes):
-        # No character has more than four bytes.
-        text = text[: 4 * limit + 4].decode("utf-8", "surrogateescape")
-    cut = text[:limit]
-    shown = "".join(char if char.isprintable() else _escape(char) for char in cut)
-    return f"'{shown}'" if cut == text else f"'{shown}...'"
-
-
-def _escape(char: str) -> str:
-    if "\udc80" <= char <= "\udcff":
-        return f"\\x{ord(char) - 0xDC00:02x}"
-    return char.encode("unicode_escape").decode("ascii")

@@ -23,6 +23,7 @@ from dbus_next.signature import Variant
 from nbdd.bus.caller.connection import CallerBus
 from nbdd.bus.caller.ssh import Bridge
 from nbdd.errors import AccessDenied, InvalidConfig, NbddError, NoSuchDevice
+from nbdd.text import clause
 
 NAME = "org.nbdd1"
 PATH = "/org/nbdd1"
@@ -388,9 +389,9 @@ def _error(answer: Message) -> NbddError:
     if name in _NOT_THERE:
         return NbddError(f"nbdd is not running and D-Bus does not know how to start it; is it installed? {_LOOK}")
     if name.startswith(_NOT_STARTED):
-        return NbddError(f"nbdd is not running and could not be started ({_sentence(text or name)}). {_LOOK}")
+        return NbddError(f"nbdd is not running and could not be started ({clause(text or name)}). {_LOOK}")
     if name == AccessDenied.dbus_name and answer.sender == _BUS:
-        return AccessDenied(f"The system bus does not let this user talk to nbdd ({_sentence(text)}).")
+        return AccessDenied(f"The system bus does not let this user talk to nbdd ({clause(text)}).")
     found = {kind.dbus_name: kind for kind in _classes(NbddError) if "dbus_name" in vars(kind)}.get(name, NbddError)
     if found is InvalidConfig:
         return InvalidConfig(*text.splitlines())
@@ -408,9 +409,4 @@ def _no_device(name: str) -> NoSuchDevice:
 def _reason(problem: Exception) -> str:
     if isinstance(problem, OSError) and problem.strerror:
         return problem.strerror
-    return "it hung up" if isinstance(problem, EOFError) else _sentence(str(problem)) or type(problem).__name__
-
-
-def _sentence(text: str) -> str:
-    """A text of the bus as a part of one of our sentences."""
-    return " ".join(text.split()).rstrip(".")
+    return "it hung up" if isinstance(problem, EOFError) else clause(problem) or type(problem).__name__

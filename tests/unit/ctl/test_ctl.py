@@ -28,6 +28,7 @@ from nbdd.ctl import show
 from nbdd.ctl.cli import cli
 from nbdd.ctl.find import is_uri
 from nbdd.errors import NbddError
+from nbdd.text import duration, printable, size
 from tests.fakes.manager import ABSENT, DEADLINE, PRESENT, FakeManager, private_bus, properties
 from tests.fakes.terminal import NBDCTL, Run, Terminal, Watching
 
@@ -618,7 +619,7 @@ def test_monitor_prints_a_line_for_each_event_until_it_is_interrupted(fake: Fake
         status, text = terminal.finish()
     assert status == 0
     assert [line[9:] for line in text.splitlines()[1:] if line[2:3] == ":"] == [
-        "backup: a\\x0ab; 1 of 2 links left; mending",
+        "backup: a\\nb; 1 of 2 links left; mending",
         "1st: new in the configuration: nbd://storage.example/backup, detached",
         "1st: no configuration defines it any more",
         "nbdd stopped; what is attached stays so, but no lost link is mended now",
@@ -729,7 +730,7 @@ def test_every_command_has_help_and_json(run: Run, command: str) -> None:
      ((10 << 30) + 512, "10.0 GiB"), ((1 << 40) - 1, "1.0 TiB"), (1 << 63, "8 EiB"), ((1 << 64) - 1, "16.0 EiB")],
 )  # fmt: skip
 def test_sizes_are_in_binary_units(count: int, text: str) -> None:
-    assert show.size(count) == text
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -737,12 +738,12 @@ def test_sizes_are_in_binary_units(count: int, text: str) -> None:
     [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (9000, "2 h 30 min"), (90000, "1 d 1 h")],
 )
 def test_durations_read_well(seconds: int, text: str) -> None:
-    assert show.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 @given(st.text(), st.integers(min_value=1, max_value=40))
 def test_what_is_cut_fits(text: str, columns: int) -> None:
-    assert show.width(show.fit(show.clean(text), columns)) <= columns
+    assert show.width(show.fit(printable(text), columns)) <= columns
 
 
 def test_json_knows_every_property_of_the_reference() -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import nbdd.text
 from nbdd.errors import NegotiationFailed, ServerError, TimedOut
 from nbdd.protocol import Export, Flags, negotiation, refusal, text
 from nbdd.protocol import export as export_module
@@ -118,8 +119,8 @@ def test_no_script_of_the_corpus_breaks_a_promise() -> None:
 
 # What a mistake would look like: the module, the name in it, and what is put there.
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
-    "strings-shown-as-they-are": (refusal, "printable", lambda octets: f"'{octets!s}'"),
-    "names-shown-as-they-are": (text, "_escape", lambda char: char),
+    "strings-shown-as-they-are": (refusal, "quoted", lambda octets, _limit: f"'{octets!s}'"),
+    "names-shown-as-they-are": (nbdd.text, "_escape", lambda char: char),
     "strings-lose-their-end": (negotiation, "decode", lambda octets, what: text.decode(octets[:-1], what)),
     "sizes-past-the-kernels": (export_module, "MAX_SIZE", 1 << 64),
     "any-block-size": (export_module, "_check_block_sizes", lambda *sizes: sizes),

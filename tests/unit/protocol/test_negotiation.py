@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdd.errors import NegotiationFailed, NoSuchExport, ServerError, TimedOut, TLSFailed
-from nbdd.protocol import Export, Flags, go, info, list_exports, printable
+from nbdd.protocol import Export, Flags, go, info, list_exports
 from nbdd.protocol.constants import NBDMAGIC, OLDSTYLE_MAGIC, Info, Opt, Rep, RepErr
 from nbdd.protocol.text import decode, encode
+from nbdd.text import quoted
 from tests.fakes import servers
 from tests.fakes.servers import FIXED, HAS_FLAGS, MIB, NO_ZEROES, Play, ack, entry, greeting, refusal_of, reply
 
@@ -373,7 +374,7 @@ def test_a_name_that_is_no_utf8_comes_back_as_the_same_bytes() -> None:
     play = Play(greeting() + entry(b"\xff\xfe") + ack(LIST) + servers.accepts(INFO))
     [export] = play.run(list_exports())
     assert b"\0\0\0\2\xff\xfe" in play.sent
-    assert printable(export.name) == "'\\xff\\xfe'"
+    assert quoted(export.name) == "'\\xff\\xfe'"
     assert Export.from_wire(json.loads(json.dumps(export.to_wire()))) == export
 
 
@@ -393,8 +394,8 @@ def test_every_export_survives_the_wire(name: bytes, size: int, flags: int, bloc
 
 
 @given(st.binary(max_size=2000) | st.text(max_size=500))
-def test_printable_is_printable_and_short(text: bytes | str) -> None:
-    shown = printable(text)
+def test_quoted_text_is_printable_and_short(text: bytes | str) -> None:
+    shown = quoted(text, 200)
     assert shown.isprintable()
     assert shown.encode()
     assert len(shown) <= 200 * 10 + 5

@@ -23,12 +23,13 @@ from typing import Any, Self
 import pytest
 
 from nbdd.config.definition import Definition
-from nbdd.ctl.show import Look, clean, exports
+from nbdd.ctl.show import Look, exports
 from nbdd.errors import KernelError, NbddError, NegotiationFailed, ServerError, TimedOut
 from nbdd.ipc.channel import Channel, Message
 from nbdd.protocol import Export
 from nbdd.server.connect import Deadline, list_exports, open_export
 from nbdd.server.connections import open_connections
+from nbdd.text import printable
 from nbdd.uri import URI
 from tests.fakes.hostile import (
     CAN_MULTI_CONN,
@@ -104,7 +105,7 @@ def refusal(talk: Talk, uri: URI, seconds: float = SECONDS) -> ServerError:
 def check_sentence(message: str, uri: URI) -> None:
     assert uri.address in message
     assert message.isprintable()
-    assert clean(message) == message
+    assert printable(message) == message
     assert message.endswith(".")
     assert len(message) < 5000
 
