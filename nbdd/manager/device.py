@@ -32,6 +32,7 @@ from nbdd.manager.slot import KeepSockets, Spawner, WorkerSlot
 from nbdd.manager.status import State, Status, state_for, told_of
 from nbdd.manager.supervisor import WorkerProcess, backoff
 from nbdd.system.journal import DeviceLog
+from nbdd.worker.binding import Binding, ConnectionState
 
 log = logging.getLogger(__name__)
 
@@ -132,15 +133,15 @@ class Device:
         self._active = record.definition
         told = self._told_by(record.definition)
         if record.binding is not None:
-            self._log.info("it was left as /dev/nbd%d, and is taken up again", record.binding["index"])
+            self._log.info("it was left as /dev/nbd%d, and is taken up again", record.binding.index)
             # It is there, and perhaps in use, while nobody looks after it yet.
             told |= {
-                "node": f"/dev/nbd{record.binding['index']}",
-                "size": record.binding.get("size", 0),
-                "block_size": record.binding.get("block-size", 0),
-                "uri": record.binding["uri"],
-                "connections": record.binding["connections"],
-                "live_connections": record.binding["live"],
+                "node": record.binding.node,
+                "size": record.binding.size,
+                "block_size": record.binding.block_size,
+                "uri": record.binding.uri,
+                "connections": record.binding.connections,
+                "live_connections": record.binding.live,
                 "attached_since": record.attached_since,
             }
         self._set(state=State.CONNECTING, attached_by=record.attached_by, **told)
@@ -242,7 +243,7 @@ class Device:
         self._note(definition=self._active)
         changes: dict[str, Any] = {"dead_timeout": self._active.dead_timeout}
         if self._status.fails_at and self._record is not None and self._record.binding is not None:
-            changes["fails_at"] = self._end_of(self._record.binding["lost"])
+            changes["fails_at"] = self._end_of(self._record.binding.lost)
         self._set(**changes)
 
     async def statistics(self) -> dict[str, int]:
@@ -394,7 +395,7 @@ class Device:
                 await self._attach_until_bound()
                 return
             try:
-                await self._attempt("adopt", definition=record.definition.to_wire(), binding=record.binding)
+                await self._attempt("adopt", definition=record.definition.to_wire(), binding=record.binding.to_wire())
                 return
             except NotAttached as error:
                 self._forget()
@@ -434,7 +435,7 @@ class Device:
             order, deadline=ATTACH_DEADLINE, fds=self._slot.sockets if order == "adopt" else (), **arguments
         )
         self._slot.replace_sockets(fds)
-        self._bound(reply)
+        self._bound(Binding.from_wire(reply))
 
     # What happened
 
@@ -452,14 +453,14 @@ class Device:
             self._log.info("%s", message["message"])
 
     def _links(self, message: Message) -> None:
-        live, reconnects, uri = int(message["live"]), int(message["reconnects"]), str(message["uri"])
-        noted = {key: message[key] for key in ("live", "reconnects", "uri", "lost", "size", "export")}
+        state = ConnectionState.from_wire(message)
+        live, reconnects, uri = state.live, state.reconnects, state.uri
         changes: dict[str, Any] = {
-            "live_connections": live, "reconnects": reconnects, "uri": uri, "size": int(message["size"])
+            "live_connections": live, "reconnects": reconnects, "uri": uri, "size": state.size
         }  # fmt: skip
-        changes["fails_at"] = self._fails_at(message)
+        changes["fails_at"] = self._fails_at(state.lost)
         if self._record is not None and self._record.binding is not None:
-            self._note(binding={**self._record.binding, **noted})
+            self._note(binding=self._record.binding.with_state(state))
         if "error" in message:
             error = NbddError.from_wire(message)
             changes["last_error"] = told_of(error)
@@ -472,31 +473,31 @@ class Device:
         elif reconnects > self._status.reconnects:
             self._log.info("connected to %s again, %d of %d links", uri, live, self._status.connections)
         if self._status.bound:
-            failed = bool(message["failing"]) or message.get("error") == ExportChanged.__name__
+            failed = state.failing or message.get("error") == ExportChanged.__name__
             changes["state"] = state_for(live, self._status.connections, failed=failed)
         self._set(**changes)
 
-    def _bound(self, reply: Message) -> None:
+    def _bound(self, binding: Binding) -> None:
         since = self._record.attached_since if self._record is not None else 0
         told = {
-            "state": state_for(reply["live"], reply["connections"]),
-            "uri": reply["uri"],
-            "node": reply["node"],
-            "size": reply["size"],
-            "block_size": reply["block-size"],
-            "read_only": reply["read-only"],
-            "connections": reply["connections"],
-            "live_connections": reply["live"],
+            "state": state_for(binding.live, binding.connections),
+            "uri": binding.uri,
+            "node": binding.node,
+            "size": binding.size,
+            "block_size": binding.block_size,
+            "read_only": binding.read_only,
+            "connections": binding.connections,
+            "live_connections": binding.live,
             "timeout": self._active.timeout,
             "dead_timeout": self._active.dead_timeout,
-            "reconnects": reply["reconnects"],
+            "reconnects": binding.reconnects,
             "attached_since": since or time.time_ns() // 1000,
-            "fails_at": self._fails_at(reply),
-            "last_error": ("", "") if reply["live"] >= reply["connections"] else self._status.last_error,
+            "fails_at": self._fails_at(binding.lost),
+            "last_error": ("", "") if binding.live >= binding.connections else self._status.last_error,
         }
         self._fresh = False
         # If this can't be written, the record of the attempt still stands, and a successor finds the device by name.
-        self._note(binding=reply, definition=self._active, attached_since=told["attached_since"])
+        self._note(binding=binding, definition=self._active, attached_since=told["attached_since"])
         self._slot.set_ready()
         self._set(**told)
         self._settle(None)
@@ -555,7 +556,7 @@ class Device:
                     deadline=ORDER_DEADLINE,
                     fds=self._slot.sockets,
                     definition=record.definition.to_wire(),
-                    binding=record.binding,
+                    binding=None if record.binding is None else record.binding.to_wire(),
                     force=force,
                 )
             except Busy:
@@ -602,15 +603,15 @@ class Device:
         """Whether it is attached from none of the servers of its definition, which has changed meanwhile."""
         return not {*self._definition.uri} & {*self._active.uri}
 
-    def _fails_at(self, told: Message) -> int:
-        """When I/O that waits begins to fail, microseconds since 1970; 0 while it does not wait."""
-        if not told.get("lost"):
+    def _fails_at(self, lost: float) -> int:
+        """When I/O that waits since `lost` begins to fail, microseconds since 1970; 0 while it does not wait."""
+        if not lost:
             return 0
         known = self._record.binding if self._record is not None else None
-        if self._status.fails_at and known is not None and known.get("lost") == told["lost"]:
+        if self._status.fails_at and known is not None and known.lost == lost:
             # Nothing new; worked out again it would be another microsecond, and a signal to everybody.
             return self._status.fails_at
-        return self._end_of(told["lost"])
+        return self._end_of(lost)
 
     def _end_of(self, lost: float) -> int:
         """When I/O fails that waits since `lost`, monotonic; microseconds since 1970."""

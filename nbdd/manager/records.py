@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from nbdd.config.definition import Definition, check_name
 from nbdd.errors import NbddError
 from nbdd.manager.hints import Hints
 from nbdd.system.journal import DeviceLog
+from nbdd.worker.binding import Binding
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,8 @@ class Record:
     """With what Attach, AttachURI and SetTimeout changed."""
     configured: bool
     """Whether a YAML file defines it."""
-    binding: Mapping[str, Any] | None = None
-    """What the worker said of the device when it was bound, for the next worker; None before it said anything.
-
-    "index" (X of /dev/nbdX), "diskseq" (the kernel's number of this very disk, as an index is recycled; 0 where there
-    is none), "export" (what the server told) and more: the worker's own notes, kept whole.
-    """
+    binding: Binding | None = None
+    """What the device is, for the next worker; None before the worker said that it is bound."""
     attached_since: int = 0
     """Microseconds since 1970."""
     attached_by: int = 0
@@ -49,7 +45,7 @@ class Record:
         return {
             "definition": self.definition.to_wire(),
             "configured": self.configured,
-            "binding": self.binding,
+            "binding": None if self.binding is None else self.binding.to_wire(),
             "attached-since": self.attached_since,
             "attached-by": self.attached_by,
         }
@@ -58,8 +54,6 @@ class Record:
     def from_wire(wire: dict[str, Any]) -> Record:
         """The inverse of `to_wire`."""
         binding = wire["binding"]
-        if binding is not None and not all(isinstance(binding[key], kind) for key, kind in _BINDING.items()):
-            raise TypeError("the binding is not what a worker writes")
         definition = Definition.from_wire(wire["definition"])
         check_name(definition.name)
         if not definition.uri:
@@ -67,17 +61,11 @@ class Record:
         return Record(
             definition=definition,
             configured=bool(wire["configured"]),
-            binding=binding,
+            binding=None if binding is None else Binding.from_wire(binding),
             attached_since=int(wire["attached-since"]),
             # An earlier version wrote none.
             attached_by=int(wire.get("attached-by", 0)),
         )
-
-
-_BINDING: dict[str, type] = {
-    "index": int, "live": int, "connections": int, "reconnects": int, "uri": str, "export": dict
-}  # fmt: skip
-"""What the next worker, and the manager, rely on in a binding."""
 
 
 class Records:

@@ -9,7 +9,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from nbdd.errors import Busy, ConnectFailed, NotAttached, TimedOut, WorkerFailed
 from nbdd.ipc.channel import Message
@@ -17,7 +19,9 @@ from nbdd.ipc.poller import Loop
 from nbdd.kernel import LinkDeadMonitor
 from nbdd.kernel.binding import KernelDevice
 from nbdd.kernel.sockets import dead
+from nbdd.protocol import Export
 from nbdd.server.connections import disconnect_reason
+from nbdd.worker.binding import Binding
 from nbdd.worker.child import Job
 from nbdd.worker.error_server import Refuser
 from nbdd.worker.handover import Offer
@@ -47,17 +51,16 @@ Report = Callable[[Message, Sequence[int]], None]
 
 
 class Bound:
-    """The device, from the kernel's binding to the detach. All it needs to know is in the notes
-    (see `nbdd.worker.operations`): nothing else may ever be bound in its place, and the manager keeps a copy for the
-    worker's successor.
+    """The device, from the kernel's binding to the detach. All it needs to know of it is in the binding,
+    of which the manager keeps a copy for the worker's successor.
 
     The kernel holds the links; ours are duplicates, to see them end and to shut them down.
     """
 
     def __init__(
-        self, loop: Loop, name: str, *, definition: Message, notes: Message, links: list[int], report: Report
+        self, loop: Loop, name: str, *, definition: Message, binding: Binding, links: list[int], report: Report
     ) -> None:
-        self.notes = notes
+        self.binding = binding
         self.definition = definition
         self.links = links
         self._loop = loop
@@ -79,7 +82,7 @@ class Bound:
         # be: those that it needs not it drops, without a word.
         self._reports: LinkDeadMonitor | None = None
         self._unseen: set[int] = set()
-        if len(links) < notes["connections"] or any(map(dead, links)):
+        if len(links) < binding.connections or any(map(dead, links)):
             with KernelDevice(name) as device:
                 self._reports = device.watch_connections()
             self._unseen.update(filter(dead, links))
@@ -117,7 +120,7 @@ class Bound:
 
         The kernel is not told: it ends the waiting when the refuser comes, however long it would have gone on.
         """
-        lost = self.notes.get("lost")
+        lost = self.binding.lost
         waited = int(time.monotonic() - lost) if lost else 0
         self.definition["dead-timeout"] = min(self.definition["dead-timeout"], waited + seconds)
         self._count_down()
@@ -146,7 +149,7 @@ class Bound:
 
     @property
     def _missing(self) -> int:
-        return int(self.notes["connections"] - self.notes["live"])
+        return self.binding.missing
 
     def _watch(self, fd: int) -> None:
         # No POLLIN: what arrives is the kernel driver's to read. Only the end of the link is ours to see.
@@ -162,18 +165,18 @@ class Bound:
         self._unseen.discard(fd)
 
     def _lost(self, count: int, why: str) -> None:
-        self.notes["live"] = max(0, self.notes["live"] - count)
+        self._change(live=max(0, self.binding.live - count))
         self._mends = 0
         if self._offer is None:
             self._mend_due = time.monotonic()
-        if not self.notes["live"]:
-            self.notes["lost"] = self.notes.get("lost") or time.monotonic()
-        self._report(ConnectFailed(f"A connection to {self.notes['uri']} ended: {why}.").to_wire())
+        if not self.binding.live:
+            self._change(lost=self.binding.lost or time.monotonic())
+        self._report(ConnectFailed(f"A connection to {self.binding.uri} ended: {why}.").to_wire())
         self._count_down()
 
     def _reported(self, _events: int) -> None:
         """The kernel says that links died, of this device or of others."""
-        died = self._reports.read().count(self.notes["index"]) if self._reports is not None else 0
+        died = self._reports.read().count(self.binding.index) if self._reports is not None else 0
         forgiven = min(died, self._refusers)
         self._refusers -= forgiven
         died -= forgiven
@@ -187,7 +190,7 @@ class Bound:
     def _mend(self) -> None:
         """Send for new links in place of the dead ones."""
         unsure, self._unsure = self._unsure, False
-        wanted = self.notes["connections"] if unsure else self._missing
+        wanted = self.binding.connections if unsure else self._missing
         try:
             with self._task({"missing": wanted}) as task:
                 self._send(partial(mend, task), self._tried).unsure = unsure
@@ -203,7 +206,7 @@ class Bound:
         # A duplicate, as an errand closes what the loop watches.
         refusing = [os.dup(self._refuser.fileno())] if self._refuser is not None else []
         try:
-            yield Task(order, self._name, self.definition, self.notes, refusing)
+            yield Task(order, self._name, self.definition, self.binding, refusing)
         finally:
             for fd in refusing:
                 os.close(fd)
@@ -264,12 +267,10 @@ class Bound:
         for fd in links:
             self._watch(fd)
         self.links += links
-        self.notes["live"] += number
-        self.notes["reconnects"] += number
-        self.notes["uri"] = uri
-        self.notes["lost"] = 0
+        live, reconnects = self.binding.live + number, self.binding.reconnects + number
+        self._change(live=live, reconnects=reconnects, uri=uri, lost=0)
         self._end_due = None
-        if self._reports is not None and len(self.links) >= self.notes["connections"]:
+        if self._reports is not None and len(self.links) >= self.binding.connections:
             self._loop.forget(self._reports.fileno())
             self._reports.close()
             self._reports = None
@@ -303,9 +304,7 @@ class Bound:
 
     def _exchange(self, export: Message) -> None:
         """New links are there: end the old ones. Whoever comes after us knows by the report that they are gone."""
-        self.notes["export"] = export
-        self.notes["live"] = 0
-        self.notes["lost"] = self.notes.get("lost") or time.monotonic()
+        self._change(export=Export.from_wire(export), live=0, lost=self.binding.lost or time.monotonic())
         old = self.links.copy()
         self.links.clear()
         self._report({})
@@ -328,8 +327,8 @@ class Bound:
             offer.abandon()
             if self._missing:
                 self._report(told)
-        elif told.get("size", self.notes["size"]) != self.notes["size"]:
-            self.notes["size"] = told["size"]
+        elif told.get("size", self.binding.size) != self.binding.size:
+            self._change(size=told["size"])
             self._report({})
         self._mend_due = time.monotonic() if self._missing else None
         self._count_down()
@@ -340,7 +339,7 @@ class Bound:
     @property
     def _ends_at(self) -> float | None:
         """When I/O has waited as long as it may, monotonic; None while there is a link."""
-        return self.notes["lost"] + self.definition["dead-timeout"] - END_EARLY if self.notes.get("lost") else None
+        return self.binding.lost + self.definition["dead-timeout"] - END_EARLY if self.binding.lost else None
 
     def _count_down(self) -> None:
         """Warn of the end of the dead timeout, and see to it: only the kernel's newer requests end by themselves."""
@@ -366,7 +365,7 @@ class Bound:
         """Fail all that waits, and all that comes, until there is a server again."""
         ours, theirs = socket.socketpair()
         try:
-            task = Task({}, self._name, self.definition, self.notes, [theirs.fileno()])
+            task = Task({}, self._name, self.definition, self.binding, [theirs.fileno()])
             offer = self._send(partial(refuse, task), self._refused)
             offer.links.append(ours.detach())
             self._mend_due = time.monotonic() + MEND_DEADLINE
@@ -399,7 +398,7 @@ class Bound:
         self._refuser = None
         # Nothing is withdrawn before the links for its place are told.
         withdrawn = self._offer is not None and self._offer.links
-        if self._resting or withdrawn or not self.notes["lost"]:
+        if self._resting or withdrawn or not self.binding.lost:
             return
         self._refusers -= 1
         if self._reports is None:
@@ -407,12 +406,14 @@ class Bound:
             self._end_due = time.monotonic() + REFUSE_WAIT
         else:
             # Our predecessor gave it links, and could not say so any more. Of their death the kernel will tell.
-            self._mended([], self._missing, self.notes["uri"])
+            self._mended([], self._missing, self.binding.uri)
+
+    def _change(self, **changes: Any) -> None:
+        self.binding = replace(self.binding, **changes)
 
     def _report(self, error: Message) -> None:
-        fields = {key: self.notes[key] for key in ("live", "reconnects", "uri", "size", "export")}
-        waiting = {"lost": self.notes.get("lost", 0), "failing": self._refuser is not None}
-        self._report_to({"event": "links", **fields, **waiting, **error}, self.links)
+        state = self.binding.connection_state(failing=self._refuser is not None)
+        self._report_to({"event": "links", **state.to_wire(), **error}, self.links)
 
 
 def _jittered(seconds: float) -> float:

@@ -3,7 +3,7 @@
 
 Each is a function of a `Task`. It runs in a child of the worker, blocks as long as it must, within its deadlines,
 and returns its answer or raises an NbddError. A device is told from a later one of the same index by the worker's
-notes about it, each time anew.
+binding, each time anew.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nbdd.config.definition import Definition
 from nbdd.errors import (
@@ -32,12 +31,12 @@ from nbdd.errors import (
 from nbdd.ipc.channel import Message
 from nbdd.kernel import Node, Usage, find
 from nbdd.kernel.binding import KernelDevice
-from nbdd.protocol import Export
 from nbdd.server import fingerprint
 from nbdd.server.connect import Deadline, list_exports
 from nbdd.server.connections import Connections, export_difference, open_connections
 from nbdd.server.fingerprint import Fingerprint
 from nbdd.uri import URI
+from nbdd.worker.binding import Binding
 from nbdd.worker.child import Answer, Tell
 from nbdd.worker.error_server import withdraw
 
@@ -97,10 +96,17 @@ class Task:
     name: str
     definition: Message
     """As `Definition.to_wire`, or {} where none matters."""
-    notes: Message
-    """What the device is, as it was bound; {} where none is. See `_noted`."""
+    binding: Binding | None
+    """What the device is; None where none is bound yet, as far as anybody knows."""
     links: Sequence[int]
     """Descriptors of the device's links, as far as anybody has them."""
+
+    @property
+    def bound(self) -> Binding:
+        """The binding; raises NotAttached where there is none."""
+        if self.binding is None:
+            raise NotAttached(f"{self.name!r} was not bound to any device yet.")
+        return self.binding
 
 
 def look(task: Task, _tell: Tell) -> Answer:
@@ -116,15 +122,15 @@ def look(task: Task, _tell: Tell) -> Answer:
 
 
 def attach(task: Task, tell: Tell) -> Answer:
-    """Connect, bind, and wait until the device is usable; answers the notes, with the links."""
+    """Connect, bind, and wait until the device is usable; answers the binding, with the links."""
     definition = Definition.from_wire(task.definition)
     bound = find(task.name)
     if bound and task.order["resume"]:
         # One before us died between the kernel's answer and its own: it knew the server, we must ask again.
         try:
             with open_connections(definition, Deadline(CONNECT_SECONDS)) as links:
-                notes = {**_offered(links), "index": bound[0].index}
-            return _noted(_adopted(task, notes)[1], notes), ()
+                binding = _offered(bound[0].index, links)
+            return _as_bound(binding, _adopted(task, binding)[1]).to_wire(), ()
         except ServerError as error:
             # Our own device may hold the only place that the server has. As long as nobody uses it, it is made anew.
             _unmake(task.name, bound[0], error)
@@ -163,16 +169,15 @@ def _bind(task: Task, definition: Definition, deadline: Deadline, tell: Tell) ->
     except (Busy, InvalidArgs, NoFreeDevice):
         links.close()  # The kernel took none of them.
         raise
-    return _noted(node, _offered(links)), links.sockets
+    return _as_bound(_offered(node.index, links), node).to_wire(), links.sockets
 
 
 def adopt(task: Task, _tell: Tell) -> Answer:
-    """Find the device of the notes still bound; answers them as they are now."""
-    if not task.notes:
-        raise NotAttached(f"{task.name!r} was not bound to any device yet.")
-    _, node = _adopted(task, task.notes)
+    """Find the device that was bound; answers its binding as it is now."""
+    binding = task.bound
+    _, node = _adopted(task, binding)
     # A link that died since is seen by the worker's first poll. Where nobody kept any, as many live as was last known.
-    return _noted(node, {**task.notes, "live": len(task.links) or task.notes["live"]}), ()
+    return _as_bound(replace(binding, live=len(task.links) or binding.live), node).to_wire(), ()
 
 
 def mend(task: Task, tell: Tell) -> Answer:
@@ -181,9 +186,9 @@ def mend(task: Task, tell: Tell) -> Answer:
     `task.links` is the refuser's end, where the kernel has been given one; it is withdrawn first.
     """
     definition = Definition.from_wire(task.definition)
-    if task.notes["live"]:
+    if task.bound.live:
         # Writes over links to one server would be read over those to another late, or never.
-        definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
+        definition = replace(definition, uri=(URI.parse(task.bound.uri),))
     links = _open_same(task, definition, task.order["missing"], tell=tell)
     device = _ours(task, links)
     _offer(tell, links)
@@ -202,17 +207,18 @@ def reconnect(task: Task, tell: Tell) -> Answer:
 def resize(task: Task, tell: Tell) -> Answer:
     """Take the size that the server says now, if it has grown: over new links, as one keeps the size it began with."""
     definition = Definition.from_wire(task.definition)
-    if task.notes["live"]:
-        definition = replace(definition, uri=(URI.parse(task.notes["uri"]),))
+    binding = task.bound
+    if binding.live:
+        definition = replace(definition, uri=(URI.parse(binding.uri),))
     links = _open_same(task, definition, tell=tell, grown=True)
-    size = links.export.size - links.export.size % task.notes["block-size"]
-    if size == task.notes["size"] and task.notes["live"] == task.notes["connections"]:
+    size = links.export.size - links.export.size % binding.block_size
+    if size == binding.size and not binding.missing:
         links.close()
         return {"size": size}, ()
     device = _exchange(task, tell, links)
     # From Linux 6.9 on the kernel waits for all that is under way, with every other command for any NBD device behind
     # that. What was lost with one of several links is sent again after half a minute only.
-    if not _quiet(Node(task.notes["index"]), RESEND_SECONDS) and task.notes["connections"] > 1:
+    if not _quiet(Node(binding.index), RESEND_SECONDS) and binding.connections > 1:
         raise Busy(
             f"{task.name!r} has several connections, and takes a size at a moment without I/O only: try again then."
         )
@@ -222,7 +228,7 @@ def resize(task: Task, tell: Tell) -> Answer:
 
 def refuse(task: Task, _tell: Tell) -> Answer:
     """Give the kernel, for its dead links, one that fails every request: `task.links` is its end. See `refuser`."""
-    device, _ = _adopted(replace(task, links=()), task.notes)
+    device, _ = _adopted(replace(task, links=()), task.bound)
     device.replace_connections([socket.socket(fileno=fd) for fd in task.links])
     return {}, ()
 
@@ -230,17 +236,16 @@ def refuse(task: Task, _tell: Tell) -> Answer:
 def set_timeout(task: Task, _tell: Tell) -> Answer:
     """Set the request timeout, live."""
     # Its pace waits, from Linux 6.12 on, for all that is under way, and with a dead link for ever. The mend sees to it.
-    whole = task.notes["live"] >= task.notes["connections"]
-    device, _ = _adopted(task, task.notes, paced=whole)
+    device, _ = _adopted(task, task.bound, paced=task.bound.missing <= 0)
     device.set_timeout(task.order["seconds"])
     return {}, ()
 
 
 def detach(task: Task, tell: Tell) -> Answer:
-    """End the device of the notes; without notes, what an attach that was not over has left under the name."""
-    if task.notes:
+    """End the device that was bound; without a binding, what an unfinished attach left under the name."""
+    if task.binding is not None:
         with suppress(NotAttached):
-            _disconnect(task, tell, _adopted(task, task.notes)[0], force=task.order["force"])
+            _disconnect(task, tell, _adopted(task, task.binding)[0], force=task.order["force"])
         return {}, ()
     for node in find(task.name):
         with suppress(NotAttached):
@@ -289,8 +294,9 @@ class _Unseen(Exception):
 def _open_same(
     task: Task, definition: Definition, connections: int | None = None, *, tell: Tell, grown: bool = False
 ) -> Connections:
-    """New links, as many as the device has or as are said, to what the notes say; it may have `grown`."""
-    known = Export.from_wire(task.notes["export"])
+    """New links, as many as the device has or as are said, to the same export; it may have `grown`."""
+    binding = task.bound
+    known = binding.export
 
     def check(links: Connections) -> None:
         found = links.export
@@ -305,9 +311,9 @@ def _open_same(
     def look(links: Connections) -> None:
         check(links)
         # What stands at the end of a device that grew stands where its end was.
-        _look_same(Node(task.notes["index"]), links, known.size)
+        _look_same(Node(binding.index), links, known.size)
 
-    count = connections or task.notes["connections"]
+    count = connections or binding.connections
     try:
         return open_connections(definition, Deadline(MEND_SECONDS), count, check=look)
     except _Unseen as error:
@@ -317,9 +323,9 @@ def _open_same(
 
 
 def _ours(task: Task, links: Connections) -> KernelDevice:
-    """The device of the notes, for links that are about to be its own."""
+    """The device, for links that are about to be its own."""
     try:
-        return _adopted(replace(task, links=()), task.notes)[0]
+        return _adopted(replace(task, links=()), task.bound)[0]
     except NbddError:
         links.close()
         raise
@@ -336,7 +342,7 @@ def _give(task: Task, device: KernelDevice, links: Connections) -> None:
     It replaces what it has seen die by then, and drops the rest without a word. So one that it sees die only now may
     have been in the way.
     """
-    index = task.notes["index"]
+    index = task.bound.index
     with device.watch_connections() as reports:
         for fd in task.links:
             withdraw(fd)
@@ -351,7 +357,7 @@ def _give(task: Task, device: KernelDevice, links: Connections) -> None:
 def _exchange(task: Task, tell: Tell, links: Connections) -> KernelDevice:
     """Give the kernel these links in place of all that it has, at a quiet moment where there is one."""
     device = _ours(task, links)
-    index, live = task.notes["index"], task.notes["live"]
+    index, live = task.bound.index, task.bound.live
     patience = task.definition["dead-timeout"]
     if patience < EXCHANGE_PATIENCE:
         device.set_dead_timeout(EXCHANGE_PATIENCE)
@@ -407,17 +413,18 @@ def _io_timeout(connections: int) -> int | None:
     return IO_TIMEOUT if connections == 1 else None
 
 
-def _adopted(task: Task, notes: Message, *, paced: bool = True) -> tuple[KernelDevice, Node]:
-    """The device of the notes, if it is still that: else NotAttached."""
+def _adopted(task: Task, binding: Binding, *, paced: bool = True) -> tuple[KernelDevice, Node]:
+    """The device that was bound, if it is still that: else NotAttached."""
     definition = Definition.from_wire(task.definition)
     device = KernelDevice(
         task.name,
         timeout=definition.timeout,
         dead_timeout=definition.dead_timeout,
-        io_timeout=_io_timeout(notes.get("connections", 0)) if paced else None,
+        io_timeout=_io_timeout(binding.connections) if paced else None,
     )
     sockets = [socket.socket(fileno=fd) for fd in task.links]
-    return device, device.adopt(notes["index"], **_identity(notes), sockets=sockets)
+    node = device.adopt(binding.index, diskseq=binding.diskseq or None, pid=binding.pid or None, sockets=sockets)
+    return device, node
 
 
 def _unmake(name: str, node: Node, error: ServerError) -> None:
@@ -432,36 +439,31 @@ def _unmake(name: str, node: Node, error: ServerError) -> None:
             raise type(error)(f"{error} It stays bound as it is: {busy}") from None
 
 
-def _identity(notes: Message) -> dict[str, Any]:
-    """What tells a device from a later one of the same index, as `KernelDevice.adopt` takes it."""
-    return {"diskseq": notes.get("diskseq") or None, "pid": notes.get("pid") or None}
+def _offered(index: int, links: Connections) -> Binding:
+    """A device that has these links, as far as the server and they say what it is."""
+    return Binding(
+        index=index,
+        uri=str(links.uri),
+        export=links.export,
+        connections=len(links.sockets),
+        live=len(links.sockets),
+    )
 
 
-def _offered(links: Connections) -> Message:
-    """The notes about a device, but for what only the kernel knows."""
-    return {
-        "uri": str(links.uri),
-        "export": links.export.to_wire(),
-        "connections": len(links.sockets),
-        "live": len(links.sockets),
-        "reconnects": 0,
-    }
-
-
-def _noted(node: Node, notes: Message) -> Message:
-    """The notes with what the kernel says: all that a worker, and its successor, need to know."""
-    return {
-        "baseline": node.statistics(),
-        **notes,
-        "index": node.index,
-        "node": node.path,
-        "size": node.size,
+def _as_bound(binding: Binding, node: Node) -> Binding:
+    """The binding with what the kernel says."""
+    return replace(
+        binding,
+        index=node.index,
+        node=node.path,
+        size=node.size,
         # Not asked for again, where a link may be dead: see KernelDevice.block_size.
-        "block-size": notes.get("block-size") or node.block_size,
-        "read-only": node.read_only,
-        "diskseq": node.diskseq or 0,
-        "pid": node.pid or 0,
-    }
+        block_size=binding.block_size or node.block_size,
+        read_only=node.read_only,
+        diskseq=node.diskseq or 0,
+        pid=node.pid or 0,
+        baseline=node.statistics() if binding.baseline is None else binding.baseline,
+    )
 
 
 def _disconnect(task: Task, tell: Tell, device: KernelDevice, *, force: bool) -> None:

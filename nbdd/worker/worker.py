@@ -25,6 +25,7 @@ from nbdd.ipc.poller import Loop
 from nbdd.kernel import Node
 from nbdd.kernel.sysfs import SECTOR
 from nbdd.worker.attached import Bound
+from nbdd.worker.binding import Binding
 from nbdd.worker.child import Errand, title
 from nbdd.worker.operations import ORDERS, RENEWALS, Task
 
@@ -128,14 +129,16 @@ class Worker:
             self._busy = True
             return
         if device is not None:
-            # We have our own notes and links, and an errand sees no link that we still watch.
+            # We have our own binding and links, and an errand sees no link that we still watch.
             _close(links)
-            task = Task(order, self._name, device.definition, device.notes, device.links if kind == "detach" else ())
+            task = Task(order, self._name, device.definition, device.binding, device.links if kind == "detach" else ())
         elif kind == "set-timeout":
             raise NotAttached(f"{self._name!r} is not attached.")
         else:
-            task = Task(order, self._name, order.get("definition") or {}, order.get("binding") or {}, links)
-            if kind == "detach" and task.notes:
+            found = order.get("binding")
+            binding = None if found is None else Binding.from_wire(found)
+            task = Task(order, self._name, order.get("definition") or {}, binding, links)
+            if kind == "detach" and binding is not None:
                 # Called in after the device's own worker died. It is adopted first: while the detach is refused, or
                 # waits, its links still want mending.
                 kind = "adopt"
@@ -184,18 +187,23 @@ class Worker:
         self._reply(order, answer, told)
         self._next()
 
-    def _take_over(self, definition: Message, notes: Message, links: list[int]) -> Message:
-        """Look after the device from now on; returns the notes, or what went wrong."""
-        if "error" not in notes:
+    def _take_over(self, definition: Message, answer: Message, links: list[int]) -> Message:
+        """Look after the device from now on; returns its binding, or what went wrong."""
+        if "error" not in answer:
             try:
                 self._device = Bound(
-                    self._loop, self._name, definition=definition, notes=notes, links=links, report=self._channel.send
+                    self._loop,
+                    self._name,
+                    definition=definition,
+                    binding=Binding.from_wire(answer),
+                    links=links,
+                    report=self._channel.send,
                 )
-                return notes
+                return answer
             except NbddError as error:
-                notes = error.to_wire()
+                answer = error.to_wire()
         _close(links)
-        return notes
+        return answer
 
     def _hasten(self, seconds: int) -> int:
         if self._device is None:
@@ -204,12 +212,13 @@ class Worker:
 
     def _statistics(self) -> dict[str, int]:
         """What the kernel counted since the device was attached; the keys are those of GetStatistics."""
-        notes = self._device.notes if self._device is not None else {}
-        counted = Node(notes["index"]).statistics() if notes else {}
-        if not counted:
+        binding = self._device.binding if self._device is not None else None
+        counted = Node(binding.index).statistics() if binding is not None else {}
+        if binding is None or not counted:
             raise NotAttached(f"{self._name!r} is not attached.")
         # The kernel counts from when it made the node, which may have been other disks before.
-        since = {key: value - notes["baseline"].get(key, 0) for key, value in counted.items()}
+        before = binding.baseline or {}
+        since = {key: value - before.get(key, 0) for key, value in counted.items()}
         return {
             "reads": since["read-requests"],
             "writes": since["write-requests"],

@@ -17,6 +17,7 @@ from nbdd.manager.device import Device
 from nbdd.manager.records import Records
 from nbdd.manager.status import State, Status
 from nbdd.manager.supervisor import Ending, How, WorkerProcess
+from nbdd.protocol import Export, Flags
 from nbdd.uri import URI
 
 DEADLINE = 30.0
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 OnEvent = Callable[[Message, list[int]], None]
 
-EXPORT = {"size": 1 << 20}
+EXPORT = Export("disk", 1 << 20, Flags.NBD_FLAG_HAS_FLAGS).to_wire()
 
 
 def open_fds() -> int:

@@ -32,6 +32,7 @@ from nbdd.manager.records import Record
 from nbdd.manager.status import State
 from nbdd.manager.supervisor import Ending, How
 from nbdd.uri import URI
+from nbdd.worker.binding import Binding
 from tests.fakes.asserts import refused
 from tests.fakes.worker import Bench, definition, open_fds
 
@@ -600,7 +601,7 @@ async def test_a_device_is_reconnected_and_resized_by_its_worker_and_the_new_siz
         assert it.device.status.size == 3 << 20
         binding = it.records.load()[0].binding
         assert binding is not None
-        assert binding["size"] == binding["export"]["size"] == 3 << 20
+        assert binding.size == binding.export.size == 3 << 20
         assert it.spawner.names() == ["attach", "reconnect", "resize"]
 
 
@@ -659,7 +660,7 @@ async def test_links_that_die_and_come_back_are_told(bench: MakeBench) -> None:
         assert it.kept["disk"] == []
         record = it.records.load()[0]
         assert record.binding is not None
-        assert record.binding["live"] == 0, "the next worker must know that all links are dead"
+        assert record.binding.live == 0, "the next worker must know that all links are dead"
         links |= {"reconnects": 2, "uri": "nbd://second.example/disk"}
         it.spawner.worker.say("links", [os.dup(0), os.dup(0)], live=2, **links)
         assert it.now() is State.ATTACHED
@@ -695,7 +696,7 @@ async def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: 
         await it.device.set_timeout(7)
         record = it.records.load()[0]
         assert record.binding is not None
-        assert record.binding["lost"] == links["lost"], "the next worker must know since when I/O waits"
+        assert record.binding.lost == links["lost"], "the next worker must know since when I/O waits"
         it.spawner.worker.say("links", [os.dup(0)], live=1, reconnects=1, uri="nbd://x/y", lost=0, failing=False)
         assert (it.now(), it.device.status.fails_at) == (State.ATTACHED, 0)
         it.spawner.worker.say("links", [], **links, failing=True, **TimedOut("Too long.").to_wire())
@@ -777,7 +778,7 @@ async def test_the_record_is_there_before_the_kernel_is_asked_and_gone_after_it_
         await attach
         (record,) = it.records.load()
         assert record.binding is not None
-        assert record.binding["index"] == 0
+        assert record.binding.index == 0
         assert record.attached_since == it.device.status.attached_since
         it.spawner.before["detach"] = asyncio.Event()
         detach = task(it.device.detach())
@@ -862,7 +863,7 @@ async def test_close_during_a_detach_starts_nothing_anew(bench: MakeBench) -> No
 
 def _record(it: Bench, **changes: Any) -> Record:
     it.spawner.bound["disk"] = 0
-    binding = it.spawner._binding("disk")
+    binding = Binding.from_wire(it.spawner._binding("disk"))
     return replace(Record(it.device.definition, configured=True, binding=binding, attached_since=5), **changes)
 
 
@@ -878,7 +879,8 @@ async def test_a_device_of_a_predecessor_is_adopted_with_its_links(bench: MakeBe
         assert len(it.spawner.given["adopt"]) == 2
         assert it.device.status.attached_since == 5
         assert (it.device.status.timeout, it.device.status.attached_by) == (77, 1000)
-        assert it.spawner.orders[0][1]["binding"] == record.binding
+        assert record.binding is not None
+        assert it.spawner.orders[0][1]["binding"] == record.binding.to_wire()
 
 
 async def test_an_attach_during_an_adoption_joins_it(bench: MakeBench) -> None:

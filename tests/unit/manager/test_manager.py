@@ -37,6 +37,7 @@ from nbdd.manager.records import Record, Records
 from nbdd.manager.status import State, Status
 from nbdd.manager.supervisor import Supervisor
 from nbdd.uri import URI
+from nbdd.worker.binding import Binding
 from tests.fakes.asserts import refused
 from tests.fakes.worker import FakeSpawner, definition
 
@@ -92,8 +93,8 @@ class Desk:
     def was_bound(self, made: Definition, *, configured: bool = True, binding: bool = True) -> None:
         """A predecessor bound this one."""
         self.spawner.bound[made.name] = len(self.spawner.bound)
-        notes = self.spawner._binding(made.name) if binding else None
-        self.records.write(Record(made, configured, notes, attached_since=1))
+        bound = Binding.from_wire(self.spawner._binding(made.name)) if binding else None
+        self.records.write(Record(made, configured, bound, attached_since=1))
 
     async def start(self, *wanted: Definition, sockets: Mapping[str, list[int]] = MappingProxyType({})) -> None:
         self.wanted = wanted

@@ -13,20 +13,21 @@ import pytest
 from nbdd.config.definition import Attach
 from nbdd.errors import NbddError
 from nbdd.manager.records import Record, Records, runtime_directory
+from nbdd.protocol import Export, Flags
+from nbdd.worker.binding import Binding
 from tests.fakes.worker import definition
 
 FULL = Record(
     definition("data", attach=Attach.BOOT, device=3, read_only=True, connections=4, timeout=5, block_size=4096),
     configured=True,
-    binding={
-        "index": 3,
-        "diskseq": 9,
-        "export": {"name": "\udcff", "size": 1},
-        "live": 1,
-        "connections": 1,
-        "reconnects": 0,
-        "uri": "nbd://storage.example",
-    },
+    binding=Binding(
+        index=3,
+        diskseq=9,
+        export=Export("\udcff", 1, Flags(0x8001)),
+        live=1,
+        connections=1,
+        uri="nbd://storage.example",
+    ),
     attached_since=1_700_000_000_000_000,
     attached_by=1000,
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Links and the kernel's own idea of them, where the two differ: how many live is told rightly in the end.
+"""Connections and the kernel's own idea of them, where the two differ: how many live is told rightly in the end.
 
 The fake kernel here keeps its slots as drivers/block/nbd.c does: one is free for a new link only once the kernel itself
 has seen the old one die, which it reports, and what finds no free slot is dropped without a word.
@@ -25,6 +25,7 @@ from nbdd.ipc.channel import Message
 from nbdd.server.connect import Deadline
 from nbdd.server.connections import open_connections
 from nbdd.worker import operations
+from nbdd.worker.binding import Binding
 from nbdd.worker.operations import Task
 from tests.fakes.kernel import SECONDS, FakeKernel
 from tests.fakes.servers import MIB, Server, offers
@@ -255,9 +256,9 @@ def test_a_server_that_was_refused_is_not_taken_because_the_next_one_can_not_be_
         monkeypatch.setattr(operations, "_look_same", look)
         definition = Definition(NAME, (other.uri(), unseen.uri()))
         with open_connections(definition, Deadline(SECONDS)) as links:
-            notes = {"export": links.export.to_wire(), "connections": 1, "live": 0, "index": 0, "uri": ""}
+            binding = Binding(0, "", links.export, connections=1, live=0)
         warnings: list[Message] = []
-        task = Task({}, NAME, definition.to_wire(), notes, ())
+        task = Task({}, NAME, definition.to_wire(), binding, ())
         with operations._open_same(task, definition, tell=lambda message, _: warnings.append(message)) as links:
             assert str(links.uri) == str(unseen.uri())
         assert [warning["event"] for warning in warnings] == ["warning"]

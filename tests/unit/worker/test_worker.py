@@ -37,7 +37,8 @@ from nbdd.errors import (
     WorkerFailed,
 )
 from nbdd.ipc.channel import Channel, Message
-from nbdd.protocol import Flags
+from nbdd.protocol import Export, Flags
+from nbdd.worker.binding import Binding
 from nbdd.worker.operations import DETACH_SECONDS, FORCE_SECONDS
 from tests.fakes.kernel import PLACE, SECONDS, FakeKernel, node
 from tests.fakes.servers import HAS_FLAGS, MIB, Server, offers, says
@@ -260,6 +261,12 @@ def boss(hire: Callable[[], Boss]) -> Boss:
 
 def wire(server: Server, **fields: Any) -> dict[str, Any]:
     return Definition(NAME, (server.uri(),), **fields).to_wire()
+
+
+def bound(index: int = 0, diskseq: int = 7) -> Message:
+    """A binding that a record holds, of a device that may be there no more."""
+    export = Export("", MIB, Flags.NBD_FLAG_HAS_FLAGS)
+    return Binding(index, "nbd://h", export, connections=1, live=1, diskseq=diskseq).to_wire()
 
 
 def cut(server: Server, number: int = -1) -> None:
@@ -1283,7 +1290,7 @@ def test_a_worker_that_is_called_in_for_a_busy_device_looks_after_it(
         assert boss.order("statistics")["statistics"]["in-flight"] == 1
 
 
-@pytest.mark.parametrize("binding", [None, {"index": 9, "diskseq": 7}])
+@pytest.mark.parametrize("binding", [None, bound(index=9)])
 def test_detach_of_what_is_gone_is_done(boss: Boss, binding: Message | None) -> None:
     with Server(offers({b"": MIB})) as server:
         assert boss.order("detach", definition=wire(server), binding=binding, force=False) == {}
@@ -1292,7 +1299,7 @@ def test_detach_of_what_is_gone_is_done(boss: Boss, binding: Message | None) -> 
 def test_detach_of_another_disk_of_the_same_name_touches_nothing(boss: Boss, kernel: FakeKernel) -> None:
     kernel.bound[NAME] = node(0, MIB, 512)
     with Server(offers({b"": MIB})) as server:
-        boss.order("detach", definition=wire(server), binding={"index": 0, "diskseq": 6}, force=True)
+        boss.order("detach", definition=wire(server), binding=bound(diskseq=6), force=True)
     assert NAME in kernel.bound
 
 
