@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Self, TypeAlias
 from nbdd.errors import AlreadyAttached, Busy, InvalidArgs
 from nbdd.kernel.arguments import check_integer, check_seconds
 from nbdd.kernel.binding import END_SECONDS, KernelDevice
+from nbdd.kernel.node_name import node_index, node_path
 from nbdd.kernel.sockets import check_socket, hung_up
-from nbdd.kernel.sysfs import find, index_of_path, path_of_index
+from nbdd.kernel.sysfs import find
 from nbdd.kernel.usable import SETTLE_SECONDS
 from nbdd.limits import MAX_SIZE, MIN_BLOCK_SIZE
 
@@ -163,7 +164,7 @@ class Client:
             self._index = None if new is None else _index_of(new)
         if bound is not None:
             return bound.path
-        return "" if self._index is None else path_of_index(self._index)
+        return "" if self._index is None else node_path(self._index)
 
     def disconnect(self, *, seconds: float = END_SECONDS, force: bool = False) -> list[str]:
         """End the device with a disconnect message to the server, and wait until it is free.
@@ -411,9 +412,9 @@ def _index_of(path: str | os.PathLike[str]) -> int:
     """X of /dev/nbdX, or of a link to it."""
     given: object = os.fspath(path) if isinstance(path, os.PathLike) else path
     real = os.path.realpath(given) if isinstance(given, str) and "\0" not in given else ""
-    index = index_of_path(real)
+    index = node_index(real)
     if index is None:
         raise InvalidArgs(
-            f"{given!r} is not an NBD device; name one such as {path_of_index(0)}, or none to get a free one."
+            f"{given!r} is not an NBD device; name one such as {node_path(0)}, or none to get a free one."
         )
     return index

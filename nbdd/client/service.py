@@ -23,10 +23,13 @@ from typing import Any, NoReturn, Self
 
 from nbdd.errors import ConnectFailed, KernelError, NbddError, NotAttached, TimedOut, WorkerFailed
 from nbdd.ipc.channel import Channel, Message, close_all_but
-from nbdd.kernel import LinkDeadMonitor, NetlinkNBD, Node, Usage, find, let_udev_finish, release
 from nbdd.kernel.binding import KernelDevice
+from nbdd.kernel.connection_watch import LinkDeadMonitor
+from nbdd.kernel.netlink import NetlinkNBD
+from nbdd.kernel.release import let_udev_finish, release
 from nbdd.kernel.sockets import all_hung_up, shut_down
-from nbdd.kernel.sysfs import read
+from nbdd.kernel.sysfs import Node, find, read
+from nbdd.kernel.usage import Usage
 
 START_SECONDS = 60.0
 """For a child to bind its device, or to give up; it has limits of its own for each step, which are shorter."""

@@ -23,8 +23,6 @@ DIRECTORY = Path("/etc/nbdd")
 MAX_PROBLEMS = 1000
 """More of them help nobody, and come from a file that is not a configuration at all."""
 
-_NODE = "/dev/nbd"
-
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
@@ -129,7 +127,7 @@ def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
             case "attach":
                 fields["attach"] = Attach(value)
             case "device":
-                fields["device"] = None if value == "auto" else int(value.removeprefix(_NODE))
+                fields["device"] = None if value == "auto" else int(value.rpartition("nbd")[2])
             case "read-only":
                 fields["read_only"] = bool(value)
             case "block-size":

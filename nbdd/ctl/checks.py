@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 
 from nbdd import protocol
 from nbdd.errors import InvalidConfig, NbddError, NegotiationFailed, NoSuchExport
-from nbdd.kernel import NetlinkNBD, module_loaded, nodes
+from nbdd.kernel.netlink import NetlinkNBD
+from nbdd.kernel.sysfs import module_loaded, nodes
 from nbdd.server.connect import Deadline, connect, list_exports, negotiate
 from nbdd.text import clause, plural, size
 from nbdd.uri import URI

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING
 
 from nbdd.bus.caller.device import Device
 from nbdd.errors import InvalidArgs, NoSuchDevice
+from nbdd.kernel.node_name import named_index, node_path
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Client
-
-_NODE = re.compile(r"(?:/dev/)?nbd(0|[1-9][0-9]{0,4})(?:p[0-9]+)?")
 
 
 def index_of(target: str, *, here: bool = True) -> int | None:
@@ -21,8 +19,7 @@ def index_of(target: str, *, here: bool = True) -> int | None:
 
     Unless it is `here`, on this machine, no link is followed.
     """
-    found = _NODE.fullmatch(os.path.realpath(target) if here and target.startswith("/") else target)
-    return int(found[1]) if found else None
+    return named_index(os.path.realpath(target) if here and target.startswith("/") else target)
 
 
 def is_uri(target: str) -> bool:
@@ -51,7 +48,7 @@ async def device(client: Client, target: str, *, here: bool = True) -> Device:
     except NoSuchDevice:
         if index is None:
             raise
-    node = f"/dev/nbd{index}"
+    node = node_path(index)
     for found in map(Device.of, await client.devices()):
         if found.node == node:
             return found

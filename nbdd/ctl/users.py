@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nbdd.kernel.node_name import node_index
+
 
 @dataclass(frozen=True, slots=True)
 class Users:
@@ -25,8 +27,8 @@ def users_of(node: str) -> Users:
     from nbdd.kernel.usage import Usage  # noqa: PLC0415
 
     usage = Usage()
-    index = node.removeprefix("/dev/nbd")
-    return Users(tuple(usage.users(Node(int(index)))) if index.isdecimal() else (), usage.sees_all())
+    index = node_index(node)
+    return Users(() if index is None else tuple(usage.users(Node(index))), usage.sees_all())
 
 
 def claims() -> dict[str, list[str]]:

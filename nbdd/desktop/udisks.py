@@ -14,6 +14,7 @@ from dbus_next import Message, MessageFlag, MessageType, Variant
 from nbdd.bus.caller.connection import CallerBus
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
 from nbdd.errors import AccessDenied, Busy, NbddError
+from nbdd.kernel.node_name import named_index
 from nbdd.text import clause
 
 _NAME = "org.freedesktop.UDisks2"
@@ -78,7 +79,7 @@ class UDisks:
         return [
             each
             for each in found
-            if block.uuid and each.uuid == block.uuid and each.mount_points and each.node.startswith("/dev/nbd")
+            if block.uuid and each.uuid == block.uuid and each.mount_points and named_index(each.node) is not None
         ]
 
     async def blocks_when(self, node: str, true: Callable[[list[Block]], bool], seconds: float) -> list[Block]:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from typing import TYPE_CHECKING
 
 from nbdd.errors import KernelError
 from nbdd.kernel.bounded import bounded
+from nbdd.kernel.node_name import DEV, node_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SYSFS = "/sys"
-DEV = "/dev"
 WRITE_SECONDS = 2.0
 """For a write of `queue/io_timeout`, which may wait for a server."""
 
@@ -28,8 +27,6 @@ KERNEL_IO_TIMEOUT = 30_000
 
 SECTOR = 512
 """Bytes; sysfs counts sizes and I/O in sectors of this size, whatever the block size."""
-
-_NODE_PATH = re.compile(rf"{DEV}/nbd(0|[1-9][0-9]{{0,6}})")
 
 # Documentation/block/stat.rst; times in milliseconds, amounts in sectors.
 _STATISTICS = (
@@ -69,7 +66,7 @@ class Node:
         self.index = index
         self.name = f"nbd{index}"
         self.sysfs = sysfs
-        self.path = f"{dev}/{self.name}"
+        self.path = node_path(index, dev=dev)
         self.directory = f"{sysfs}/block/{self.name}"
 
     def __repr__(self) -> str:
@@ -203,17 +200,6 @@ def listing(path: str) -> list[str]:
     except OSError as error:
         _check(path, error)
         return []
-
-
-def path_of_index(index: int) -> str:
-    """/dev/nbdX."""
-    return f"{DEV}/nbd{index}"
-
-
-def index_of_path(path: str) -> int | None:
-    """X of /dev/nbdX, or None if the path is not that of a whole NBD disk; does not follow links."""
-    found = _NODE_PATH.fullmatch(path)
-    return int(found[1]) if found else None
 
 
 def nodes(*, sysfs: str = SYSFS, dev: str = DEV) -> Iterator[Node]:

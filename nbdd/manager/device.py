@@ -133,7 +133,7 @@ class Device:
         self._active = record.definition
         told = self._told_by(record.definition)
         if record.binding is not None:
-            self._log.info("it was left as /dev/nbd%d, and is taken up again", record.binding.index)
+            self._log.info("adopting %s, left by the previous instance", record.binding.node)
             # It is there, and perhaps in use, while nobody looks after it yet.
             told |= {
                 "node": record.binding.node,

@@ -13,8 +13,8 @@ import socket
 from dataclasses import dataclass, fields
 
 from nbdd.errors import ServerError
-from nbdd.kernel import Node, Usage
-from nbdd.kernel.sysfs import read
+from nbdd.kernel.sysfs import Node, read
+from nbdd.kernel.usage import Usage
 from nbdd.protocol.transmission import read as read_export
 from nbdd.server.connect import Deadline, negotiate
 

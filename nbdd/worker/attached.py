@@ -16,8 +16,8 @@ from typing import Any
 from nbdd.errors import Busy, ConnectFailed, NotAttached, TimedOut, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.ipc.poller import Loop
-from nbdd.kernel import LinkDeadMonitor
 from nbdd.kernel.binding import KernelDevice
+from nbdd.kernel.connection_watch import LinkDeadMonitor
 from nbdd.kernel.sockets import dead
 from nbdd.protocol import Export
 from nbdd.server.connections import disconnect_reason

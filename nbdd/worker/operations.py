@@ -29,8 +29,9 @@ from nbdd.errors import (
     ServerError,
 )
 from nbdd.ipc.channel import Message
-from nbdd.kernel import Node, Usage, find
 from nbdd.kernel.binding import KernelDevice
+from nbdd.kernel.sysfs import Node, find
+from nbdd.kernel.usage import Usage
 from nbdd.server import fingerprint
 from nbdd.server.connect import Deadline, list_exports
 from nbdd.server.connections import Connections, export_difference, open_connections

@@ -22,8 +22,7 @@ from functools import partial
 from nbdd.errors import NbddError, NotAttached
 from nbdd.ipc.channel import Channel, Message
 from nbdd.ipc.poller import Loop
-from nbdd.kernel import Node
-from nbdd.kernel.sysfs import SECTOR
+from nbdd.kernel.sysfs import SECTOR, Node
 from nbdd.worker.attached import Bound
 from nbdd.worker.binding import Binding
 from nbdd.worker.child import Errand, title

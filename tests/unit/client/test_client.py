@@ -32,8 +32,8 @@ from nbdd.errors import (
     NegotiationFailed,
     NotAttached,
 )
-from nbdd.kernel import Node
 from nbdd.kernel.arguments import largest_block_size
+from nbdd.kernel.sysfs import Node
 from nbdd.protocol import Flags
 from tests.fakes.servers import GO, HAS_FLAGS, MIB, Server, ack, greeting, info_blocks, info_export, offers, says
 from tests.fakes.worker import open_fds

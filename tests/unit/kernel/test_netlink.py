@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 
 from nbdd.errors import Busy, KernelError, NoFreeDevice, NotAttached, TimedOut
-from nbdd.kernel import LinkDeadMonitor, NetlinkNBD, Usage, genl
+from nbdd.kernel import genl
+from nbdd.kernel.connection_watch import LinkDeadMonitor
 from nbdd.kernel.family import Attr, Cmd, ServerFlags
+from nbdd.kernel.netlink import NetlinkNBD
+from nbdd.kernel.usage import Usage
 
 FAMILY_ID = 0x1F
 GROUP_ID = 9

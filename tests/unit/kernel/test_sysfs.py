@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from nbdd.errors import KernelError
-from nbdd.kernel import Node, find, module_loaded, nodes
-from nbdd.kernel.sysfs import highest_index
+from nbdd.kernel.sysfs import Node, find, highest_index, module_loaded, nodes
 
 
 def make(root: Path, index: int, **files: str) -> Node:

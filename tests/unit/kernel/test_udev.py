@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from nbdd.errors import KernelError, NotAttached, TimedOut
-from nbdd.kernel import Node, release, settle, udev
+from nbdd.kernel import udev
+from nbdd.kernel.release import release
+from nbdd.kernel.sysfs import Node
+from nbdd.kernel.udev import settle
 
 
 def packet(token: str, *, prefix: bytes = b"libudev\0", magic: bytes = b"\xfe\xed\xca\xfe") -> bytes:

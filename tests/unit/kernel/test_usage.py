@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nbdd.errors import Busy, NotAttached, TimedOut
-from nbdd.kernel import Node, Usage
+from nbdd.kernel.sysfs import Node
+from nbdd.kernel.usage import Usage
 
 
 class Machine:

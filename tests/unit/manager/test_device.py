@@ -1071,7 +1071,7 @@ async def test_the_journal_tells_the_story_of_a_device(bench: MakeBench, caplog:
             await it.device.detach()
     told = [record.getMessage() for record in caplog.records if "->" not in record.getMessage()]
     assert told == [
-        "disk: it was left as /dev/nbd0, and is taken up again",
+        "disk: adopting /dev/nbd0, left by the previous instance",
         "disk: a request may take 5 s",
         "disk: a request may take as long as it needs",
         "disk: It ended.",

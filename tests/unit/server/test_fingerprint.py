@@ -18,7 +18,8 @@ from typing import cast
 import pytest
 
 from nbdd.errors import NegotiationFailed, ServerError, TimedOut
-from nbdd.kernel import Node, Usage
+from nbdd.kernel.sysfs import Node
+from nbdd.kernel.usage import Usage
 from nbdd.server import fingerprint
 from nbdd.server.connect import Deadline
 from nbdd.server.fingerprint import Fingerprint

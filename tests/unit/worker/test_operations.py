@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from nbdd.errors import ConnectFailed, ExportChanged, NegotiationFailed, ServerError, TimedOut
-from nbdd.kernel import Node
+from nbdd.kernel.sysfs import Node
 from nbdd.server import fingerprint
 from nbdd.server.connections import Connections
 from nbdd.server.fingerprint import Fingerprint
