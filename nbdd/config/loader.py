@@ -12,7 +12,8 @@ from typing import Any, TextIO
 
 from nbdd.config.definition import Attach, Definition, Desktop, check_name
 from nbdd.config.schema import TLS_REFUSED, Fault, Schema
-from nbdd.config.source import Mark, Problem, Source
+from nbdd.config.source import Source
+from nbdd.config.values import Mark, Problem
 from nbdd.errors import InvalidArgs, InvalidConfig, InvalidURI, TLSFailed
 from nbdd.text import plural, printable, quoted
 from nbdd.uri import URI

@@ -31,7 +31,8 @@ from nbdd.config.loader import (
     load,
     options_with,
 )
-from nbdd.config.source import MAX_BYTES, MAX_DEPTH
+from nbdd.config.source import MAX_BYTES
+from nbdd.config.values import MAX_DEPTH
 from nbdd.errors import InvalidArgs, InvalidConfig, InvalidURI, NbddError, TLSFailed
 from nbdd.uri import URI
 
@@ -796,5 +797,5 @@ def test_reading_the_shipped_files_needs_no_jsonschema_and_importing_config_does
 def test_a_file_is_read_alike_where_pyyaml_came_without_libyaml(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = write(device(timeout="3"), more="devices:\n  b: &b {uri: nbd://h/x}\n  c: {<<: *b, timeout: 010}\n")
     with_libyaml = problems(directory)
-    monkeypatch.setattr("nbdd.config.source._LOADER", yaml.SafeLoader)
+    monkeypatch.setattr("nbdd.config.values._LOADER", yaml.SafeLoader)
     assert problems(directory) == with_libyaml
