@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""nbdctl, the command of nbdd. It speaks to the service over D-Bus and knows nothing that others could not ask, too."""
+"""The command nbdctl. It calls the service over D-Bus, with the same rights as any other caller."""
 
 import gc
 

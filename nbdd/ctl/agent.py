@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Polkit's own agent for a terminal, pkttyagent(1): it asks for a password where no desktop does, as for systemctl."""
+"""Polkit's agent for a terminal, pkttyagent(1): it asks for a password if no desktop does, as for systemctl."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def asking() -> Iterator[None]:
-    """Let polkit ask on this terminal what it asks about this process meanwhile; a desktop's agent goes first.
+    """Let polkit ask on this terminal for a password for this process; a desktop's agent goes first.
 
-    Where there is no agent, nothing is asked, and nbdd's refusal says so.
+    Without any agent polkit asks nothing, and nbdd's error says so.
     """
     reader, writer = os.pipe()
     agent = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One attach, watched: it may take long, and a person at a terminal wants to know what it waits for."""
+"""One attach, with its progress on the terminal: it may take long."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _FIELDS_OF_OPTIONS = {
 }
 
 PATIENCE = 0.7
-"""Seconds after which a person begins to wonder; until then nothing is said."""
+"""Seconds before the first line of progress."""
 
 RETRY = 1.0
 """Seconds between two tries of an attach that may wait for its server."""
 
 
 class Attempt:
-    """Attaches `target`, a name or a URI, and tells on `terminal` how it goes.
+    """Attaches `target`, a name or a URI, and shows the progress on `terminal`.
 
-    A server that can't be had is asked again for `wait` seconds. With `quiet`, nothing is told before the service has
-    begun: a person may be asked for a password on the same terminal.
+    If the server can't be reached, it tries again for `wait` seconds. With `quiet` it prints nothing before the service
+    has begun: polkit may ask for a password on the same terminal.
     """
 
     def __init__(
@@ -65,15 +65,15 @@ class Attempt:
         """The device's name; "" until the service has given it one."""
         self._asked = False
         self.twins: list[str] = []
-        """The names of other devices of the same export, where they and this one can be written to."""
+        """The names of other writable devices of the same export, if this one is writable."""
 
     @property
     def goes_on(self) -> bool:
-        """Whether the service goes on without us: it has been asked, and nobody is being asked for a password."""
+        """Whether the service continues without us: the call was sent, and polkit waits for no password."""
         return self._asked and not self._quiet
 
     async def run(self, client: Client) -> Device:
-        """Attach; returns the device as it is then."""
+        """Attach and return the device."""
         if self._terminal is not None:
             await client.subscribe()
         self._asked = True
@@ -83,15 +83,15 @@ class Attempt:
                 await self._watch(client, call, self._terminal)
             path = await call
         except AlreadyAttached:
-            # By the service, which keeps trying by itself what is to be attached at boot.
+            # By the service, which retries devices with attach: boot by itself.
             there = await self.existing(client) if self._waited else None
             if there is None:
                 raise
             return there
         finally:
             call.cancel()
-            self._wipe()
-        device = await self._found(client, path)
+            self._clear_line()
+        device = await self._attached_device(client, path)
         if not device.read_only:
             others = map(Device.of, await client.devices())
             self.twins = [each.name for each in others if _writes(each) and _shared(each, device)]
@@ -99,9 +99,9 @@ class Attempt:
         return device
 
     async def existing(self, client: Client) -> Device | None:
-        """The device that is attached already; None where that is another one.
+        """The device that is attached already; None if that is another one.
 
-        Raises AlreadyAttached where it is not as the options want it.
+        Raises AlreadyAttached if it does not match the options.
         """
         if not self._uri:
             return self._as_wanted(Device.of(await client.device(self.name)))
@@ -126,7 +126,7 @@ class Attempt:
         end = self._started + self._wait
         while True:
             try:
-                return await self._ask(client)
+                return await self._call_attach(client)
             except ServerError:
                 left = end - time.monotonic()
                 if left <= 0:
@@ -134,12 +134,12 @@ class Attempt:
                 self._waited = True
                 await asyncio.sleep(min(left, RETRY))
 
-    async def _ask(self, client: Client) -> str:
+    async def _call_attach(self, client: Client) -> str:
         if self._uri:
             return await client.attach_uri(self._target, self._options)
         return await client.attach(self._target, self._options)
 
-    async def _found(self, client: Client, path: str) -> Device:
+    async def _attached_device(self, client: Client, path: str) -> Device:
         try:
             return Device.of(await client.device_at(path))
         except NbddError as problem:
@@ -150,8 +150,8 @@ class Attempt:
     async def _watch(self, client: Client, call: asyncio.Future[str], terminal: IO[str]) -> None:
         """Keep one line up to date until the call is done."""
         event = asyncio.ensure_future(client.event())
-        # It may be on its way already, and have nothing new to tell for a while.
-        before = asyncio.ensure_future(self._before(client))
+        # An attach may be under way already, without an event for a while.
+        reading = asyncio.ensure_future(self._read_state(client))
         pause = PATIENCE
         try:
             while not call.done():
@@ -160,23 +160,23 @@ class Attempt:
                 if event.done() and not call.done():
                     if event.exception() is not None:
                         return  # the bus is gone; the call says so
-                    self._hear(event.result())
+                    self._handle(event.result())
                     event = asyncio.ensure_future(client.event())
                 waited = time.monotonic() - self._started
                 pause = max(PATIENCE - waited, 0) or 1
                 if waited >= PATIENCE and not call.done() and not self._quiet:
-                    self._tell(int(waited), terminal)
+                    self._show_progress(int(waited), terminal)
         finally:
             event.cancel()
-            before.cancel()
+            reading.cancel()
 
-    async def _before(self, client: Client) -> None:
+    async def _read_state(self, client: Client) -> None:
         with contextlib.suppress(NbddError):
             found = Device.of(await client.device(self.name)) if self.name else Device()
             if self._device == Device():
                 self._device = found
 
-    def _hear(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         if not self.name and event.kind is Kind.ADDED and same_export(event.properties.get("URI", ""), self._target):
             self.name = event.name
         if event.name and event.name == self.name and event.kind in {Kind.ADDED, Kind.CHANGED}:
@@ -191,7 +191,7 @@ class Attempt:
                 last_error=now.last_error if "LastError" in event.properties else self._device.last_error,
             )
 
-    def _tell(self, waited: int, terminal: IO[str]) -> None:
+    def _show_progress(self, waited: int, terminal: IO[str]) -> None:
         device = self._device
         state = device.state if device.state != Device().state else "waiting"
         text = f"{self.name or self._target}: {state} for {waited} s"
@@ -202,7 +202,7 @@ class Attempt:
         terminal.flush()
         self._shown = True
 
-    def _wipe(self) -> None:
+    def _clear_line(self) -> None:
         if self._terminal is not None and self._shown:
             self._terminal.write("\r\x1b[K")
             self._terminal.flush()

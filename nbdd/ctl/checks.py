@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What nbdd needs of a machine, one function for each thing, and what it says when that is not there.
+"""The checks of `nbdctl doctor`, one function for each thing that nbdd needs of a machine.
 
-Everything works for every user; what only root may see is told as that. `root` is the root of the file system, for
-tests.
+Everything works for every user; if only root may see something, the finding says so. `root` is the root of the file
+system, for tests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nbdd.config.loader import Configuration
 
 SERVER_SECONDS = 3.0
-"""How long a server may take to tell of an export."""
+"""How long a server may take to describe an export."""
 
 SYSTEMCTL_SECONDS = 5.0
 KERNEL_SECONDS = 3.0
@@ -97,7 +97,7 @@ def kernel_module(root: str = "/", release: str | None = None) -> Finding:
 
 
 def netlink_family(root: str = "/") -> Finding:
-    """Whether the driver can be spoken to; not asked while it isn't loaded, for the question may load it."""
+    """Whether the driver answers; not asked while it isn't loaded, since the question may load it."""
     subject = "kernel netlink"
     if not module_loaded(sysfs=f"{root}sys"):
         return fault(subject, 'there is no family "nbd" without the kernel module')
@@ -141,12 +141,12 @@ def systemd_unit(show: Callable[[], str] | None = None) -> Finding:
     """Whether nbdd.service is there and runs; `show` is for tests."""
     subject = "service"
     try:
-        told = dict(line.split("=", 1) for line in (show or _show_unit)().splitlines() if "=" in line)
+        unit = dict(line.split("=", 1) for line in (show or _show_unit)().splitlines() if "=" in line)
     except (OSError, subprocess.SubprocessError) as error:
         why = clause(str(error).partition("\n")[0])
         return warning(subject, f"systemd can't be asked about nbdd.service ({why})")
-    state, enabled = told.get("ActiveState", ""), told.get("UnitFileState", "")
-    match told.get("LoadState", ""):
+    state, enabled = unit.get("ActiveState", ""), unit.get("UnitFileState", "")
+    match unit.get("LoadState", ""):
         case "loaded" if state == "active":
             if enabled == "enabled":
                 return ok(subject, "nbdd.service runs, and is started at boot")
@@ -154,11 +154,11 @@ def systemd_unit(show: Callable[[], str] | None = None) -> Finding:
                 subject, "nbdd.service runs, but is not started at boot; `systemctl enable nbdd` changes that"
             )
         case "loaded" if state == "failed":
-            return fault(subject, f"nbdd.service failed ({told.get('Result', '')}); `journalctl -u nbdd` says why")
+            return fault(subject, f"nbdd.service failed ({unit.get('Result', '')}); `journalctl -u nbdd` says why")
         case "loaded":
             return warning(subject, f"nbdd.service is {state}; any call starts it, and so does `systemctl start nbdd`")
         case "masked":
-            until_boot = " --runtime" if told.get("UnitFileState") == "masked-runtime" else ""
+            until_boot = " --runtime" if unit.get("UnitFileState") == "masked-runtime" else ""
             return fault(subject, f"nbdd.service is masked; `systemctl unmask{until_boot} nbdd` lets it start again")
         case "not-found":
             return fault(subject, "there is no nbdd.service; install the package nbdd")
@@ -224,7 +224,7 @@ def links(devices: Iterable[Device], root: str = "/") -> Iterator[Finding]:
 
 
 def states(devices: Iterable[Device]) -> Iterator[Finding]:
-    """Devices that are not well."""
+    """Devices in trouble."""
     for device in devices:
         last = f": {clause(device.last_error.message)}" if device.last_error else ""
         subject = f"device {device.name}"
@@ -243,7 +243,7 @@ def states(devices: Iterable[Device]) -> Iterator[Finding]:
 
 
 def configuration(directory: Path) -> tuple[Configuration | None, list[Finding]]:
-    """What is configured, or None, and what is to be said about it."""
+    """What is configured, or None, and the findings about it."""
     from nbdd.config.loader import load  # noqa: PLC0415 - brings YAML and JSON schema along
 
     subject = "configuration"
@@ -255,7 +255,7 @@ def configuration(directory: Path) -> tuple[Configuration | None, list[Finding]]
             return None, [warning(subject, f"only root can see all of it ({clause(hidden[0])})")]
         return None, [fault(subject, clause(problem)) for problem in error.problems]
     named = plural(len(found.devices), "device"), plural(len(found.files), "file")
-    unsafe = [warning(subject, told) for told in map(_unsafe, (directory, *found.files)) if told]
+    unsafe = [warning(subject, text) for text in map(_unsafe, (directory, *found.files)) if text]
     return found, [ok(subject, f"{named[0]} in {named[1]}, all well"), *unsafe]
 
 
@@ -278,12 +278,12 @@ def known_servers(configured: Configuration | None, devices: Iterable[Device]) -
 
 
 def servers(known: Mapping[str, Sequence[URI]], devices: Iterable[Device]) -> list[Finding]:
-    """Whether the servers of devices that have no link now answer, and have the export."""
-    linked = {device.name for device in devices if device.live_connections}
-    wanted = [(name, uri) for name, uris in known.items() if name not in linked for uri in uris]
+    """Whether the servers of devices without a connection answer, and have the export."""
+    connected = {device.name for device in devices if device.live_connections}
+    wanted = [(name, uri) for name, uris in known.items() if name not in connected for uri in uris]
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         asked = list(pool.map(lambda each: server(f"server of {each[0]}", each[1]), wanted))
-    return [ok(f"server of {name}", "it is connected to") for name in known if name in linked] + asked
+    return [ok(f"server of {name}", "it is connected to") for name in known if name in connected] + asked
 
 
 def server(subject: str, uri: URI) -> Finding:
@@ -295,7 +295,7 @@ def server(subject: str, uri: URI) -> Finding:
         with connect(uri, deadline) as sock:
             export = negotiate(sock, protocol.info(uri.export), deadline, address=uri.address)
     except NegotiationFailed as error:
-        # An old server can't tell of an export without opening it; it may have a list.
+        # An old server can't describe an export without opening it; it may have a list.
         if isinstance(error, NoSuchExport) or not _listed(uri):
             return fault(subject, clause(error))
         return ok(subject, f"{uri.address} has it in its list of exports")

@@ -57,7 +57,7 @@ def version(context: click.Context, _parameter: click.Parameter, wanted: bool) -
 @remote.option
 @click.pass_context
 def cli(context: click.Context) -> None:
-    """Attach network block devices and look after them, with the service nbdd.
+    """Attach network block devices and keep them attached, with the service nbdd.
 
     Exit status: 0 done, 1 failed (stderr says why), 2 wrong usage, 130 interrupted.
     """
@@ -85,24 +85,26 @@ def cli(context: click.Context) -> None:
     "--device", metavar="NODE", type=text, help="The block device to take, as /dev/nbd3, or auto for a free one."
 )
 @click.option("--read-only", is_flag=True, help="Refuse writes.")
-@click.option("--connections", metavar="N", type=count, help="How many links to open to the server, from 1 to 16.")
+@click.option(
+    "--connections", metavar="N", type=count, help="How many connections to open to the server, from 1 to 16."
+)
 @click.option(
     "--timeout",
     metavar="SECONDS",
     type=number,
-    help="How long a request may take before its link is given up; 0 is no limit.",
+    help="How long a request may take before its connection is given up; 0 is no limit.",
 )
 @click.option(
     "--dead-timeout",
     metavar="SECONDS",
     type=number,
-    help="How long I/O waits while there is no link before it fails.",
+    help="How long I/O waits without any connection before it fails.",
 )
 @click.option(
     "--network-timeout",
     metavar="SECONDS",
     type=count,
-    help="How long the server's machine may give no sign of life before its link is given up.",
+    help="How long the server's machine may be silent before its connection is given up.",
 )
 @click.option(
     "--block-size", metavar="BYTES", type=count, help="The logical block size, a power of two from 512 to 65536."
@@ -112,7 +114,7 @@ def cli(context: click.Context) -> None:
     metavar="SECONDS",
     type=number,
     default=0,
-    help="How long to ask again for a server that can't be had; 0 by default.",
+    help="How long to retry if the server can't be reached; 0 by default.",
 )
 @click.option("--if-needed", is_flag=True, help="Succeed if it is attached already.")
 @as_json
@@ -168,14 +170,14 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
     "--wait",
     metavar="SECONDS",
     type=number,
-    help="How long to wait for those who use it to leave; 0 by default.",
+    help="How long to wait until nothing uses it; 0 by default.",
 )
 @click.option("--if-needed", is_flag=True, help="Succeed if it is not attached.")
 @as_json
 def detach(target: str, force: bool, wait: int | None, if_needed: bool, as_json: bool) -> None:
     """Detach a device, or end an attach that is under way.
 
-    Ends when the kernel's device is free. Refused while somebody uses the device, with the names of those who do.
+    Ends when the kernel's device is free. Refused while the device is in use; the error names what uses it.
     """
     options: dict[str, bool | int | str] = {}
     if force:
@@ -221,15 +223,15 @@ def detach(target: str, force: bool, wait: int | None, if_needed: bool, as_json:
 def list_(as_json: bool) -> None:
     """List all devices, attached or not, with their servers.
 
-    The last column tells what is mounted, used as swap or stacked on them. It has a ? where that is not known: on
-    another machine.
+    The last column shows what is mounted, used as swap or stacked on them. It is ? if that is not known: on another
+    machine.
     """
     here = not elsewhere()
 
     async def action(client: Client) -> tuple[list[Device], dict[str, list[str]] | None]:
         import asyncio  # noqa: PLC0415 - comes with the bus
 
-        # While nbdd answers, we look at the machine.
+        # Look at this machine while nbdd answers.
         looking = asyncio.to_thread(users.claims) if here else asyncio.sleep(0)
         answer, claims = await asyncio.gather(client.devices(), looking)
         return [Device.of(properties) for properties in answer], claims
@@ -248,14 +250,14 @@ def list_(as_json: bool) -> None:
         )
 
 
-@cli.command(short_help="Show all about one device: who uses it, too.")
+@cli.command(short_help="Show all about one device, and what uses it.")
 @device_argument()
 @as_json
 def status(target: str, as_json: bool) -> None:
-    """Show all about one device: its state, who uses it, its links, what was read and written, the last error.
+    """Show all about one device: its state, what uses it, its connections, its counters, the last error.
 
-    The NODE is /dev/nbd5, a partition of it, a link to it, or just nbd5. The processes of other users are shown to root
-    only; where some may be missing, that is said. Of another machine, who uses a device is not known.
+    The NODE is /dev/nbd5, a partition of it, a link to it, or just nbd5. Only root sees the processes of other users;
+    the output says if some may be missing. On another machine, what uses a device is not known.
     """
     here = not elsewhere()
 
@@ -277,7 +279,7 @@ def status(target: str, as_json: bool) -> None:
 
 
 def _do(target: str, order: Callable[[Client, str], Awaitable[T]]) -> tuple[str, T]:
-    """Do something with the device that is meant; its name, and what came of it."""
+    """Run `order` on the device that `target` means; return its name and the result."""
     here = not elsewhere()
 
     async def action(client: Client) -> tuple[str, T]:
@@ -295,8 +297,8 @@ def _do(target: str, order: Callable[[Client, str], Awaitable[T]]) -> tuple[str,
 def set_timeout(target: str, seconds: int, as_json: bool) -> None:
     """Set how long a request of an attached device may take.
 
-    It is done live, under I/O. A request that takes longer ends its link, not the I/O; 0 is no limit. It holds until
-    the device is detached.
+    It works under I/O. A request that takes longer ends its connection, not the I/O; 0 is no limit. It holds until the
+    device is detached.
     """
     name, _ = _do(target, lambda client, name: client.set_timeout(name, seconds))
     if as_json:
@@ -310,25 +312,25 @@ def set_timeout(target: str, seconds: int, as_json: bool) -> None:
 @device_argument(lambda device: bool(device.node))
 @as_json
 def reconnect(target: str, as_json: bool) -> None:
-    """Exchange the links of an attached device for new ones, under I/O.
+    """Replace the connections of an attached device, under I/O.
 
     For a server that is about to be restarted or moved, and for going back to the first server of a list: the servers
-    are asked in the order of the definition, and one that does not have the same data is refused.
+    are tried in the order of the definition, and one that does not have the same data is refused.
     """
     name, _ = _do(target, lambda client, name: client.reconnect(name))
     if as_json:
         document({"name": name, "reconnected": True})
     else:
-        print(printable(f"{name} is connected anew"))
+        print(printable(f"{name} is connected again"))
 
 
 @cli.command()
 @device_argument(lambda device: bool(device.node))
 @as_json
 def resize(target: str, as_json: bool) -> None:
-    """Let an attached device take the size that its server says now, if it has grown, under I/O.
+    """Grow an attached device to the size that its export has now, under I/O.
 
-    What is on the device is grown afterwards, with resize2fs, xfs_growfs and the like.
+    Grow what is on the device afterwards, with resize2fs, xfs_growfs and the like.
     """
     name, count = _do(target, lambda client, name: client.resize(name))
     if as_json:
@@ -354,7 +356,7 @@ def exports(uri: str, as_json: bool) -> None:
 @cli.command(short_help="Make nbdd read its configuration again.")
 @as_json
 def reload(as_json: bool) -> None:
-    """Make nbdd read its configuration again, and tell what is added, changed and removed.
+    """Make nbdd read its configuration again, and print what was added, changed and removed.
 
     A bad file changes nothing.
     """

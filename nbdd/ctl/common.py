@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every command of nbdctl is made of: the types of its arguments, the call, and where its words go."""
+"""What the commands of nbdctl share: types of arguments, the call to the service, and output."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def count(value: str | int) -> int:
 
 
 as_json_here = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
-"""What a command takes that is about this machine: --json alone."""
+"""The options of a command that is about this machine: --json alone."""
 
 
 def as_json(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What every other command takes: --json, and --host."""
+    """The options of every other command: --json and --host."""
     return remote.option(as_json_here(command))
 
 
 def elsewhere() -> bool:
-    """Whether another machine is meant, of which nothing is known but what its nbdd says."""
+    """Whether --host names another machine; all that is known of it is what its nbdd reports."""
     return remote.host(click.get_current_context()) is not None
 
 
@@ -70,15 +70,15 @@ def only_here() -> None:
 
 
 def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
-    """The argument `target`, which find.py knows to read, completed with the devices that are `wanted`."""
+    """The argument `target`, which find.py resolves; the shell completes it with the devices that are `wanted`."""
     completer = complete.names(wanted, nodes=True)
     return click.argument("target", metavar="NAME|NODE|URI", type=text, shell_complete=completer)
 
 
 def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, asks: bool = False) -> T:
-    """Connect to the service, do one thing there, and return what came of it.
+    """Connect to the service, run `action`, and return its result.
 
-    `activate` lets a call start it; one that `asks` is of what polkit may want a password for.
+    With `activate` a call may start the service; with `asks` polkit may ask for a password.
     """
     # Imported here: they take longer than all else together, and --help needs neither.
     with _no_ssl():
@@ -98,17 +98,17 @@ def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, ask
 
 
 def may_ask() -> bool:
-    """Whether a person can be asked for a password on this terminal, and may have to be."""
-    local = not elsewhere()  # polkit of another machine knows no terminal of this one
+    """Whether polkit may have to ask for a password, and can do so on this terminal."""
+    local = not elsewhere()  # polkit of another machine can't use a terminal of this one
     return local and os.geteuid() != 0 and sys.stdin is not None and sys.stdin.isatty()
 
 
 @contextlib.contextmanager
 def _no_ssl() -> Iterator[None]:
-    """Let nothing find OpenSSL. asyncio loads it where it is there, for 6 ms of every command; a bus does without."""
+    """Hide OpenSSL. asyncio loads it if it is there, for 6 ms of every command; a bus needs none."""
     there = "ssl" in sys.modules
     if not there:
-        sys.modules["ssl"] = cast("ModuleType", None)  # an import of it fails then, as where Python was built without
+        sys.modules["ssl"] = cast("ModuleType", None)  # makes its import fail, as in a Python that was built without it
     try:
         yield
     finally:
@@ -122,14 +122,14 @@ def order(name: str) -> list[tuple[int, str]]:
 
 
 def document(value: Any) -> None:
-    """Print one JSON document. It is pure ASCII, so nothing in it can upset a terminal."""
+    """Print one JSON document. It is pure ASCII, so it needs no escaping for a terminal."""
     import json  # noqa: PLC0415 - most commands print text
 
     print(json.dumps(value, indent=2))
 
 
 def say(text: str) -> None:
-    """Print one line for a person, on stderr; where that can't be, there is nobody to tell."""
+    """Print one line for a person, on stderr, if there is one."""
     with contextlib.suppress(OSError):
         if sys.stderr is not None:
             print(f"nbdctl: {text}", file=sys.stderr)

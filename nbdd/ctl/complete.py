@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Completion of device names in the shell: it asks a running nbdd, briefly, and says nothing when that fails.
+"""Completion of device names in the shell: it asks a running nbdd, briefly, and completes nothing if that fails.
 
-The rest is click's: completions/ has what bash, zsh and fish load for it.
+click does the rest; completions/ has what bash, zsh and fish load.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nbdd.ctl import remote
 
 _SECONDS = 1
 _REMOTE_SECONDS = 4
-"""A person who pressed Tab does not wait longer; one who named another machine expects to wait for ssh."""
+"""With --host, which needs ssh."""
 
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 

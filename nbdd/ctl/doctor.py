@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`nbdctl doctor`: everything that nbdd needs, looked at, with what to do where it is not there."""
+"""`nbdctl doctor`: checks of everything that nbdd needs, with what to do about each fault."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ANSWER_SECONDS = 5
 _COLOURS = {"ok": "green", "warning": "yellow", "fault": "red"}
 
 
-@click.command(short_help="Look whether all is there that nbdd needs.")
+@click.command(short_help="Check everything that nbdd needs.")
 @as_json_here
 def doctor(as_json: bool) -> None:
-    """Look whether all is there that nbdd needs, and say what to do where it is not: one line for each thing.
+    """Check everything that nbdd needs, one line for each thing, with what to do about a fault.
 
-    It starts nothing and changes nothing. Every user may run it; what only root can see is said. Ends with 1 if there
+    It starts nothing and changes nothing. Every user may run it; it says what only root can see. Ends with 1 if there
     is a fault, and with 0 if there are warnings at most.
     """
     only_here()
@@ -47,24 +47,24 @@ def doctor(as_json: bool) -> None:
 
 
 def findings() -> list[Finding]:
-    """What all the checks find, in the order in which a person would mend it."""
+    """What all checks find, in the order in which faults should be fixed."""
     import asyncio  # noqa: PLC0415 - comes with the bus
     from pathlib import Path  # noqa: PLC0415
 
-    from nbdd.ctl import checks  # noqa: PLC0415 - brings much along that no other command needs
+    from nbdd.ctl import checks  # noqa: PLC0415 - heavy, and no other command needs it
 
     found = [checks.kernel_module(), checks.netlink_family(), checks.device_nodes(), checks.udev_rules()]
     found += [checks.permissions(), checks.systemd_unit()]
-    spoken, devices = asyncio.run(_bus())
-    found += spoken
-    configured, told = checks.configuration(Path(DIRECTORY))
-    found += told
+    on_bus, devices = asyncio.run(_bus())
+    found += on_bus
+    configured, of_files = checks.configuration(Path(DIRECTORY))
+    found += of_files
     found += [*checks.states(devices), *checks.links(devices)]
     return found + checks.servers(checks.known_servers(configured, devices), devices)
 
 
 async def _bus() -> tuple[list[Finding], list[Device]]:
-    """What there is to say of the bus and of who is on it; and nbdd's devices, if it is there."""
+    """Findings about the bus, nbdd and polkit; and nbdd's devices, if it runs."""
     from nbdd import __version__  # noqa: PLC0415
     from nbdd.bus.caller.client import NAME, Client  # noqa: PLC0415
     from nbdd.ctl import checks  # noqa: PLC0415

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which device is meant, by whatever a person calls it."""
+"""From a name, a node or a URI to a device."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 
 
 def index_of(target: str, *, here: bool = True) -> int | None:
-    """The X of the /dev/nbdX that "nbd5", "/dev/nbd5p1" or a link to it means; None where it is no such thing.
+    """The X of the /dev/nbdX that "nbd5", "/dev/nbd5p1" or a link to it means; None if it is no such thing.
 
-    Unless it is `here`, on this machine, no link is followed.
+    With `here` False, for another machine, no link is followed.
     """
     return named_index(os.path.realpath(target) if here and target.startswith("/") else target)
 
 
 def is_uri(target: str) -> bool:
-    """Whether a person means a URI. A name may hold a colon, but no such beginning."""
+    """Whether `target` is a URI. A name may hold a colon, but never begins like this."""
     scheme, colon, rest = target.partition(":")
     return rest.startswith("//") or bool(colon and scheme.lower() in {"nbd", "nbds", "nbd+unix", "nbds+unix"})
 
@@ -36,9 +36,9 @@ async def name(client: Client, target: str, *, here: bool = True) -> str:
 
 
 async def device(client: Client, target: str, *, here: bool = True) -> Device:
-    """The device that has the name `target` or, where none has, that node; or the one of that URI.
+    """The device with the name `target` or, if there is none, with that node; or the one of that URI.
 
-    Raises NoSuchDevice, or InvalidArgs where several have it.
+    Raises NoSuchDevice, or InvalidArgs if several have that URI.
     """
     index = index_of(target, here=here)
     if index is None and "/" in target:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Looks at what goes through the devices, again and again, and the places where that is shown."""
+"""Samples of the I/O of all devices, and the screen or the lines that show them."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from nbdd.text import one_line, printable
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Client
 
-HEAD = ("NAME", "NODE", "STATE", "LINKS", "rMB/s", "wMB/s", "r/s", "w/s", "r_await", "w_await", "INFLIGHT", "BUSY")
+HEAD = ("NAME", "NODE", "STATE", "CONNS", "rMB/s", "wMB/s", "r/s", "w/s", "r_await", "w_await", "INFLIGHT", "BUSY")
 """The figures under the names that iostat gives them."""
 FIGURES = HEAD[3:]
-SPARE = ("BUSY", "LINKS", "NODE", "r/s", "w/s", "INFLIGHT")
+SPARE = ("BUSY", "CONNS", "NODE", "r/s", "w/s", "INFLIGHT")
 """What a narrow terminal goes without, the first one first."""
 
 PATIENCE = 30.0
-"""Seconds that nbdd may be away once it was there: a restart takes a moment."""
+"""Seconds that nbdd may be away after it has answered once: a restart takes a moment."""
 
 
 @dataclass(slots=True)
 class Frame:
-    """One look at all devices that have a node."""
+    """One sample of all devices that have a node."""
 
     span: float
-    """Seconds since the look before."""
+    """Seconds since the sample before."""
     rows: list[tuple[Device, Rates | None]] = field(default_factory=list)
     problem: str = ""
-    """Why there is nothing to show."""
+    """Why there are no rows."""
 
     def cells(self) -> Iterator[tuple[str, ...]]:
-        """A row for each device, as HEAD has it; "" where there is no figure."""
+        """A row for each device, in the order of HEAD; "" if there is no figure."""
         for device, rates in self.rows:
             start = (printable(device.name), printable(device.node), printable(device.state))
-            links = f"{device.live_connections}/{device.connections}"
-            yield (*start, links, *(_figures(rates) if rates is not None else [""] * (len(FIGURES) - 1)))
+            connections = f"{device.live_connections}/{device.connections}"
+            yield (*start, connections, *(_figures(rates) if rates is not None else [""] * (len(FIGURES) - 1)))
 
     def sum(self) -> str:
-        """All of it on one line."""
+        """The totals on one line."""
         known = [rates for _, rates in self.rows if rates is not None]
         read, written = (sum(getattr(rates, key) for rates in known) / 1e6 for key in ("read_bytes", "written_bytes"))
         attached = f"{len(self.rows)} attached" if self.rows else "nothing is attached"
@@ -58,10 +58,10 @@ class Frame:
         """The JSON object; times are in seconds, but for `time`, in microseconds since 1970."""
         devices = []
         for device, rates in self.rows:
-            told = asdict(rates) if rates is not None else dict.fromkeys(Rates.__slots__)
+            figures = asdict(rates) if rates is not None else dict.fromkeys(Rates.__slots__)
             known = {"name": device.name, "node": device.node, "state": device.state}
-            links = {"connections": device.connections, "live-connections": device.live_connections}
-            devices.append(known | links | {key.replace("_", "-"): value for key, value in told.items()})
+            connections = {"connections": device.connections, "live-connections": device.live_connections}
+            devices.append(known | connections | {key.replace("_", "-"): value for key, value in figures.items()})
         return {"time": time.time_ns() // 1000, "seconds": round(self.span, 3), "devices": devices}
 
 
@@ -78,21 +78,21 @@ def _figures(rates: Rates) -> list[str]:
     ]
 
 
-class Looker:
-    """Looks at the devices again and again, and remembers the look before."""
+class Sampler:
+    """Samples the devices and keeps the sample before, since a rate needs two."""
 
     def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
         self._samples: dict[str, Sample] = {}
-        self._looked = self._answered = clock()
+        self._sampled = self._answered = clock()
         self._begun = False
 
-    async def look(self) -> Frame:
-        """What happened since the look before. Raises NbddError where nbdd is not there, or stays away."""
+    async def sample(self) -> Frame:
+        """What happened since the sample before. Raises NbddError if nbdd is not there at first, or stays away."""
         now = self._clock()
-        frame = Frame(span=now - self._looked)
-        self._looked = now
+        frame = Frame(span=now - self._sampled)
+        self._sampled = now
         try:
             devices = [Device.of(properties) for properties in await self._client.devices()]
             frame.rows = await self._rows([device for device in devices if device.node])
@@ -108,17 +108,17 @@ class Looker:
         import asyncio  # noqa: PLC0415 - comes with the bus
 
         ordered = sorted(devices, key=lambda device: order(device.name))
-        samples = await asyncio.gather(*(self._sample(device.name) for device in ordered))
+        samples = await asyncio.gather(*(self._counters(device.name) for device in ordered))
         found = list(zip(ordered, samples, strict=True))
         rates = [between(self._samples.get(device.name), sample) if sample else None for device, sample in found]
         self._samples = {device.name: sample for device, sample in found if sample}
         return list(zip(ordered, rates, strict=True))
 
-    async def _sample(self, name: str) -> Sample | None:
+    async def _counters(self, name: str) -> Sample | None:
         try:
             counts = await self._client.statistics(name)
         except NbddError:
-            return None  # it went meanwhile, or is about to
+            return None  # it was detached meanwhile, or is being detached
         return Sample(self._clock(), counts)
 
 
@@ -147,7 +147,7 @@ def _plain(frame: Frame, look: Look) -> str:
 
 @contextmanager
 def _screen(look: Look) -> Iterator[Callable[[Frame], None]]:
-    # rich takes as long to load as all of `nbdctl list`, and no other command wants it.
+    # rich takes as long to load as all of `nbdctl list`; only the live screen is worth that, so tables are our own.
     from rich.console import Console  # noqa: PLC0415
     from rich.live import Live  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415

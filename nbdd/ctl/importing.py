@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`nbdctl import`: the devices of nbd-client become definitions of nbdd's."""
+"""`nbdctl import`: from the devices of nbd-client to definitions of nbdd."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`nbdctl monitor`: what happens to the devices, as it happens."""
+"""`nbdctl monitor`: events as they happen."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nbdd.errors import NbddError
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Client, Event
-    from nbdd.ctl.story import Story
+    from nbdd.ctl.events import EventFormatter
 
 
-@click.command(short_help="Tell what happens, a line for each event.")
+@click.command(short_help="Print events as they happen, one line each.")
 @as_json
 def monitor(as_json: bool) -> None:
-    """Tell what happens to the devices, a line for each event, until Ctrl-C.
+    """Print events of the devices as they happen, one line each, until Ctrl-C.
 
-    With --json each line is an object with all that the event said.
+    With --json each line is an object with all data of the event.
     """
     import json  # noqa: PLC0415 - of use here only
 
     async def action(client: Client) -> None:
         running = await client.subscribe()
-        story = await _beginning(client, running)
+        formatter = await _formatter(client, running)
         look = Look.of(sys.stdout)
         if terminal():
             say("Watching; Ctrl-C ends it." if running else "Watching; nbdd is not running now. Ctrl-C ends it.")
@@ -38,24 +38,24 @@ def monitor(as_json: bool) -> None:
             event = await client.event()
             if as_json:
                 print(json.dumps(_event(event)), flush=True)
-            elif told := story.tell(event):
-                print(f"{time.strftime('%H:%M:%S')} {look.coloured(told, story.state(event.name))}", flush=True)
+            elif line := formatter.format(event):
+                print(f"{time.strftime('%H:%M:%S')} {look.coloured(line, formatter.state(event.name))}", flush=True)
 
     try:
-        # Who only watches starts nothing.
+        # Watching does not start nbdd.
         call(action, activate=False)
     except KeyboardInterrupt:
         return
 
 
-async def _beginning(client: Client, running: bool) -> Story:
-    from nbdd.ctl.story import Story  # noqa: PLC0415 - of use here only
+async def _formatter(client: Client, running: bool) -> EventFormatter:
+    from nbdd.ctl.events import EventFormatter  # noqa: PLC0415 - of use here only
 
     try:
-        # Asked for after the subscription: of what happens meanwhile, nothing is missed.
-        return Story([Device.of(properties) for properties in await client.devices()] if running else ())
+        # After the subscription, so that no event is missed.
+        return EventFormatter([Device.of(properties) for properties in await client.devices()] if running else ())
     except NbddError:
-        return Story()  # it has just stopped, and the next event says so
+        return EventFormatter()  # nbdd has just stopped; the next event says so
 
 
 def _event(event: Event) -> dict[str, Any]:

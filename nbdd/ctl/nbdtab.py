@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""nbd-client's nbdtab(5), read and told as nbdd.yaml(5) has it.
+"""From nbd-client's nbdtab(5) to nbdd.yaml(5).
 
 A line is `device host export [option,option...]`, its fields apart by blanks, with `#` before a comment. Of two lines
 for one device nbd-client takes the first.
@@ -21,7 +21,7 @@ from nbdd.uri import DEFAULT_PORT, URI
 _DEVICE = re.compile(r"(?:/dev/)?(nbd(?:0|[1-9][0-9]{0,4}))")
 
 _BLANKS = re.compile(r"[ \t\r\v\f]+")
-"""What parts fields; a no-break space is a part of one."""
+"""What separates fields; a no-break space does not."""
 
 _KEYS = {"bs": "block-size", "conns": "connections", "timeout": "timeout", "dead-timeout": "dead-timeout"}
 """Options with a number that nbdd has, too, and its names for them."""
@@ -34,7 +34,7 @@ _NEEDLESS = {
 }
 
 _NO_HOST = frozenset("/?#@[]")
-"""What would end the host in a URI, and make another of what is behind it."""
+"""Characters that would end the host in a URI."""
 
 _TLS = frozenset({"tls", "certfile", "keyfile", "cacertfile", "tlshostname", "priority"})
 
@@ -158,7 +158,7 @@ def yaml(entries: Iterable[Entry], place: str) -> str:
     """The devices as a file for /etc/nbdd/devices.d, with a comment for everything that has no place there."""
     lines = [
         f"# From {printable(place)}, by nbdctl import.",
-        "# Without any link I/O waits for dead-timeout seconds, 300 by default; nbd-client lets it fail at once.",
+        "# Without any connection I/O waits for dead-timeout seconds, 300 by default; nbd-client lets it fail at once.",
         "# With attach: boot, a device is attached when nbdd starts.",
         "",
     ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""From two looks at a device's counters to what happens there in a second."""
+"""From two samples of a device's counters to rates per second."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What GetStatistics said, and when."""
+    """The counters of GetStatistics at one moment."""
 
     at: float
     """Seconds of a clock that never goes back."""
@@ -25,7 +25,7 @@ class Rates:
     reads: float
     writes: float
     read_latency: float | None
-    """Seconds that a read took on average; None where there was none, or where nbdd does not tell."""
+    """Seconds that a read took on average; None if there was none, or nbdd does not report times."""
     write_latency: float | None
     in_flight: int
     """Requests under way at the later sample."""
@@ -34,7 +34,7 @@ class Rates:
 
 
 def between(before: Sample | None, now: Sample) -> Rates | None:
-    """The rates; None where there is nothing to compare with, as after a new attach, when all begins at 0."""
+    """The rates; None without an earlier sample, or after a new attach, when the counters begin at 0."""
     if before is None or now.at <= before.at:
         return None
     done = {key: count - before.counts.get(key, 0) for key, count in now.counts.items()}

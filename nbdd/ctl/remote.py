@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which machine nbdctl speaks to: --host, as an option of nbdctl itself and of each of its commands."""
+"""--host: an option of nbdctl itself and of each of its commands."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ option = click.option(
     metavar="[USER@]HOST",
     expose_value=False,
     callback=_take,
-    help="Speak to nbdd there, with ssh.",
+    help="Control nbdd on another machine, with ssh.",
 )
 
 
 def host(context: click.Context) -> str | None:
-    """The machine that was asked for; None for this one."""
+    """The machine that --host names; None for this one."""
     found: str | None = context.meta.get(_KEY)
     return found

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Text for people: tables, sizes, states. All of it returns strings; nothing here prints.
+"""Tables and texts about devices. All of it returns strings; nothing here prints.
 
-Names, descriptions and errors may come from an NBD server that means no good. `printable` takes out of them whatever
-could move a terminal's cursor, ring its bell or turn its text around, so nothing else may show them.
+Names, descriptions and errors may come from a hostile NBD server. `printable` escapes whatever could move a terminal's
+cursor, ring its bell or turn its text around, so show them only through it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COLOURS = {
 }
 
 MODEST = 16
-"""Columns in which a name or a server can still be told from others."""
+"""Columns in which a name or a server can still be distinguished."""
 _LEAST = 4
 
 # Transmission flags, "NBD protocol: Transmission flags": bit 0 says that the others mean something.
@@ -47,7 +47,7 @@ class Look:
 
     colour: bool = False
     width: int | None = None
-    """Columns, or None where lines are as long as they need to be."""
+    """Columns, or None for lines of any length."""
     terminal: bool = False
 
     @classmethod
@@ -90,7 +90,7 @@ def fit(text: str, columns: int | None) -> str:
 
 
 def squeeze(text: str, columns: int) -> str:
-    """The text, cut in its middle to so many columns: of a URI both ends tell it from others."""
+    """The text, cut in its middle to so many columns: both ends of a URI matter."""
     if width(text) <= columns:
         return text
     end = text[len(text) - columns // 2 :]
@@ -165,7 +165,7 @@ def state(word: str, look: Look) -> str:
 def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None, look: Look) -> str:
     """The table of `nbdctl list`; on a terminal, below it, what went wrong with those that are not well.
 
-    `claims` are sentences about who uses a device, by its node; None where that is not known.
+    `claims` are sentences about who uses a device, by its node; None if that is not known.
     """
     known = list(found)
     rows = [
@@ -183,12 +183,12 @@ def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None,
     ]
     used = any(row[-1] for row in rows)
     text = table(
-        ("NAME", "NODE", "STATE", "SIZE", "MODE", "LINKS", "SERVER", "USE"),
+        ("NAME", "NODE", "STATE", "SIZE", "MODE", "CONNS", "SERVER", "USE"),
         rows,
         look,
         right=("SIZE",),
         flexible=("NAME", "SERVER", "USE"),
-        spare=("LINKS", "MODE", "SIZE") if claims and used else ("USE", "LINKS", "MODE", "SIZE"),
+        spare=("CONNS", "MODE", "SIZE") if claims and used else ("USE", "CONNS", "MODE", "SIZE"),
     )
     if look.terminal:
         ill = [device for device in known if device.last_error and device.state not in {"attached", "detached"}]
@@ -198,7 +198,7 @@ def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None,
 
 
 def _uses(device: Device, claims: Mapping[str, Sequence[str]] | None) -> str:
-    """Who uses a device, for the table; "" for nobody."""
+    """What uses a device, for the table."""
     if claims is None:
         return "?" if device.node else ""
     return ", ".join(_use(claim) for claim in claims.get(device.node, ()))
@@ -219,7 +219,7 @@ def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
         rows.append(
             (
                 printable(export.get("name", "")) or '""',
-                # Where the server did not tell, it is not nothing.
+                # Unknown is not 0.
                 size(export["size"]) if export.get("size") or not export.get("problem") else "?",
                 "ro" if meant & _READ_ONLY else "rw",
                 "many" if meant & _CAN_MULTI_CONN else "1",
@@ -227,7 +227,7 @@ def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
             )
         )
     text = table(
-        ("NAME", "SIZE", "MODE", "LINKS", "DESCRIPTION"), rows, look, right=("SIZE",), flexible=("NAME", "DESCRIPTION")
+        ("NAME", "SIZE", "MODE", "CONNS", "DESCRIPTION"), rows, look, right=("SIZE",), flexible=("NAME", "DESCRIPTION")
     )
     problems = dict.fromkeys(printable(export["problem"]) for export in known if export.get("problem"))
     return "\n".join([text, "", *problems]) if problems and look.terminal else text
@@ -244,7 +244,11 @@ def status(device: Device, statistics: Mapping[str, int] | None, users: Users | 
     lines: dict[str, str | list[str]] = {"State": state(printable(device.state), look)}
     if device.fails_at:
         left = int(device.fails_at / 1e6 - time.time())
-        lines["I/O"] = f"waits for a link, and fails in {duration(left)}" if left > 0 else "fails until there is a link"
+        lines["I/O"] = (
+            f"waits for a connection, and fails in {duration(left)}"
+            if left > 0
+            else "fails until there is a connection"
+        )
     if device.attached_since:
         # A number, as the name may be that of another machine's user.
         by = f", by user {device.attached_by}" if device.attached_by else ""
@@ -257,9 +261,9 @@ def status(device: Device, statistics: Mapping[str, int] | None, users: Users | 
     lines["Server"] = [device.uri, *(f"or {other}" for other in device.servers if other != device.uri)]
     lines["Mode"] = "read-only" if device.read_only else "read and write"
     replaced = f", {device.reconnects} replaced" if device.reconnects else ""
-    lines["Links"] = f"{device.live_connections} of {device.connections}{replaced}"
+    lines["Connections"] = f"{device.live_connections} of {device.connections}{replaced}"
     timeout = f"{device.timeout} s" if device.timeout else "none"
-    lines["Timeout"] = f"{timeout}; without any link I/O fails after {device.dead_timeout} s"
+    lines["Timeout"] = f"{timeout}; without any connection I/O fails after {device.dead_timeout} s"
     lines["Encryption"] = device.encryption
     lines["Worker"] = f"PID {device.worker_pid}" if device.worker_pid else "none"
     lines["Defined"] = "in the configuration" if device.configured else "ad hoc, until it is detached"
@@ -280,8 +284,8 @@ def status(device: Device, statistics: Mapping[str, int] | None, users: Users | 
 
 def _used(users: Users) -> list[str]:
     if users.complete:
-        return list(users.found) or ["nobody"]
-    return [*(users.found or ["nobody whom you may see"]), "(the processes of other users are shown to root only)"]
+        return list(users.found) or ["nothing"]
+    return [*(users.found or ["nothing that you may see"]), "(the processes of other users are shown to root only)"]
 
 
 def _since(start: float) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`nbdctl top`: what goes through the devices now, again and again."""
+"""`nbdctl top`: the I/O of the devices, live."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAST_SECONDS, MOST_SECONDS = 0.1, 3600.0
 
 
 def seconds(value: str | float) -> float:
-    """A time between two looks."""
+    """The seconds between two samples, from the command line."""
     try:
         found = float(value)
     except ValueError:
@@ -31,18 +31,18 @@ def seconds(value: str | float) -> float:
     return found
 
 
-@click.command(short_help="Show live what goes through the devices.")
-@click.option("-n", "--count", "frames", metavar="COUNT", type=count, help="End after so many looks.")
+@click.command(short_help="Show the I/O of the devices, live.")
+@click.option("-n", "--count", "frames", metavar="COUNT", type=count, help="End after so many updates.")
 @click.option(
-    "-d", "--delay", metavar="SECONDS", type=seconds, default=2.0, show_default=True, help="How long between two looks."
+    "-d", "--delay", metavar="SECONDS", type=seconds, default=2.0, show_default=True, help="Time between two updates."
 )
 @as_json
 def top(frames: int | None, delay: float, as_json: bool) -> None:
-    """Show live what goes through the attached devices, until Ctrl-C.
+    """Show the I/O of the attached devices, live, until Ctrl-C.
 
     r is for reads, w for writes: megabytes in a second, requests in a second, and milliseconds that one took (await).
     INFLIGHT counts the requests under way, BUSY is the part of the time in which there were some. Without a terminal
-    it prints a table for each look; with --json an object on a line.
+    it prints a table for each update; with --json one object per line.
     """
     ended: list[int] = []
 
@@ -55,7 +55,7 @@ def top(frames: int | None, delay: float, as_json: bool) -> None:
             ended.append(number)
             watching.cancel()
 
-        # The terminal is to be as it was, however we are ended.
+        # On any of these signals the terminal is restored first.
         for number in _ENDS:
             asyncio.get_running_loop().add_signal_handler(number, end, number)
         try:
@@ -66,7 +66,7 @@ def top(frames: int | None, delay: float, as_json: bool) -> None:
             raise click.exceptions.Exit(128 + ended[0]) from None
 
     try:
-        # Who only looks starts nothing.
+        # Watching does not start nbdd.
         call(action, activate=False)
     except KeyboardInterrupt:
         return
@@ -75,13 +75,13 @@ def top(frames: int | None, delay: float, as_json: bool) -> None:
 async def _watch(client: Client, frames: int | None, delay: float, *, as_json: bool) -> None:
     import asyncio  # noqa: PLC0415 - comes with the bus
 
-    from nbdd.ctl.frames import Looker, display  # noqa: PLC0415 - no other command wants it
+    from nbdd.ctl.frames import Sampler, display  # noqa: PLC0415 - no other command needs it
 
-    looker = Looker(client)
-    await looker.look()
+    sampler = Sampler(client)
+    await sampler.sample()
     with display(as_json, sys.stdout) as show:
         shown = 0
         while frames is None or shown < frames:
             await asyncio.sleep(delay)
-            show(await looker.look())
+            show(await sampler.sample())
             shown += 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Who uses the devices, as far as the caller may see. nbdd is not asked: this machine knows, and anyone may look.
+"""What uses the devices, as far as the caller may see. Read from this machine, not from nbdd.
 
-The kernel's part is imported where it is used; most commands never look.
+nbdd.kernel is imported in the functions: most commands don't need it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from nbdd.kernel.node_name import node_index
 
 @dataclass(frozen=True, slots=True)
 class Users:
-    """Who uses one device."""
+    """What uses one device."""
 
     found: tuple[str, ...]
     """A sentence without its full stop for each, such as "/dev/nbd0p1 is mounted on /srv"."""
@@ -22,7 +22,7 @@ class Users:
 
 
 def users_of(node: str) -> Users:
-    """Who uses the device and its partitions: mounts, swap, what stands on it, processes."""
+    """What uses the device and its partitions: mounts, swap, stacked devices, processes."""
     from nbdd.kernel.sysfs import Node  # noqa: PLC0415
     from nbdd.kernel.usage import Usage  # noqa: PLC0415
 

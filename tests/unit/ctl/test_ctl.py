@@ -227,7 +227,7 @@ def test_detach_if_needed_is_content_with_a_device_that_is_gone(fake: FakeManage
 
 
 def test_reconnect_and_resize_say_what_was_done(fake: FakeManager, run: Run) -> None:
-    assert run("reconnect", "backup") == (0, "backup is connected anew\n", "")
+    assert run("reconnect", "backup") == (0, "backup is connected again\n", "")
     assert fake.wait_for("Reconnect").body == ["backup", {}]
     assert json.loads(run("reconnect", "backup", "--json")[1]) == {"name": "backup", "reconnected": True}
     assert run("resize", "backup") == (0, "backup has 2 GiB (2147483648 bytes)\n", "")
@@ -267,7 +267,7 @@ def test_list_is_a_table_in_the_order_a_person_expects(fake: FakeManager, run: R
     status, out, _ = run("list")
     assert status == 0
     assert out.splitlines() == [
-        f"NAME    NODE       STATE        SIZE  MODE  LINKS  {'SERVER':{len(long)}}  USE",
+        f"NAME    NODE       STATE        SIZE  MODE  CONNS  {'SERVER':{len(long)}}  USE",
         f"backup  /dev/nbd0  attached   10 GiB  rw    1/1    {'nbd://storage.example/backup':{len(long)}}  -",
         f"disk9   /dev/nbd0  degraded  1.5 GiB  ro    1/4    {'nbd://storage.example/backup':{len(long)}}  -",
         f"disk10  -          detached        -  rw    0/1    {long}  -",
@@ -331,7 +331,7 @@ def test_status_shows_everything_and_what_the_kernel_counted(fake: FakeManager, 
     assert status == 0
     assert lines[0] == "backup"
     assert "Size: 10 GiB (10737418240 bytes, blocks of 512)" in lines
-    assert "Timeout: none; without any link I/O fails after 300 s" in lines
+    assert "Timeout: none; without any connection I/O fails after 300 s" in lines
     assert "Read: 3 MiB in 3 requests" in lines
     assert "Server: nbd://storage.example/backup" in lines
     assert "or nbd://two.example/backup" in lines
@@ -368,7 +368,7 @@ def test_exports_are_a_table_and_a_document(fake: FakeManager, run: Run) -> None
     status, out, _ = run("exports", "nbd://h")
     assert status == 0
     assert out.splitlines() == [
-        "NAME     SIZE  MODE  LINKS  DESCRIPTION",
+        "NAME     SIZE  MODE  CONNS  DESCRIPTION",
         '""        0 B  ro    1      -',
         "data  1.0 TiB  rw    many   日本 disk",
     ]
@@ -619,10 +619,10 @@ def test_monitor_prints_a_line_for_each_event_until_it_is_interrupted(fake: Fake
         status, text = terminal.finish()
     assert status == 0
     assert [line[9:] for line in text.splitlines()[1:] if line[2:3] == ":"] == [
-        "backup: a\\nb; 1 of 2 links left; mending",
+        "backup: a\\nb; 1 of 2 connections left; mending",
         "1st: new in the configuration: nbd://storage.example/backup, detached",
         "1st: no configuration defines it any more",
-        "nbdd stopped; what is attached stays so, but no lost link is mended now",
+        "nbdd stopped; attached devices stay attached, but lost connections are not replaced now",
     ]
 
 

@@ -128,14 +128,14 @@ def test_status_names_who_uses_the_device(run: Run, monkeypatch: pytest.MonkeyPa
     assert lines[first + 1].index(OPEN) == lines[first].index(MOUNTED)
     found = json.loads(run("status", "photos", "--json")[1])
     assert (found["users"], found["users-complete"]) == ([MOUNTED, OPEN], True)
-    assert "Used by: nobody\n" in run("status", "backup")[1]
+    assert "Used by: nothing\n" in run("status", "backup")[1]
 
 
 @pytest.mark.usefixtures("photos")
 def test_status_says_what_its_caller_may_not_see(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Usage, "sees_all", lambda _self: False)
     assert "(the processes of other users are shown to root only)" in run("status", "photos")[1]
-    assert "Used by: nobody whom you may see\n" in run("status", "backup")[1]
+    assert "Used by: nothing that you may see\n" in run("status", "backup")[1]
     assert json.loads(run("status", "backup", "--json")[1])["users-complete"] is False
 
 
@@ -170,18 +170,18 @@ ROWS = [
      "nbd://storage.example:10810/an-export", "mounted on /srv/something"),
     ("b", "/dev/nbd0", "attached", "1 GiB", "ro", "1/1", "nbd://[2001:db8::1]/", ""),
 ]  # fmt: skip
-HEAD = ("NAME", "NODE", "STATE", "SIZE", "MODE", "LINKS", "SERVER", "USE")
+HEAD = ("NAME", "NODE", "STATE", "SIZE", "MODE", "CONNS", "SERVER", "USE")
 
 
 @pytest.mark.parametrize("columns", [50, 60, 80, 100, 132, 200])
 def test_a_table_fits_its_terminal(columns: int) -> None:
     look = show.Look(width=columns, terminal=True)
-    flexible, spare = ("NAME", "SERVER", "USE"), ("LINKS", "MODE", "SIZE")
+    flexible, spare = ("NAME", "SERVER", "USE"), ("CONNS", "MODE", "SIZE")
     text = show.table(HEAD, ROWS, look, right=("SIZE",), flexible=flexible, spare=spare)
     assert max(map(show.width, text.splitlines())) <= columns
     for kept in ("NAME", "NODE", "STATE"):
         assert kept in text
-    assert ("LINKS" in text) == (columns > 100)
+    assert ("CONNS" in text) == (columns > 100)
 
 
 @pytest.mark.parametrize("columns", [1, 2, 5, 16, 17, 30, 100])
@@ -198,7 +198,7 @@ def test_of_a_server_that_is_cut_both_ends_are_seen(text: str, columns: int) -> 
 
 
 def test_a_table_that_is_no_terminals_is_cut_nowhere() -> None:
-    text = show.table(HEAD, ROWS, show.Look(), flexible=("NAME", "SERVER", "USE"), spare=("LINKS", "MODE", "SIZE"))
+    text = show.table(HEAD, ROWS, show.Look(), flexible=("NAME", "SERVER", "USE"), spare=("CONNS", "MODE", "SIZE"))
     for row in ROWS:
         assert all(cell in text for cell in row)
 

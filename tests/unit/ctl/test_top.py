@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import pytest
 from dbus_next.constants import MessageFlag
 
 from nbdd.bus.caller.client import Client
-from nbdd.ctl.frames import HEAD, PATIENCE, Frame, Looker
+from nbdd.ctl.frames import HEAD, PATIENCE, Frame, Sampler
 from nbdd.ctl.rates import Rates, Sample, between
 from nbdd.errors import NbddError, NotAttached
 from tests.fakes.manager import ABSENT, PRESENT, FakeManager
@@ -78,50 +77,44 @@ class FakeClient:
         return self.counts[name]
 
 
-def looker(client: FakeClient) -> Looker:
-    return Looker(cast("Client", client), clock=lambda: client.now)
+def sampler_of(client: FakeClient) -> Sampler:
+    return Sampler(cast("Client", client), clock=lambda: client.now)
 
 
-def test_only_devices_with_a_node_are_looked_at_in_the_order_a_person_expects() -> None:
+async def test_sampler_samples_only_devices_with_a_node_in_natural_order() -> None:
     client = FakeClient()
     client.found = [PRESENT | {"Name": "d10"}, PRESENT | {"Name": "d9"}, ABSENT | {"Name": "d1"}]
     client.counts = {"d10": COUNTS, "d9": COUNTS}
-    frame = asyncio.run(looker(client).look())
+    frame = await sampler_of(client).sample()
     assert [(device.name, rates) for device, rates in frame.rows] == [("d9", None), ("d10", None)]
 
 
-def test_a_device_that_goes_and_comes_back_is_not_compared_with_what_it_was() -> None:
-    async def looks() -> list[float | None]:
-        client, found = FakeClient(), []
-        client.found = [PRESENT | {"Name": "a"}]
-        look = looker(client)
-        for counts in ({"a": COUNTS}, {}, {"a": later(reads=10)}, {"a": later(reads=30)}):
-            client.now += 1
-            client.counts = counts
-            rates = (await look.look()).rows[0][1]
-            found.append(rates.reads if rates is not None else None)
-        return found
-
-    assert asyncio.run(looks()) == [None, None, None, 20.0]
-
-
-def test_a_restart_of_nbdd_is_waited_for_but_not_for_ever() -> None:
-    async def looks() -> None:
-        client = FakeClient()
-        look = looker(client)
-        client.error = NbddError("nbdd is\nnot running.")
-        with pytest.raises(NbddError):
-            await look.look()
-        client.error = None
-        await look.look()
-        client.error = NbddError("nbdd is\nnot running.")
-        client.now = PATIENCE
-        assert (await look.look()).sum() == "nbdd is not running."
+async def test_sampler_does_not_compare_a_device_that_comes_back_with_its_former_counters() -> None:
+    client, found = FakeClient(), []
+    client.found = [PRESENT | {"Name": "a"}]
+    sampler = sampler_of(client)
+    for counts in ({"a": COUNTS}, {}, {"a": later(reads=10)}, {"a": later(reads=30)}):
         client.now += 1
-        with pytest.raises(NbddError):
-            await look.look()
+        client.counts = counts
+        rates = (await sampler.sample()).rows[0][1]
+        found.append(rates.reads if rates is not None else None)
+    assert found == [None, None, None, 20.0]
 
-    asyncio.run(looks())
+
+async def test_sampler_waits_for_a_restart_of_nbdd_but_not_for_ever() -> None:
+    client = FakeClient()
+    sampler = sampler_of(client)
+    client.error = NbddError("nbdd is\nnot running.")
+    with pytest.raises(NbddError):
+        await sampler.sample()
+    client.error = None
+    await sampler.sample()
+    client.error = NbddError("nbdd is\nnot running.")
+    client.now = PATIENCE
+    assert (await sampler.sample()).sum() == "nbdd is not running."
+    client.now += 1
+    with pytest.raises(NbddError):
+        await sampler.sample()
 
 
 def test_without_a_terminal_it_is_a_table_for_each_look(fake: FakeManager, run: Run) -> None:

@@ -210,7 +210,9 @@ def test_monitor_tells_what_happens_there_until_ctrl_c_which_ssh_gets_too(fake: 
     with Monitor() as monitor:
         fake.change("backup", State="degraded")
         assert monitor.process.stdout is not None
-        assert monitor.process.stdout.readline().endswith("backup: a link is lost; 1 of 1 links left; mending\n")
+        assert monitor.process.stdout.readline().endswith(
+            "backup: a connection is lost; 1 of 1 connections left; mending\n"
+        )
         os.killpg(monitor.process.pid, signal.SIGINT)
         assert monitor.process.wait(DEADLINE) == 0
 

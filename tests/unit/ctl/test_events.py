@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nbdd.bus.caller.client import Event, Kind
 from nbdd.bus.caller.device import Device
-from nbdd.ctl.story import Story
+from nbdd.ctl.events import EventFormatter
 from tests.fakes.manager import ABSENT, PRESENT
 
 LOST = ["org.nbdd1.Error.ConnectFailed", "A connection to nbd://one.example/ ended: the server closed it."]
@@ -21,15 +21,15 @@ AT = 1_700_000_000_000_000
 
 
 class Told:
-    """A story about `backup`, and a clock that a test sets."""
+    """The events of `backup`, and a clock that a test sets."""
 
     def __init__(self, **properties: Any) -> None:
         self.now = 100.0
-        self.story = Story([Device.of(PRESENT | {"Name": "backup"} | properties)], clock=lambda: self.now)
+        self.formatter = EventFormatter([Device.of(PRESENT | {"Name": "backup"} | properties)], clock=lambda: self.now)
 
     def change(self, after: float = 0.0, **changes: Any) -> str:
         self.now += after
-        return self.story.tell(Event(Kind.CHANGED, "backup", changes)).removeprefix("backup: ")
+        return self.formatter.format(Event(Kind.CHANGED, "backup", changes)).removeprefix("backup: ")
 
 
 def test_a_server_that_goes_and_comes_back_is_a_story_in_two_sentences() -> None:
@@ -81,7 +81,10 @@ def test_an_attach_that_fails_says_why_and_that_it_is_over() -> None:
 
 
 def test_an_attach_that_a_detach_ends_is_no_detach() -> None:
-    assert Told(**ABSENT | {"Name": "backup", "State": "connecting"}).change(State="detached") == "the attach was ended"
+    assert (
+        Told(**ABSENT | {"Name": "backup", "State": "connecting"}).change(State="detached")
+        == "the attach was cancelled"
+    )
 
 
 def test_a_detach_is_told_and_one_that_is_refused_too() -> None:
@@ -95,18 +98,18 @@ def test_a_detach_is_told_and_one_that_is_refused_too() -> None:
 def test_one_link_of_several_is_told_as_one() -> None:
     told = Told(Connections=4, LiveConnections=4)
     assert told.change(State="degraded", LiveConnections=3, LastError=LOST) == (
-        "a connection to nbd://one.example/ ended: the server closed it; 3 of 4 links left; mending"
+        "a connection to nbd://one.example/ ended: the server closed it; 3 of 4 connections left; mending"
     )
-    assert told.change(1, LiveConnections=2) == "2 of 4 links now"
-    assert told.change(1, State="attached", LiveConnections=4) == "all 4 links are back after 2.0 s"
+    assert told.change(1, LiveConnections=2) == "2 of 4 connections now"
+    assert told.change(1, State="attached", LiveConnections=4) == "all 4 connections are back after 2.0 s"
 
 
 def test_links_that_come_back_one_by_one_are_told_so() -> None:
     told = Told(Connections=2, LiveConnections=2)
     exchanged = told.change(State="reconnecting", LiveConnections=0)
-    assert exchanged == "the links are exchanged for new ones; reconnecting"
-    assert told.change(1, State="degraded", LiveConnections=1) == "attached again on 1 of 2 links after 1.0 s"
-    assert told.change(1, State="attached", LiveConnections=2) == "all 2 links are back after 2.0 s"
+    assert exchanged == "replacing all connections; reconnecting"
+    assert told.change(1, State="degraded", LiveConnections=1) == "attached again on 1 of 2 connections after 1.0 s"
+    assert told.change(1, State="attached", LiveConnections=2) == "all 2 connections are back after 2.0 s"
 
 
 def test_a_device_without_links_that_a_new_nbdd_takes_up_is_not_called_exchanged() -> None:
@@ -116,32 +119,38 @@ def test_a_device_without_links_that_a_new_nbdd_takes_up_is_not_called_exchanged
 
 def test_a_device_that_a_new_nbdd_takes_up_is_not_called_new() -> None:
     told = Told()
-    assert told.story.tell(Event(Kind.STOPPED)).startswith("nbdd stopped; what is attached stays so")
-    assert told.story.tell(Event(Kind.STARTED)) == "nbdd started"
+    assert told.formatter.format(Event(Kind.STOPPED)).startswith("nbdd stopped; attached devices stay attached")
+    assert told.formatter.format(Event(Kind.STARTED)) == "nbdd started"
     again = PRESENT | {"Name": "backup", "State": "connecting"}
-    assert told.story.tell(Event(Kind.ADDED, "backup", again)) == "backup: nbdd takes /dev/nbd0 up again"
-    assert told.change(State="attached") == "looked after again as /dev/nbd0"
+    assert (
+        told.formatter.format(Event(Kind.ADDED, "backup", again))
+        == "backup: adopting /dev/nbd0, left by the previous instance"
+    )
+    assert told.change(State="attached") == "adopted as /dev/nbd0"
 
 
 def test_a_device_that_was_not_heard_of_is_not_said_to_be_back() -> None:
-    assert Story().tell(Event(Kind.CHANGED, "new", {"State": "attached", "Node": "/dev/nbd1"})) == "new: attached"
+    assert (
+        EventFormatter().format(Event(Kind.CHANGED, "new", {"State": "attached", "Node": "/dev/nbd1"}))
+        == "new: attached"
+    )
 
 
 def test_a_worker_that_is_replaced_is_told() -> None:
-    assert Told().change(WorkerPID=4712) == "a new worker looks after it, PID 4712"
+    assert Told().change(WorkerPID=4712) == "a new worker runs, PID 4712"
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"Timeout": 30}, "a request may take 30 s now"),
-        ({"DeadTimeout": 9}, "without a link I/O waits 9 s now"),
+        ({"DeadTimeout": 9}, "without a connection I/O waits 9 s now"),
         ({"Size": 1 << 40}, "the size is 1 TiB now"),
         ({"ReadOnly": True}, "read-only now"),
         ({"Configured": False}, "no configuration defines it any more"),
         ({"URI": "nbd://two.example/"}, "the server is nbd://two.example/ now"),
-        ({"Reconnects": 1}, "a lost link was replaced"),
-        ({"Connections": 2}, "2 links are wanted now"),
+        ({"Reconnects": 1}, "a lost connection was replaced"),
+        ({"Connections": 2}, "2 connections are wanted now"),
         ({"LastError": ["", ""]}, ""),
         ({"AttachedSince": AT}, ""),
         ({"Colour": "red"}, ""),
@@ -153,13 +162,13 @@ def test_what_changes_beside_the_state_is_a_sentence_or_nothing(changes: dict[st
 
 
 def test_a_device_comes_and_goes() -> None:
-    story = Story()
+    formatter = EventFormatter()
     made = ABSENT | {"Name": "copy", "Configured": False, "State": "connecting"}
-    assert story.tell(Event(Kind.ADDED, "copy", made)) == (
+    assert formatter.format(Event(Kind.ADDED, "copy", made)) == (
         "copy: new, without a definition: nbd://storage.example/backup, connecting"
     )
-    assert story.tell(Event(Kind.REMOVED, "copy")) == "copy: gone, as it has no definition"
-    assert story.state("copy") == ""
+    assert formatter.format(Event(Kind.REMOVED, "copy")) == "copy: gone, as it has no definition"
+    assert formatter.state("copy") == ""
 
 
 STATES = st.sampled_from(["detached", "connecting", "attached", "degraded", "reconnecting", "failed", "detaching", "?"])
@@ -167,8 +176,8 @@ STATES = st.sampled_from(["detached", "connecting", "attached", "degraded", "rec
 
 @given(st.lists(st.tuples(STATES, st.text(max_size=9), st.integers(0, 9), st.booleans()), max_size=12))
 def test_no_order_of_events_upsets_it(events: list[tuple[str, str, int, bool]]) -> None:
-    story = Story()
+    formatter = EventFormatter()
     for state, text, number, added in events:
         changes = {"State": state, "LastError": [text, text], "LiveConnections": number, "Node": text, "URI": text}
-        line = story.tell(Event(Kind.ADDED if added else Kind.CHANGED, text, changes))
+        line = formatter.format(Event(Kind.ADDED if added else Kind.CHANGED, text, changes))
         assert line.isprintable()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Events told as a person would: what happened to which device, what nbdd does about it, and how long it took."""
+"""Events as lines for a person: what happened to which device, what nbdd does about it, and how long it took."""
 
 from __future__ import annotations
 
@@ -9,96 +9,93 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nbdd.bus.caller.device import Device, Failure, fields
-from nbdd.text import duration, printable, size
+from nbdd.text import duration, plural, printable, size
 
 if TYPE_CHECKING:
     from nbdd.bus.caller.client import Event
 
 _LOST = {"reconnecting", "degraded"}
-_WHOLE = {"attached", "degraded"}
+_WORKS = {"attached", "degraded"}
 
 
-class Story:
-    """Remembers the devices, since most of an event's meaning is in what was before it.
-
-    `tell` returns one line without a line end, or "" where there is nothing that a person would care for.
-    """
+class EventFormatter:
+    """Makes a line of each event. It keeps the devices, since most of an event's meaning is in the state before it."""
 
     def __init__(self, devices: Iterable[Device] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self._devices = {device.name: device for device in devices}
         self._clock = clock
         self._begun: dict[str, float] = {}
-        """When the device began to connect, or lost its first link; in seconds of the clock."""
+        """When the device began to connect, or lost its first connection; in seconds of the clock."""
 
-    def tell(self, event: Event) -> str:
-        """The event as a sentence, with the device's name before it."""
+    def format(self, event: Event) -> str:
+        """The event as one line with the device's name before it; "" if there is nothing to say."""
         match str(event.kind):
             case "started":
                 return "nbdd started"
             case "stopped":
-                return "nbdd stopped; what is attached stays so, but no lost link is mended now"
+                return "nbdd stopped; attached devices stay attached, but lost connections are not replaced now"
             case "removed":
                 old = self._devices.pop(event.name, Device())
                 self._begun.pop(event.name, None)
                 text = "no configuration defines it any more" if old.configured else "gone, as it has no definition"
             case _ if event.kind == "added" and event.name not in self._devices:
                 new = self._devices[event.name] = Device.of(event.properties)
-                text = self._new(new)
+                text = self._added(new)
             case _:
-                text = self._changed(event.name, fields(event.properties))
+                text = self._change(event.name, fields(event.properties))
         return printable(f"{event.name}: {text}") if text else ""
 
     def state(self, name: str) -> str:
-        """The state of a device after what was told; "" for an unknown one."""
+        """The state of a device after the last event; "" for an unknown one."""
         return self._devices[name].state if name in self._devices else ""
 
-    def _new(self, new: Device) -> str:
+    def _added(self, new: Device) -> str:
         if new.state == "connecting":
             self._begun[new.name] = self._clock()
         what = "new in the configuration" if new.configured else "new, without a definition"
         where = f"{new.state} as {new.node}" if new.node else new.state
         return f"{what}: {new.uri}, {where}"
 
-    def _changed(self, name: str, changes: Mapping[str, Any]) -> str:
+    def _change(self, name: str, changes: Mapping[str, Any]) -> str:
         old = self._devices.get(name) or Device(name=name)
         new = self._devices[name] = replace(old, **{key: value for key, value in changes.items() if value is not None})
         if "last_error" in changes:
             new = self._devices[name] = replace(new, last_error=changes["last_error"])
-        return self._moved(old, new) if new.state != old.state else self._stayed(old, new)
+        return self._new_state(old, new) if new.state != old.state else self._same_state(old, new)
 
-    def _moved(self, old: Device, new: Device) -> str:
+    def _new_state(self, old: Device, new: Device) -> str:
         """What a change of the state means."""
         if new.state == "connecting" or (new.state in _LOST and old.state == "attached"):
             self._begun[new.name] = self._clock()
         match new.state:
             case "connecting":
-                text = f"nbdd takes {new.node} up again" if new.node else f"connecting to {new.uri}"
+                text = f"adopting {new.node}, left by the previous instance" if new.node else f"connecting to {new.uri}"
             case "attached":
-                text = self._whole(old, new)
+                text = self._attached(old, new)
             case "degraded" if old.state in {"attached", "unknown"}:
-                text = f"{_because(new) or 'a link is lost; '}{_links(new)} left; mending"
+                text = f"{_because(new) or 'a connection is lost; '}{_connections(new)} left; mending"
             case "degraded":
-                text = f"{self._back(old)} on {_links(new)}{self._took(new)}"
+                text = f"{self._back(old)} on {_connections(new)}{self._took(new)}"
             case "reconnecting":
-                exchanged = "the links are exchanged for new ones; " if old.state in _WHOLE else ""
-                text = f"{_because(new) or exchanged}reconnecting{_patience(new)}"
+                exchanged = "replacing all connections; " if old.state in _WORKS else ""
+                text = f"{_because(new) or exchanged}reconnecting{_deadline(new)}"
             case "failed":
-                text = f"{_because(new)}{_end(new)}"
+                text = f"{_because(new)}{_failed(new)}"
             case "detached" if old.state == "connecting":
-                text = "the attach was ended"
+                text = "the attach was cancelled"
             case _:
                 text = new.state
         return text
 
-    def _whole(self, old: Device, new: Device) -> str:
+    def _attached(self, old: Device, new: Device) -> str:
         if old.state == "detaching":
             return f"not detached; it stays attached as {new.node}"
         if old.state == "connecting" and not old.node:
             return f"attached as {new.node}, {size(new.size)}{self._took(new).replace(' ', ', ', 1)}"
         if old.state == "connecting":
-            return f"looked after again as {new.node}"
+            return f"adopted as {new.node}"
         if old.state == "degraded":
-            return f"all {new.connections} links are back{self._took(new)}"
+            return f"all {new.connections} connections are back{self._took(new)}"
         return f"{self._back(old)}{self._took(new)}"
 
     @staticmethod
@@ -109,41 +106,45 @@ class Story:
         begun = self._begun.get(new.name) if new.state != "attached" else self._begun.pop(new.name, None)
         return "" if begun is None else f" after {_seconds(self._clock() - begun)}"
 
-    def _stayed(self, old: Device, new: Device) -> str:
-        """What the other properties mean, where the state is the same; the most telling one first."""
-        told = []
+    def _same_state(self, old: Device, new: Device) -> str:
+        """What the other properties mean if the state is the same; the most important one first."""
+        parts = []
         if new.last_error is not None and new.last_error != old.last_error:
             again = "; trying again" if new.state in {"connecting", "reconnecting", "degraded"} else ""
-            told.append(_clause(new.last_error) + again)
+            parts.append(_clause(new.last_error) + again)
         if new.live_connections != old.live_connections and new.node and old.node:
-            told.append(f"{_links(new)} now")
+            parts.append(f"{_connections(new)} now")
         elif new.reconnects > old.reconnects:
-            told.append("a lost link was replaced")
+            parts.append("a lost connection was replaced")
         if new.uri != old.uri and new.uri:
-            told.append(f"the server is {new.uri} now")
+            parts.append(f"the server is {new.uri} now")
         if new.size != old.size and new.node and old.node:
-            told.append(f"the size is {size(new.size)} now")
+            parts.append(f"the size is {size(new.size)} now")
         if new.read_only != old.read_only:
-            told.append("read-only now" if new.read_only else "writable now")
+            parts.append("read-only now" if new.read_only else "writable now")
         if new.timeout != old.timeout:
-            told.append(f"a request may take {new.timeout} s now" if new.timeout else "no limit for a request any more")
+            parts.append(
+                f"a request may take {new.timeout} s now" if new.timeout else "no limit for a request any more"
+            )
         if new.dead_timeout != old.dead_timeout:
-            told.append(f"without a link I/O waits {new.dead_timeout} s now")
+            parts.append(f"without a connection I/O waits {new.dead_timeout} s now")
         if new.fails_at and not old.fails_at:
-            told.append(f"I/O waits until {_clock_time(new.fails_at)}")
+            parts.append(f"I/O waits until {_clock_time(new.fails_at)}")
         if new.connections != old.connections:
-            told.append(f"{new.connections} {'link is' if new.connections == 1 else 'links are'} wanted now")
+            parts.append(
+                f"{plural(new.connections, 'connection')} {'is' if new.connections == 1 else 'are'} wanted now"
+            )
         if new.configured != old.configured:
-            told.append("defined now" if new.configured else "no configuration defines it any more")
+            parts.append("defined now" if new.configured else "no configuration defines it any more")
         if new.worker_pid and old.worker_pid and new.worker_pid != old.worker_pid:
-            told.append(f"a new worker looks after it, PID {new.worker_pid}")
-        return "; ".join(told)
+            parts.append(f"a new worker runs, PID {new.worker_pid}")
+        return "; ".join(parts)
 
 
 def _clause(failure: Failure) -> str:
     """The sentences of an error as a part of one of ours."""
     text = failure.message.rstrip(". ").replace(". ", "; ") or failure.name
-    # "Can't" and "A link" begin small in the middle of a sentence; "NBD" does not.
+    # "Can't" and "A connection" begin small in the middle of a sentence; "NBD" does not.
     return text[0].lower() + text[1:] if text[1:2].islower() or text[1:2] == " " else text
 
 
@@ -151,12 +152,12 @@ def _because(new: Device) -> str:
     return f"{_clause(new.last_error)}; " if new.last_error is not None else ""
 
 
-def _links(device: Device) -> str:
-    return f"{device.live_connections} of {device.connections} links"
+def _connections(device: Device) -> str:
+    return f"{device.live_connections} of {device.connections} connections"
 
 
-def _end(device: Device) -> str:
-    """What it means that the device has failed."""
+def _failed(device: Device) -> str:
+    """What the state "failed" means for I/O."""
     if not device.node:
         return "not attached, given up"
     if device.fails_at > time.time_ns() // 1000:
@@ -164,7 +165,7 @@ def _end(device: Device) -> str:
     return "I/O fails until its server is back; reconnecting"
 
 
-def _patience(device: Device) -> str:
+def _deadline(device: Device) -> str:
     return f", and I/O waits until {_clock_time(device.fails_at)}" if device.fails_at else ""
 
 
