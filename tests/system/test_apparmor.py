@@ -28,7 +28,7 @@ def confined(lab: Lab) -> Iterator[Lab]:
 
 
 @pytest.mark.prove_only
-def test_confined_by_its_profile_nbdd_attaches_mends_is_adopted_and_names_who_uses_a_device(confined: Lab) -> None:
+def test_apparmor_profile_lets_nbdd_attach_mend_adopt_and_name_who_uses_a_device(confined: Lab) -> None:
     lab = confined
     assert lab.guest.run(f"cat /proc/{lab.manager_pid()}/attr/current").stdout == "nbdd (enforce)\n"
     lab.guest.write("/root/main-job", (TESTS / "main-job").read_text(), mode=0o755)

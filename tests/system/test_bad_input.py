@@ -287,16 +287,14 @@ def _archive(faulty: Mapping[str, Faulty]) -> bytes:
 
 
 @pytest.mark.parametrize("label", FAULTY)
-def test_a_reload_names_every_fault_with_file_line_and_column_and_changes_nothing(
-    verdicts: Verdicts, label: str
-) -> None:
+def test_reload_names_every_fault_with_file_line_and_column_and_changes_nothing(verdicts: Verdicts, label: str) -> None:
     assert verdicts.harm == []
     assert verdicts.reload.name == OWN + "InvalidConfig"
     check_fault(verdicts.reload.text, DEVICES_D, label)
 
 
 @pytest.mark.parametrize("label", FAULTY)
-def test_the_check_tells_the_same_before_anything_is_reloaded(verdicts: Verdicts, label: str) -> None:
+def test_check_reports_the_same_faults_as_a_reload(verdicts: Verdicts, label: str) -> None:
     assert verdicts.check_code == 1
     check_fault(verdicts.check, "/root/bad/devices.d", label)
 
@@ -312,7 +310,7 @@ def check_fault(text: str, directory: str, label: str) -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_systemctl_reload_fails_and_status_shows_file_line_and_column(lab: Lab) -> None:
+def test_reload_by_systemctl_fails_and_status_shows_file_line_and_column(lab: Lab) -> None:
     lab.guest.write(f"{DEVICES_D}/typo.yaml", device("tiemout: 5").replace("@", "typo"))
     reload = lab.guest.run("systemctl reload nbdd", check=False)
     status = lab.guest.run("systemctl status --no-pager --full nbdd", check=False).stdout
@@ -323,7 +321,7 @@ def test_systemctl_reload_fails_and_status_shows_file_line_and_column(lab: Lab) 
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_empty_files_and_files_of_comments_are_no_fault(lab: Lab) -> None:
+def test_files_that_are_empty_or_of_comments_are_no_fault(lab: Lab) -> None:
     lab.guest.run(
         f"cd {DEVICES_D}; : >empty.yaml; echo '# nothing yet' >comment.yaml; echo 'devices:' >no-devices.yaml;"
         "systemctl reload nbdd"
@@ -331,7 +329,7 @@ def test_empty_files_and_files_of_comments_are_no_fault(lab: Lab) -> None:
     lab.guest.run(f"rm {DEVICES_D}/*")
 
 
-def test_a_file_without_permission_is_named_by_the_check(lab: Lab) -> None:
+def test_check_names_a_file_without_permission(lab: Lab) -> None:
     done = lab.guest.run(
         "umask 022; d=$(mktemp -d); chmod 755 $d; mkdir $d/devices.d; cd $d/devices.d; : >secret.yaml; chmod 600 *;"
         "runuser -u visitor -- nbdd --check $d; code=$?; rm -r $d; exit $code",
@@ -343,7 +341,7 @@ def test_a_file_without_permission_is_named_by_the_check(lab: Lab) -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_thousands_of_devices_are_taken_listed_and_dropped_while_the_manager_answers(lab: Lab) -> None:
+def test_reload_of_thousands_of_devices_lets_the_manager_answer_meanwhile(lab: Lab) -> None:
     names = [f"disk-{number:05d}" for number in range(times(2_000, 10_000))]
     lines = "".join(f"  {name}: {{uri: 'nbd://storage.example/{name}'}}\n" for name in names)
     lab.guest.write(f"{DEVICES_D}/many.yaml", f"devices:\n{lines}")
@@ -513,7 +511,7 @@ def nonsense(lab: Lab, bystander: Bystander) -> Batch:
 
 @pytest.mark.parametrize("member", ["AttachURI", "ListExports"])
 @pytest.mark.parametrize("label", URIS)
-def test_a_uri_that_is_none_is_refused_with_the_reason(nonsense: Batch, member: str, label: str) -> None:
+def test_uri_that_is_invalid_is_refused_with_the_reason(nonsense: Batch, member: str, label: str) -> None:
     _, name, words = URIS[label]
     error = nonsense.error(f"uri-{label}-{member}")
     check_sentence(error, name, words)
@@ -522,19 +520,19 @@ def test_a_uri_that_is_none_is_refused_with_the_reason(nonsense: Batch, member: 
 
 @pytest.mark.parametrize("member", NAME_CALLS)
 @pytest.mark.parametrize("label", NAMES)
-def test_a_name_that_can_be_none_is_refused_with_the_rule(nonsense: Batch, member: str, label: str) -> None:
+def test_name_that_is_invalid_is_refused_with_the_rule(nonsense: Batch, member: str, label: str) -> None:
     begin = repr(NAMES[label])[:60].removesuffix("'")
     check_sentence(nonsense.error(f"name-{label}-{member}"), FREEDESKTOP + "InvalidArgs", begin, NAME_RULE)
 
 
 @pytest.mark.parametrize("label", OPTIONS)
-def test_an_option_that_is_unknown_or_of_the_wrong_type_or_range_is_refused(nonsense: Batch, label: str) -> None:
+def test_option_that_is_unknown_or_of_the_wrong_type_or_range_is_refused(nonsense: Batch, label: str) -> None:
     _, words = OPTIONS[label]
     check_sentence(nonsense.error(f"option-{label}"), FREEDESKTOP + "InvalidArgs", *words)
 
 
 @pytest.mark.parametrize("label", TYPES)
-def test_wrong_types_and_members_are_told_by_a_standard_error(nonsense: Batch, label: str) -> None:
+def test_bus_call_with_wrong_types_or_members_gets_a_standard_error(nonsense: Batch, label: str) -> None:
     _, name, words = TYPES[label]
     check_sentence(nonsense.error(f"type-{label}"), FREEDESKTOP + name, words)
 
@@ -619,7 +617,7 @@ def attempts(lab: Lab, bystander: Bystander, bad_servers: Mapping[str, str]) -> 
 
 
 @pytest.mark.parametrize("label", [*ABSENT, *PORTS])
-def test_a_server_that_is_not_there_or_misbehaves_is_told_with_its_address_and_what_it_did(
+def test_error_of_an_absent_or_bad_server_has_its_address_and_what_it_did(
     attempts: Batch, bad_servers: Mapping[str, str], label: str
 ) -> None:
     name, words = TOLD[label]
@@ -632,7 +630,7 @@ def test_a_server_that_is_not_there_or_misbehaves_is_told_with_its_address_and_w
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_an_export_that_does_not_exist_is_named(lab: Lab) -> None:
+def test_error_of_a_missing_export_has_its_name(lab: Lab) -> None:
     lab.guest.run("truncate -s 16M /run/right.img")
     server = lab.serve(
         "qemu-nbd --persistent -f raw -x right -b 127.0.0.1 -p {port} /run/right.img",
@@ -646,7 +644,7 @@ def test_an_export_that_does_not_exist_is_named(lab: Lab) -> None:
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("server", ["silent", "never_reads"])
-def test_a_detach_during_an_attach_ends_it_and_leaves_nothing(
+def test_detach_during_an_attach_ends_it_and_leaves_nothing(
     lab: Lab, bad_servers: Mapping[str, str], server: str
 ) -> None:
     state = "busctl get-property org.nbdd1 /org/nbdd1/device/midway org.nbdd1.Device State"
@@ -731,7 +729,7 @@ def misuse(lab: Lab, bystander: Bystander) -> Batch:
 
 
 @pytest.mark.parametrize("label", MISUSE)
-def test_a_call_at_the_wrong_time_is_told_why(misuse: Batch, label: str) -> None:
+def test_call_at_the_wrong_time_gets_the_reason(misuse: Batch, label: str) -> None:
     _, name, words = MISUSE[label]
     if name:
         space = FREEDESKTOP if name == "InvalidArgs" else OWN
@@ -741,7 +739,7 @@ def test_a_call_at_the_wrong_time_is_told_why(misuse: Batch, label: str) -> None
 
 
 @pytest.mark.parametrize("action", DENIED)
-def test_an_ordinary_user_is_denied_and_told_which_action_it_takes(misuse: Batch, action: str) -> None:
+def test_user_without_privileges_is_denied_with_the_name_of_the_action(misuse: Batch, action: str) -> None:
     error = misuse.error(f"denied-{action}")
     check_sentence(error, FREEDESKTOP + "AccessDenied", f"org.nbdd1.{action}", "administrator")
 
@@ -751,7 +749,7 @@ def test_an_ordinary_user_is_denied_and_told_which_action_it_takes(misuse: Batch
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.parametrize("interface", ["netlink", "ioctl"])
-def test_a_device_that_nbd_client_has_is_busy_and_stays_as_it_is(lab: Lab, interface: str) -> None:
+def test_device_of_nbd_client_is_busy_and_stays_as_it_is(lab: Lab, interface: str) -> None:
     server = lab.nbdkit("memory 16M")
     port = server.uri.rpartition(":")[2].strip("/")
     how = "-nonetlink" if interface == "ioctl" else ""
@@ -783,7 +781,7 @@ def test_a_device_that_nbd_client_has_is_busy_and_stays_as_it_is(lab: Lab, inter
 
 @pytest.mark.usefixtures("unharmed")
 @pytest.mark.prove_only
-def test_a_flood_of_questions_from_anybody_costs_no_worker_and_ends(lab: Lab) -> None:
+def test_flood_of_questions_from_anybody_costs_no_worker_and_ends(lab: Lab) -> None:
     worker = lab.device("bystander")["WorkerPID"]
     lab.guest.put(Path(__file__).with_name("in_guest") / "flood.py", "/run/flood.py")
     lab.guest.run("runuser -u nobody -- python3 /run/flood.py bystander 100000", timeout=500)
@@ -793,7 +791,7 @@ def test_a_flood_of_questions_from_anybody_costs_no_worker_and_ends(lab: Lab) ->
 
 
 @pytest.mark.usefixtures("unharmed")
-def test_a_second_nbdd_ends_with_one_sentence_and_touches_nothing(lab: Lab) -> None:
+def test_second_nbdd_exits_with_one_sentence_and_touches_nothing(lab: Lab) -> None:
     before = lab.guest.run("sha256sum /run/nbdd/devices/*").stdout
     second = lab.guest.run("/usr/bin/nbdd", check=False)
     assert second.returncode == 1
@@ -803,7 +801,7 @@ def test_a_second_nbdd_ends_with_one_sentence_and_touches_nothing(lab: Lab) -> N
     assert lab.guest.run("sha256sum /run/nbdd/devices/*").stdout == before
 
 
-def test_without_the_kernel_module_an_attach_says_how_to_load_it_and_works_once_it_is(
+def test_attach_without_the_kernel_module_says_how_to_load_it_and_works_afterwards(
     lab: Lab, bystander: Bystander
 ) -> None:
     # The only test without a bystander: the module can't be unloaded under one.

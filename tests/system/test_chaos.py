@@ -17,9 +17,7 @@ SEED = 1
 
 @pytest.mark.prove_only
 @pytest.mark.timeout(SECONDS + MORE_SECONDS, func_only=True)
-def test_servers_the_network_and_nbdd_fail_again_and_again_and_nothing_is_lost(
-    lab: Lab, show: Callable[[str], None]
-) -> None:
+def test_chaos_of_servers_network_and_nbdd_loses_nothing(lab: Lab, show: Callable[[str], None]) -> None:
     told = campaign(lab.guest, SECONDS, SEED)
     assert told["wrong"] == [], told
     assert all(told["rounds"].values()), "every load did something"

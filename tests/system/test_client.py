@@ -80,18 +80,18 @@ def ends(run: Run) -> Told:
 
 
 @pytest.mark.parametrize("promise", client_checks.CHECKS)
-def test_each_method_of_the_manual_does_its_work_on_a_real_device(methods: Told, promise: str) -> None:
+def test_client_methods_of_the_manual_work_on_a_real_device(methods: Told, promise: str) -> None:
     problem = methods[promise][1]
     assert problem == "", problem
 
 
 @pytest.mark.parametrize("promise", client_ends.CHECKS)
-def test_a_service_ends_as_it_should_and_leaves_nothing_behind(ends: Told, promise: str) -> None:
+def test_client_service_ends_as_it_should_and_leaves_nothing_behind(ends: Told, promise: str) -> None:
     problem = ends[promise][1]
     assert problem == "", problem
 
 
-def test_every_example_of_the_documentation_works_and_prints_what_it_says(lab: Lab, run: Run) -> None:
+def test_client_examples_of_the_documentation_work_and_print_what_it_says(lab: Lab, run: Run) -> None:
     lab.guest.run("grep -q storage.example /etc/hosts || echo 127.0.0.1 storage.example >>/etc/hosts")
     server = lab.serve(
         "nbdkit -f -i 127.0.0.1 -p 10809 memory 64M",
@@ -107,7 +107,7 @@ def test_every_example_of_the_documentation_works_and_prints_what_it_says(lab: L
 
 
 @pytest.mark.quick_on("debian12")
-def test_many_rounds_of_run_async_and_kill_async_leave_nothing(run: Run, show: Show, release: str) -> None:
+def test_client_rounds_of_run_async_and_kill_async_leave_nothing(run: Run, show: Show, release: str) -> None:
     found = run("rounds", "rounds", ROUNDS, seconds=ROUNDS * 1.5 + 60)
     seconds = found["seconds"]
     assert len(seconds) == ROUNDS
@@ -125,9 +125,7 @@ def test_many_rounds_of_run_async_and_kill_async_leave_nothing(run: Run, show: S
 
 
 @pytest.mark.quick_on("debian13")
-def test_a_service_that_is_killed_at_any_moment_leaves_a_device_that_can_be_used_again(
-    run: Run, show: Show, release: str
-) -> None:
+def test_client_service_killed_at_any_moment_leaves_a_usable_device(run: Run, show: Show, release: str) -> None:
     found = run("rounds", "kills", KILLS)
     outcomes = found["outcomes"]
     early = sum(outcome != "killed later" for outcome in outcomes)
@@ -140,5 +138,5 @@ def test_a_service_that_is_killed_at_any_moment_leaves_a_device_that_can_be_used
     assert found["log"] == [], "what the kernel said beyond the ordinary"
 
 
-def test_the_package_tells_type_checkers_that_it_is_typed(guest: Guest) -> None:
+def test_package_is_typed_for_type_checkers(guest: Guest) -> None:
     guest.run("test -e /usr/lib/python3/dist-packages/nbdd/py.typed")

@@ -101,7 +101,7 @@ def test_introspection_is_the_xml_member_by_member(scene: Scene, name: str) -> N
 
 
 @pytest.mark.parametrize("device", ["", "work"])
-def test_busctl_introspect_shows_the_members_of_the_xml(scene: Scene, device: str) -> None:
+def test_introspection_by_busctl_shows_the_members_of_the_xml(scene: Scene, device: str) -> None:
     path, expected = (object_path(device), DEVICE) if device else (ROOT, MANAGER)
     table = scene.lab.guest.run(f"busctl --no-legend introspect org.nbdd1 {path} {expected}").stdout
     found = {}
@@ -123,7 +123,7 @@ def test_busctl_introspect_shows_the_members_of_the_xml(scene: Scene, device: st
     assert found == wanted
 
 
-def test_each_node_has_its_children_and_no_others(scene: Scene) -> None:
+def test_introspection_of_each_node_has_its_children_and_no_others(scene: Scene) -> None:
     def children(path: str) -> list[str]:
         return [node.attrib["name"] for node in introspected(scene.lab, path).findall("node")]
 
@@ -132,7 +132,7 @@ def test_each_node_has_its_children_and_no_others(scene: Scene) -> None:
     assert children(f"{ROOT}/device/work") == []
 
 
-def test_names_are_escaped_as_systemd_does_it(scene: Scene) -> None:
+def test_object_paths_are_escaped_as_systemd_does_it(scene: Scene) -> None:
     assert object_path(ODD) == "/org/nbdd1/device/a_2eb_5fc_2dd_3ae"
     told = scene.lab.guest.run(f"busctl get-property org.nbdd1 {object_path(ODD)} {DEVICE} Name").stdout
     assert told.strip() == f's "{ODD}"'
@@ -150,7 +150,7 @@ def managed(lab: Lab) -> dict[str, dict[str, dict[str, Any]]]:
     return found
 
 
-def test_the_object_manager_lists_idle_attached_and_ad_hoc_devices_with_every_property(scene: Scene) -> None:
+def test_object_manager_lists_idle_attached_and_ad_hoc_devices_with_every_property(scene: Scene) -> None:
     objects = managed(scene.lab)
     assert objects.keys() == {object_path(name) for name in ("idle", "work", ODD)}
     types = {member.attrib["name"]: member.attrib["type"] for member in REFERENCE[DEVICE].findall("property")}
@@ -198,7 +198,7 @@ def test_properties_of_an_attached_device_are_true(scene: Scene) -> None:
     assert (told["Size"], told["BlockSize"], told["ReadOnly"]) == (64 << 20, 512, False)
 
 
-def test_properties_of_an_ad_hoc_device_are_those_that_its_server_told(scene: Scene) -> None:
+def test_properties_of_an_ad_hoc_device_are_those_of_its_export(scene: Scene) -> None:
     told = scene.lab.device(ODD)
     checked = scene.lab.guest.run(f"blockdev --getsize64 --getss --getro {told['Node']}").stdout.split()
     assert checked == ["8388608", "4096", "1"]
@@ -242,7 +242,7 @@ def test_properties_of_a_detached_device_are_its_definition_and_nothing_more(sce
     }
 
 
-def test_version_is_the_package_s(scene: Scene) -> None:
+def test_version_is_that_of_the_package(scene: Scene) -> None:
     told = scene.lab.guest.run(
         f"busctl get-property org.nbdd1 {ROOT} {MANAGER} Version; dpkg-query -Wf '${{Version}}' nbdd; nbdd --version"
     ).stdout.split()
@@ -250,7 +250,7 @@ def test_version_is_the_package_s(scene: Scene) -> None:
     assert told == ["s", f'"{version}"', version + "nbdd", version]
 
 
-def test_last_error_is_what_the_attach_was_told_until_one_works(scene: Scene) -> None:
+def test_last_error_is_that_of_the_attach_until_one_works(scene: Scene) -> None:
     lab = scene.lab
     lab.guest.write("/etc/nbdd/devices.d/late.yaml", "devices:\n  late:\n    uri: nbd+unix:///?socket=/run/late.sock\n")
     lab.guest.run("systemctl reload nbdd")
@@ -273,7 +273,7 @@ def test_last_error_is_what_the_attach_was_told_until_one_works(scene: Scene) ->
 # Calls
 
 
-def test_every_option_of_an_attach_holds_until_the_device_is_detached(scene: Scene) -> None:
+def test_attach_options_hold_until_the_device_is_detached(scene: Scene) -> None:
     lab = scene.lab
     options = {
         "device": "<'/dev/nbd9'>",
@@ -292,7 +292,7 @@ def test_every_option_of_an_attach_holds_until_the_device_is_detached(scene: Sce
     assert lab.device("idle") == before
 
 
-def test_statistics_count_what_was_done_since_the_attach(scene: Scene) -> None:
+def test_statistics_count_io_since_the_attach(scene: Scene) -> None:
     lab = scene.lab
     path = object_path("idle")
 
@@ -418,7 +418,7 @@ EXPORT_TYPES = {
 
 
 @pytest.mark.parametrize("server", SERVERS)
-def test_list_exports_tells_what_the_server_tells(scene: Scene, server: str) -> None:
+def test_list_exports_returns_what_the_server_lists(scene: Scene, server: str) -> None:
     lab = scene.lab
     prepare, command, expected = SERVERS[server]
     lab.guest.run(prepare.replace("{port}", "11800"))
@@ -445,7 +445,7 @@ def test_list_exports_tells_what_the_server_tells(scene: Scene, server: str) -> 
 # Signals
 
 
-def test_signals_tell_the_whole_life_of_a_device_and_add_up_to_its_properties(scene: Scene) -> None:
+def test_signals_cover_the_whole_life_of_a_device_and_add_up_to_its_properties(scene: Scene) -> None:
     lab = scene.lab
     path = object_path("brief")
     lab.guest.run(
@@ -503,7 +503,7 @@ polkit.addRule(function(action, subject) {
 RULES_FILE = "/etc/polkit-1/rules.d/10-visitor.rules"
 
 
-def test_a_polkit_rule_grants_a_user_exactly_what_it_names(scene: Scene) -> None:
+def test_polkit_rule_grants_a_user_exactly_what_it_names(scene: Scene) -> None:
     lab = scene.lab
     calls = {
         "granted": Call("SetTimeout", "su", ("work", 8)),
@@ -545,7 +545,7 @@ def test_a_polkit_rule_grants_a_user_exactly_what_it_names(scene: Scene) -> None
     assert (asked.returncode, asked.stderr.strip()) == (1, "Call failed: Access denied")
 
 
-def test_everyone_may_look(scene: Scene) -> None:
+def test_user_without_privileges_may_read_everything(scene: Scene) -> None:
     work = object_path("work")
     calls = [
         Call("GetManagedObjects", interface="org.freedesktop.DBus.ObjectManager"),

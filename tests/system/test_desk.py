@@ -26,7 +26,7 @@ def keep(name: str, picture: Picture) -> None:
         Path(folder, f"{name}.png").write_bytes(picture.png())
 
 
-def test_a_click_a_password_a_folder_a_broken_server_and_a_right_click(lab: Lab, seat: Seat) -> None:
+def test_desktop_click_password_folder_broken_server_and_right_click(lab: Lab, seat: Seat) -> None:
     seat.know_password()
     lab.guest.run(
         "truncate -s 64M /root/photos.img;"

@@ -41,7 +41,7 @@ SYSTEMS = {
 }  # fmt: skip
 
 
-def test_a_disk_with_the_key_shows_up_as_that_says_and_one_without_as_before(lab: Lab) -> None:
+def test_udisks_shows_a_disk_with_the_key_desktop_as_it_says_and_one_without_as_before(lab: Lab) -> None:
     lab.guest.run(
         "systemctl start udisks2; truncate -s 64M /root/parted.img;"
         "printf 'label: gpt\\nstart=1MiB, size=24MiB\\nsize=24MiB\\n' | sfdisk -q --no-reread /root/parted.img"
@@ -98,7 +98,7 @@ def noting_opener(lab: Lab) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("noting_opener")
-def test_a_click_on_a_link_is_a_folder_without_root_and_goes_again(lab: Lab, seat: Seat, filesystem: Server) -> None:
+def test_uri_clicked_opens_a_folder_without_root_and_can_be_detached(lab: Lab, seat: Seat, filesystem: Server) -> None:
     refused = seat.run(f"nbdd-open {filesystem.uri}", check=False)
     assert refused.returncode == 1
     assert re.search(r"^nbdd-open: .*org\.nbdd1\.attach-uri.*\.$", refused.stderr, re.MULTILINE), refused.stderr
@@ -132,9 +132,7 @@ def test_a_click_on_a_link_is_a_folder_without_root_and_goes_again(lab: Lab, sea
 
 @pytest.mark.prove_only
 @pytest.mark.usefixtures("noting_opener")
-def test_the_example_of_a_rule_lets_the_group_have_what_is_configured_and_nobody_else(
-    lab: Lab, seat: Seat, filesystem: Server
-) -> None:
+def test_polkit_example_lets_only_the_group_attach_what_is_configured(lab: Lab, seat: Seat, filesystem: Server) -> None:
     lab.define(f"devices:\n  photos:\n    uri: {filesystem.uri}\n    desktop: {{name: Photos}}\n")
     lab.guest.put(TREE / "desktop" / "60-nbdd-group.rules", RULES_FILE)
     lab.guest.run("groupadd disks; systemctl restart polkit")
@@ -169,7 +167,7 @@ def test_polkit_asks_with_the_name_of_the_disk(lab: Lab, seat: Seat) -> None:
         assert done.stdout.splitlines()[-1] == "2", (action, done.stdout, done.stderr)
 
 
-def test_a_graphical_session_starts_the_notifier(lab: Lab) -> None:
+def test_notifier_is_started_by_a_graphical_session(lab: Lab) -> None:
     unit = "/usr/lib/systemd/user/nbdd-notify.service"
     told = lab.guest.run(
         "systemctl --global is-enabled nbdd-notify.service; ls /etc/systemd/user/graphical-session.target.wants;"

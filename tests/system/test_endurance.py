@@ -35,7 +35,7 @@ def run(lab: Lab, module: str, arguments: str, timeout: float) -> Any:
 
 @pytest.mark.quick_on("debian12")
 @pytest.mark.timeout(1200, func_only=True)
-def test_many_rounds_of_attach_write_verify_detach_leave_nothing_behind(lab: Lab, show: Show, release: str) -> None:
+def test_rounds_of_attach_write_verify_detach_leave_nothing_behind(lab: Lab, show: Show, release: str) -> None:
     # UDisks looks at every new disk; how that goes is seen in test_main_job, and here it would take most of the time.
     lab.guest.run("systemctl stop udisks2")
     server = lab.nbdkit("memory 16M")
@@ -75,7 +75,7 @@ def rounds_table(release: str, seconds: list[float], looks: list[dict[str, Any]]
 
 
 @pytest.mark.prove_only
-def test_many_attached_devices_cost_little_memory(lab: Lab, show: Show, release: str) -> None:
+def test_memory_of_many_attached_devices_is_little(lab: Lab, show: Show, release: str) -> None:
     # What a test with thousands of devices left in the manager's heap is not what these cost.
     lab.guest.run("systemctl restart nbdd", timeout=ATTACH_SECONDS)
     server = lab.nbdkit("memory 16M")

@@ -61,7 +61,7 @@ def example(lab: Lab) -> Iterator[Lab]:
 
 
 @pytest.mark.quick_on("debian12")
-def test_every_example_of_the_manual_pages_works_as_it_is_printed(example: Lab) -> None:
+def test_examples_of_the_manual_pages_work_as_printed(example: Lab) -> None:
     lab, guest = example, example.guest
     seen = {page.name for page in PAGES.glob("*.[158]") if "\n.Sh EXAMPLES\n" in page.read_text()}
     assert seen == {"nbdctl.1", "nbdd-notify.1", "nbdd-open.1", "nbdd.8", "nbdd.yaml.5", "org.nbdd1.5"}

@@ -13,7 +13,7 @@ from tests.system.lab import Lab
 
 
 @pytest.mark.prove_only
-def test_nbdinfo_agrees_in_every_cell_of_the_matrix_and_the_document_says_so(lab: Lab, show: Show) -> None:
+def test_interop_matrix_agrees_with_nbdinfo_and_the_document_says_so(lab: Lab, show: Show) -> None:
     result = run_in(lab.guest)
     release, seconds = result["system"]["release"], result["seconds"]
     show(f"{release}: {versions(result)}; seconds: {seconds}\n{table(result)}")

@@ -40,7 +40,7 @@ def wait_for_status(lab: Lab, line: str) -> None:
     lab.until(f'[ "$(systemctl show -P StatusText nbdd)" = {shlex.quote(line)} ]', 5, what=line)
 
 
-def test_busctl_attach_gives_a_device_on_which_ext4_is_made_filled_checked_and_compared(lab: Lab) -> None:
+def test_attach_by_busctl_gives_a_device_on_which_ext4_is_made_filled_checked_and_compared(lab: Lab) -> None:
     server = lab.nbdkit("memory 128M")
     lab.define(f"devices:\n  backup:\n    uri: {server.uri}\n")
     lab.guest.run("busctl call --timeout=60 org.nbdd1 /org/nbdd1 org.nbdd1.Manager Attach 'sa{sv}' backup 0")
@@ -68,7 +68,7 @@ def parted(lab: Lab) -> Server:
     return lab.nbdkit("file /root/parted.img")
 
 
-def test_the_partitions_links_are_there_when_attach_replies_and_gone_when_detach_does(lab: Lab, parted: Server) -> None:
+def test_partition_symlinks_are_there_when_attach_replies_and_gone_when_detach_does(lab: Lab, parted: Server) -> None:
     lab.define(f"devices:\n  parted:\n    uri: {parted.uri}\n")
     put_scripts(lab)
     # UDisks opens whatever appears, when it likes.
@@ -79,7 +79,7 @@ def test_the_partitions_links_are_there_when_attach_replies_and_gone_when_detach
     )
 
 
-def test_ext4_on_a_partition_is_made_filled_checked_and_compared(lab: Lab, parted: Server) -> None:
+def test_partition_takes_ext4_that_is_made_filled_checked_and_compared(lab: Lab, parted: Server) -> None:
     lab.define(f"devices:\n  parted:\n    uri: {parted.uri}\n")
     lab.guest.run("busctl call --timeout=60 org.nbdd1 /org/nbdd1 org.nbdd1.Manager Attach 'sa{sv}' parted 0")
     part = "/dev/disk/by-nbd/parted-part1"
@@ -134,7 +134,7 @@ def open_it(node: str) -> str:
     )
 
 
-def test_detach_waits_as_long_as_it_is_told_for_users_to_leave(lab: Lab) -> None:
+def test_detach_with_wait_waits_for_users_to_leave(lab: Lab) -> None:
     server = lab.nbdkit("memory 16M")
     lab.attach_uri(server.uri, "waited")
     node = lab.device("waited")["Node"]
@@ -151,7 +151,7 @@ def test_detach_waits_as_long_as_it_is_told_for_users_to_leave(lab: Lab) -> None
     assert lab.bound() == []
 
 
-def test_a_forced_detach_takes_open_and_mounted_devices_and_names_who_is_left(lab: Lab) -> None:
+def test_detach_by_force_takes_open_and_mounted_devices_and_names_who_is_left(lab: Lab) -> None:
     server = lab.nbdkit("memory 16M")
     nodes = []
     for name in ("opened", "mounted"):
@@ -171,7 +171,7 @@ def test_a_forced_detach_takes_open_and_mounted_devices_and_names_who_is_left(la
         lab.until(f"[ ! -e /sys/block/{Path(node).name}/pid ]", 10)
 
 
-def test_a_boot_device_is_attached_when_its_server_comes_and_no_start_waits_for_it(lab: Lab) -> None:
+def test_boot_device_is_attached_when_its_server_comes_and_no_start_waits_for_it(lab: Lab) -> None:
     lab.guest.run("systemctl stop nbdd")
     lab.guest.write(
         "/etc/nbdd/devices.d/test.yaml",
@@ -190,7 +190,7 @@ def test_a_boot_device_is_attached_when_its_server_comes_and_no_start_waits_for_
     assert lab.bound() == []
 
 
-def test_a_definition_has_the_defaults_of_its_file_and_its_own_keys_above_them(lab: Lab) -> None:
+def test_definition_has_the_defaults_of_its_file_and_its_own_keys_above_them(lab: Lab) -> None:
     server = lab.nbdkit("memory 16M")
     lab.guest.run("cp /etc/nbdd/nbdd.yaml /root/nbdd.yaml")
     lab.guest.write("/etc/nbdd/nbdd.yaml", "defaults: {timeout: 7, dead-timeout: 70, read-only: true}\n")
@@ -223,7 +223,7 @@ def test_a_definition_has_the_defaults_of_its_file_and_its_own_keys_above_them(l
         lab.guest.run("mv /root/nbdd.yaml /etc/nbdd/nbdd.yaml")
 
 
-def test_an_export_attached_without_a_name_gets_one_and_keeps_it_until_it_is_detached(lab: Lab) -> None:
+def test_export_attached_without_a_name_gets_one_and_keeps_it_until_it_is_detached(lab: Lab) -> None:
     server = lab.nbdkit("memory 16M", export="disks/second%20one")
     more = "{'read-only': <true>, 'timeout': <uint32 30>}"
     assert f"'{object_path('disks-second-one')}'" in lab.call("AttachURI", f"'{server.uri}'", more)

@@ -55,7 +55,7 @@ def waiting(lab: Lab, device: str, link: str, seconds: float, server: Server) ->
     return told
 
 
-def test_what_was_under_way_is_done_soon_after_the_link_is_back(lab: Lab, show: Callable[[str], None]) -> None:
+def test_requests_in_flight_are_done_soon_after_the_connection_is_back(lab: Lab, show: Callable[[str], None]) -> None:
     lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
     server = file_server(lab)
     lab.define(f"devices:\n  soon:\n    uri: {server.uri}\n")
@@ -93,7 +93,7 @@ def test_what_was_under_way_is_done_soon_after_the_link_is_back(lab: Lab, show: 
 
 
 @pytest.mark.quick_on("debian13")
-def test_what_was_under_way_on_several_connections_or_with_a_timeout_waits_for_the_kernels_timer(
+def test_requests_in_flight_on_several_connections_or_with_a_timeout_wait_for_the_kernels_timer(
     lab: Lab, show: Show, release: str
 ) -> None:
     lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
@@ -119,7 +119,7 @@ def test_what_was_under_way_on_several_connections_or_with_a_timeout_waits_for_t
 
 @pytest.mark.quick_on("debian12")
 @pytest.mark.timeout(600 + 120 * ROUNDS, func_only=True)
-def test_servers_that_are_killed_and_restarted_under_load_cost_no_io(lab: Lab, show: Show, release: str) -> None:
+def test_servers_killed_and_restarted_under_load_cost_no_io(lab: Lab, show: Show, release: str) -> None:
     unit = "-p Restart=always -p RestartSec=100ms -p StartLimitIntervalSec=0 -p LimitNOFILE=1024"
     config = "[generic]\nlistenaddr=127.0.0.1\nport=PORT\n[disk]\nexportname=/root/nbdserver.img\n"
     lab.guest.write("/run/nbd-server.conf.in", config)
@@ -169,7 +169,7 @@ def test_servers_that_are_killed_and_restarted_under_load_cost_no_io(lab: Lab, s
         lab.detach(name)
 
 
-def test_a_server_that_takes_five_seconds_for_each_request_is_never_cut(lab: Lab) -> None:
+def test_server_that_takes_five_seconds_for_each_request_keeps_its_connection(lab: Lab) -> None:
     slow = "if [ -e /run/slow ]; then sleep 5; fi; head -c $3 /dev/zero"
     server = lab.nbdkit(f"eval get_size='echo 1M' pread='{slow}'")
     lab.attach_uri(server.uri, "slow")
@@ -186,7 +186,7 @@ def test_a_server_that_takes_five_seconds_for_each_request_is_never_cut(lab: Lab
     lab.detach("slow")
 
 
-def test_after_the_dead_timeout_all_io_fails_at_the_promised_second_and_the_device_can_be_brought_back(
+def test_dead_timeout_fails_all_io_at_the_promised_second_and_the_device_can_be_brought_back(
     lab: Lab,
 ) -> None:
     lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
@@ -215,7 +215,7 @@ def test_after_the_dead_timeout_all_io_fails_at_the_promised_second_and_the_devi
 
 
 @pytest.mark.quick_on("debian13")
-def test_a_server_with_other_data_is_refused_by_its_size_and_by_its_filesystem_and_the_right_one_is_taken_back(
+def test_server_with_other_data_is_refused_by_its_size_and_by_its_filesystem_and_the_right_one_is_taken_back(
     lab: Lab,
 ) -> None:
     lab.guest.run(
@@ -256,7 +256,7 @@ def test_a_server_with_other_data_is_refused_by_its_size_and_by_its_filesystem_a
 
 
 @pytest.mark.quick_on("debian12")
-def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_io(lab: Lab) -> None:
+def test_network_that_drops_everything_and_a_server_that_stands_still_cost_no_io(lab: Lab) -> None:
     lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")
     cut, still = file_server(lab), lab.nbdkit("memory 16M")
     port = cut.uri.split(":")[2].strip("/")
@@ -289,7 +289,9 @@ def test_a_network_that_drops_everything_and_a_server_that_stands_still_cost_no_
 
 
 @pytest.mark.quick_on("debian13")
-def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, show: Callable[[str], None]) -> None:
+def test_connections_are_exchanged_and_a_device_grows_as_asked_for_under_io(
+    lab: Lab, show: Callable[[str], None]
+) -> None:
     lab.guest.run("cd /root; rm -f disk.img other.img; truncate -s 32M disk.img other.img")
     server = file_server(lab)
     # What is heavy always has something under way; what is light leaves a moment for the exchange.
@@ -341,7 +343,7 @@ def test_links_are_exchanged_and_a_device_grows_as_asked_for_under_io(lab: Lab, 
         lab.detach(name)
 
 
-def test_a_timeout_that_is_changed_while_the_server_is_away_does_not_keep_the_device_from_being_mended(
+def test_timeout_changed_while_the_server_is_away_does_not_keep_the_device_from_being_mended(
     lab: Lab,
 ) -> None:
     lab.guest.run("rm -f /root/disk.img; truncate -s 16M /root/disk.img")

@@ -35,7 +35,7 @@ def switched_on(lab: Lab) -> Iterator[Lab]:
     lab.guest.run("systemctl stop nbdd-metrics.socket nbdd-metrics.service")
 
 
-def test_a_scrape_tells_what_the_kernel_counted_and_runs_without_privileges(switched_on: Lab) -> None:
+def test_scrape_has_the_kernels_counters_and_runs_without_privileges(switched_on: Lab) -> None:
     lab = switched_on
     server = lab.nbdkit("memory 16M")
     lab.define(f"devices:\n  a-b:c.d:\n    uri: {server.uri}\n")
@@ -52,7 +52,7 @@ def test_a_scrape_tells_what_the_kernel_counted_and_runs_without_privileges(swit
     lab.guest.run("systemd-analyze security --offline=true --threshold=20 nbdd-metrics.service")
 
 
-def test_a_scrape_of_a_stopped_nbdd_says_so_and_does_not_start_it(switched_on: Lab) -> None:
+def test_scrape_of_a_stopped_nbdd_says_so_and_does_not_start_it(switched_on: Lab) -> None:
     lab = switched_on
     lab.guest.run("systemctl stop nbdd", timeout=120)
     scrape(lab, "nbdd_up 0.0\n")
@@ -63,7 +63,7 @@ def test_a_scrape_of_a_stopped_nbdd_says_so_and_does_not_start_it(switched_on: L
 
 
 @pytest.mark.prove_only
-def test_an_upgrade_restarts_the_metrics_where_they_are_on(switched_on: Lab, nbdd_deb: Path) -> None:
+def test_metrics_are_restarted_by_an_upgrade_if_they_are_on(switched_on: Lab, nbdd_deb: Path) -> None:
     lab = switched_on
     scrape(lab, "nbdd_up 1.0\n")
     before = lab.guest.run("systemctl show -P MainPID nbdd-metrics").stdout

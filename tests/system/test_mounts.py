@@ -48,7 +48,7 @@ def far(tmp_path: Path) -> Iterator[FarServers]:
 
 @pytest.mark.prove_only
 @pytest.mark.timeout(900 + 180 * BOOTS, func_only=True)
-def test_filesystem_luks_lvm_mdraid_and_swap_are_there_after_each_boot_also_where_the_server_is_late(
+def test_mounts_of_filesystem_luks_lvm_mdraid_and_swap_are_there_after_each_boot_also_with_a_late_server(
     clean_guest: CleanGuest, far: FarServers, show: Show, release: str
 ) -> None:
     guest = clean_guest(sees_host=True)

@@ -27,7 +27,7 @@ def photos(lab: Lab) -> Server:
 
 
 @pytest.mark.usefixtures("photos")
-def test_by_prompt_a_disk_is_attached_mounted_written_to_unmounted_and_detached_without_root(
+def test_prompt_lets_a_disk_be_attached_mounted_written_to_unmounted_and_detached_without_root(
     lab: Lab, seat: Seat
 ) -> None:
     seat.know_password()
@@ -48,7 +48,7 @@ def test_by_prompt_a_disk_is_attached_mounted_written_to_unmounted_and_detached_
 
 
 @pytest.mark.usefixtures("photos")
-def test_by_prompt_a_disk_is_detached_that_somebody_else_attached(lab: Lab, seat: Seat) -> None:
+def test_prompt_lets_a_disk_be_detached_that_somebody_else_attached(lab: Lab, seat: Seat) -> None:
     seat.know_password()
     lab.attach("photos")
     assert seat.run("nbdctl detach photos </dev/null", check=False).returncode == 1
@@ -59,9 +59,7 @@ def test_by_prompt_a_disk_is_detached_that_somebody_else_attached(lab: Lab, seat
 
 
 @pytest.mark.usefixtures("photos")
-def test_a_wrong_password_none_a_cancel_and_nobody_to_ask_each_get_their_sentence_and_nothing_is_done(
-    lab: Lab, seat: Seat
-) -> None:
+def test_prompt_without_a_right_password_says_why_and_does_nothing(lab: Lab, seat: Seat) -> None:
     seat.know_password()
     wrong = seat.type("nbdctl attach photos", (ASKED, "wrong\n"))
     assert wrong.returncode == 1

@@ -41,7 +41,7 @@ def far(lab: Lab) -> Iterator[Lab]:
     lab.guest.run(CLEAN_UP)
 
 
-def test_a_device_is_attached_seen_and_detached_on_another_machine(far: Lab) -> None:
+def test_remote_device_is_attached_listed_and_detached(far: Lab) -> None:
     server = far.nbdkit("memory 32M")
     done = far.guest.run(f"nbdctl --host root@far attach {server.uri} --name there --json", timeout=180)
     assert json.loads(done.stdout)["name"] == "there"
@@ -52,7 +52,7 @@ def test_a_device_is_attached_seen_and_detached_on_another_machine(far: Lab) -> 
     assert far.bound() == []
 
 
-def test_an_ordinary_user_in_a_session_over_ssh_is_denied_with_a_sentence(far: Lab) -> None:
+def test_remote_user_in_a_session_over_ssh_is_denied_with_a_sentence(far: Lab) -> None:
     far.define("devices:\n  photos:\n    uri: nbd://127.0.0.1:1/\n")
     # One that asks PAM, and so logind, as every sshd does but the one for tests.
     far.guest.run(
@@ -75,7 +75,7 @@ def test_an_ordinary_user_in_a_session_over_ssh_is_denied_with_a_sentence(far: L
         far.guest.run("systemctl stop sshd-with-pam; loginctl terminate-user visitor", check=False)
 
 
-def test_a_user_there_looks_but_needs_more_to_attach(far: Lab) -> None:
+def test_remote_user_may_look_but_not_attach(far: Lab) -> None:
     assert json.loads(far.guest.run("nbdctl --host visitor@far list --json").stdout) == {"devices": []}
     done = far.guest.run("nbdctl --host visitor@far attach nbd://127.0.0.1:1/", check=False)
     assert done.returncode == 1
@@ -84,7 +84,7 @@ def test_a_user_there_looks_but_needs_more_to_attach(far: Lab) -> None:
     assert "not " in done.stderr
 
 
-def test_a_machine_that_is_not_there_or_does_not_let_us_in_is_one_sentence(far: Lab) -> None:
+def test_remote_machine_that_is_absent_or_refuses_is_one_sentence(far: Lab) -> None:
     reasons = {
         "nowhere.invalid": "ssh: Could not resolve hostname nowhere.invalid: ",
         "nobody@far": "nobody@127.0.0.1: Permission denied (publickey)",

@@ -147,9 +147,7 @@ def write_and_compare(link: str) -> str:
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.name)
 @pytest.mark.parametrize("kind", WRITABLE)
-def test_what_is_written_to_the_device_is_what_the_server_has(
-    servers: Servers, kind: str, transport: Transport
-) -> None:
+def test_data_written_to_the_device_is_what_the_server_has(servers: Servers, kind: str, transport: Transport) -> None:
     cell = connect(servers, kind, transport, ZEROES)
     told = servers.lab.guest.run(
         f"set -e; {write_and_compare(cell.link)}; blockdev --getsize64 --getro {cell.link}", timeout=60
@@ -161,7 +159,7 @@ def test_what_is_written_to_the_device_is_what_the_server_has(
 
 @pytest.mark.parametrize("transport", TRANSPORTS, ids=lambda transport: transport.name)
 @pytest.mark.parametrize("kind", READ_ONLY)
-def test_a_read_only_export_is_a_read_only_device(servers: Servers, kind: str, transport: Transport) -> None:
+def test_read_only_export_is_a_read_only_device(servers: Servers, kind: str, transport: Transport) -> None:
     cell = connect(servers, kind, transport, PATTERN)
     told = servers.lab.guest.run(
         f"set -e; dd if={cell.link} bs=1M iflag=direct status=none | sha256sum --check --status {PATTERN}.sum;"
@@ -174,7 +172,7 @@ def test_a_read_only_export_is_a_read_only_device(servers: Servers, kind: str, t
     servers.lab.guest.run(f"set -e; {same(kind, cell)}; rm -f {cell.image}*")
 
 
-def test_four_connections_carry_one_device(servers: Servers) -> None:
+def test_connections_of_one_device_are_four(servers: Servers) -> None:
     lab = servers.lab
     cell = connect(servers, "nbdkit-file", TCP4, ZEROES, "'connections': <uint32 4>")
     port = cell.server.uri.split(":")[2].partition("/")[0]
@@ -187,7 +185,7 @@ def test_four_connections_carry_one_device(servers: Servers) -> None:
     lab.guest.run(f'set -e; test -z "$({established})"; {same("nbdkit-file", cell)}; rm -f {cell.image}')
 
 
-def test_a_server_that_allows_one_connection_only_gets_one(servers: Servers) -> None:
+def test_server_that_allows_one_connection_gets_one(servers: Servers) -> None:
     # Several links to a server that keeps a cache for each would read old data.
     lab = servers.lab
     server = lab.nbdkit("--filter=multi-conn memory 8M multi-conn-mode=disable")

@@ -15,7 +15,7 @@ from tests.system.lab import ATTACH_SECONDS, Lab
 _VERIFY = "cd /usr/lib/systemd/system && systemd-analyze verify --man=no ./nbdd.service ./nbdd-attach@.service"
 
 
-def test_units_verify_clean_and_exposure_is_at_most_3(lab: Lab) -> None:
+def test_units_verify_clean_with_an_exposure_of_at_most_3(lab: Lab) -> None:
     done = lab.guest.run(f"{_VERIFY} 2>&1")
     assert [line for line in done.stdout.splitlines() if "nbdd" in line] == []
     lab.guest.run("systemd-analyze security --offline=true --threshold=30 nbdd.service")
@@ -31,7 +31,7 @@ def test_attach_unit_attaches_when_started_and_detaches_when_stopped(lab: Lab) -
     assert lab.device("a-b:c.d")["State"] == "detached"
 
 
-def test_attach_unit_succeeds_where_the_device_is_attached_or_detached_already(lab: Lab) -> None:
+def test_attach_unit_succeeds_if_the_device_is_attached_or_detached_already(lab: Lab) -> None:
     server = lab.nbdkit("memory 16M")
     lab.define(f"devices:\n  x:\n    uri: {server.uri}\n")
     lab.attach("x")
@@ -41,14 +41,14 @@ def test_attach_unit_succeeds_where_the_device_is_attached_or_detached_already(l
     assert lab.guest.run("systemctl is-failed nbdd-attach@x", check=False).stdout.strip() != "failed"
 
 
-def test_a_bus_call_starts_the_service(lab: Lab) -> None:
+def test_bus_call_starts_the_service(lab: Lab) -> None:
     lab.guest.run("systemctl stop nbdd", timeout=120)
     version = lab.guest.run("busctl --timeout=90 get-property org.nbdd1 /org/nbdd1 org.nbdd1.Manager Version").stdout
     assert version.startswith('s "')
     lab.guest.run("systemctl is-active nbdd")
 
 
-def test_reload_of_a_bad_file_fails_with_its_place_and_changes_nothing(lab: Lab) -> None:
+def test_reload_of_a_bad_file_fails_with_its_line_and_changes_nothing(lab: Lab) -> None:
     lab.define("devices:\n  good:\n    uri: nbd://127.0.0.1:1/\n")
     lab.guest.write("/etc/nbdd/devices.d/test.yaml", "devices:\n  good:\n    uri: nbd://127.0.0.1:1/\n    tiemout: 3\n")
     done = lab.guest.run("systemctl reload nbdd", check=False, timeout=ATTACH_SECONDS)
@@ -59,7 +59,7 @@ def test_reload_of_a_bad_file_fails_with_its_place_and_changes_nothing(lab: Lab)
     lab.guest.run("systemctl is-active nbdd")
 
 
-def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(lab: Lab) -> None:
+def test_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(lab: Lab) -> None:
     lab.guest.run("systemctl stop nbdd", timeout=120)
     lab.guest.write("/etc/nbdd/devices.d/test.yaml", "devices: [\n")
     assert lab.guest.run("systemctl start nbdd", check=False, timeout=ATTACH_SECONDS).returncode != 0
@@ -75,7 +75,7 @@ def test_a_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(la
 
 
 @pytest.mark.quick_on("debian13")
-def test_the_server_that_the_readme_says_to_try_with_is_there(lab: Lab) -> None:
+def test_readme_names_a_server_to_try_that_works(lab: Lab) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     found = re.search(r"`(nbdkit [^`]+)` \(.*\) serves `(nbd://[^`]+)`", readme)
     assert found is not None
@@ -89,7 +89,7 @@ def test_the_server_that_the_readme_says_to_try_with_is_there(lab: Lab) -> None:
 
 
 @pytest.mark.quick_on("debian13")
-def test_the_package_from_installation_to_purge(clean_guest: CleanGuest, nbdd_deb: Path) -> None:
+def test_package_from_installation_to_purge(clean_guest: CleanGuest, nbdd_deb: Path) -> None:
     guest = clean_guest(bare=True)
     before = guest.run("find /etc /run /var/lib -xdev -path '*nbd*' ! -path '*nbd-*' | sort").stdout
     lab = Lab(guest)

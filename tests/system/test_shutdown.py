@@ -31,7 +31,7 @@ PROMISED, EMULATED = 90, 150
 
 @pytest.mark.quick_on("debian12")
 @pytest.mark.timeout(1500, func_only=True)
-def test_boot_mounts_what_fstab_says_and_a_shutdown_ends_in_time_with_and_without_the_server(
+def test_shutdown_ends_in_time_with_and_without_the_server_and_boot_mounts_what_fstab_says(
     clean_guest: CleanGuest, show: Show, release: str
 ) -> None:
     guest = clean_guest()

@@ -35,7 +35,7 @@ print(json.dumps({name: times[1:] for name, times in took.items()}))
 
 
 @pytest.mark.prove_only
-def test_a_list_of_200_devices_takes_at_most_twice_the_time_of_busctls_tree_and_pythons_start(
+def test_list_of_200_devices_takes_at_most_twice_the_time_of_busctls_tree_and_pythons_start(
     lab: Lab, show: Show, release: str
 ) -> None:
     lines = "".join(f"  disk{number:03}: {{uri: 'nbd://storage.example/{number}'}}\n" for number in range(DEVICES))

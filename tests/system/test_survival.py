@@ -58,7 +58,7 @@ def _check_time(load: Load, seconds: list[float], show: Show) -> None:
 
 @pytest.mark.quick_on("debian12")
 @pytest.mark.timeout(300 + 30 * WORKER_KILLS, func_only=True)
-def test_sigkill_of_a_worker_costs_no_io_and_a_new_one_adopts_the_device(
+def test_worker_killed_costs_no_io_and_a_new_one_adopts_the_device(
     lab: Lab, load: Load, show: Show, release: str
 ) -> None:
     manager = lab.manager_pid()
@@ -73,9 +73,7 @@ def test_sigkill_of_a_worker_costs_no_io_and_a_new_one_adopts_the_device(
 
 @pytest.mark.quick_on("debian13")
 @pytest.mark.timeout(300 + 30 * MANAGER_KILLS, func_only=True)
-def test_sigkill_of_the_manager_costs_no_io_and_its_successor_adopts_the_device(
-    load: Load, show: Show, release: str
-) -> None:
+def test_manager_killed_costs_no_io_and_its_successor_adopts_the_device(load: Load, show: Show, release: str) -> None:
     recovery = _strike(load, *[KILL_MAIN, KILL_ALL] * (MANAGER_KILLS // 2))
     show(f"{release}: SIGKILL of the manager, managed again: {recovery}; from its start: {told(recovery.since_start)}")
     _check_time(load, recovery.seconds, show)
@@ -83,7 +81,7 @@ def test_sigkill_of_the_manager_costs_no_io_and_its_successor_adopts_the_device(
     load.end()
 
 
-def test_sigkill_of_the_fork_server_costs_no_io_and_a_new_one_starts(lab: Lab, load: Load) -> None:
+def test_fork_server_killed_costs_no_io_and_a_new_one_starts(lab: Lab, load: Load) -> None:
     manager = lab.manager_pid()
     _strike(load, *["kill -KILL $(ps -o ppid= -p {worker})"] * 2)
     load.end()
@@ -91,7 +89,7 @@ def test_sigkill_of_the_fork_server_costs_no_io_and_a_new_one_starts(lab: Lab, l
 
 
 @pytest.mark.quick_on("debian12")
-def test_a_worker_that_hangs_is_found_and_replaced_without_io_errors(lab: Lab, load: Load) -> None:
+def test_worker_that_hangs_is_replaced_without_io_errors(lab: Lab, load: Load) -> None:
     _strike(load, "kill -STOP {worker}")
     load.end()
     assert "did not answer and was killed" in lab.guest.journal("nbdd")
@@ -110,7 +108,7 @@ def test_restart_and_package_upgrade_keep_the_device_and_its_io(load: Load, show
     load.end()
 
 
-def test_stop_leaves_a_mounted_device_attached_and_start_takes_it_up_and_mends_it_again(lab: Lab) -> None:
+def test_stop_leaves_a_mounted_device_attached_and_the_next_start_adopts_it(lab: Lab) -> None:
     lab.guest.run("rm -f /root/disk.img; truncate -s 64M /root/disk.img")
     server = lab.nbdkit("file /root/disk.img")
     lab.define(f"devices:\n  used:\n    uri: {server.uri}\n  idle:\n    uri: {server.uri}\n")
@@ -137,7 +135,7 @@ def test_stop_leaves_a_mounted_device_attached_and_start_takes_it_up_and_mends_i
     lab.guest.run(f"systemctl stop {again}")
 
 
-def test_a_device_of_somebody_else_is_never_touched(lab: Lab) -> None:
+def test_foreign_device_is_never_touched(lab: Lab) -> None:
     server = lab.nbdkit("memory 16M")
     port = server.uri.split(":")[2].strip("/")
     lab.guest.run(f"nbd-client 127.0.0.1 {port} /dev/nbd7 -N ''")
@@ -154,7 +152,7 @@ def test_a_device_of_somebody_else_is_never_touched(lab: Lab) -> None:
         lab.guest.run("nbd-client -d /dev/nbd7", check=False)
 
 
-def test_a_server_that_restarts_is_connected_again_and_io_goes_on(lab: Lab) -> None:
+def test_server_that_restarts_is_connected_again_and_io_goes_on(lab: Lab) -> None:
     lab.guest.run("truncate -s 64M /root/disk.img")
     server = lab.nbdkit("file /root/disk.img")
     lab.define(f"devices:\n  again:\n    uri: {server.uri}\n")

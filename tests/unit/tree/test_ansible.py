@@ -38,7 +38,7 @@ def task(module: str) -> Any:
     return found
 
 
-def test_every_task_has_a_name_one_module_and_words_that_ansible_knows() -> None:
+def test_playbook_tasks_have_a_name_one_module_and_words_that_ansible_knows() -> None:
     assert play().keys() == {"name", "hosts", "become", "vars", "tasks"}
     _, tasks = blocks()
     assert len(tasks) == 2
@@ -48,7 +48,7 @@ def test_every_task_has_a_name_one_module_and_words_that_ansible_knows() -> None
         assert one.keys() <= MODULES | WORDS, one["name"]
 
 
-def test_its_definitions_are_what_nbdd_takes(tmp_path: Path) -> None:
+def test_playbook_definitions_are_valid(tmp_path: Path) -> None:
     assert task("builtin.apt")["deb"] == "/var/cache/{{ nbdd_package }}"
     [written] = [found for one in play()["tasks"] if "content" in (found := one.get("ansible.builtin.copy", {}))]
     assert written["content"] == "{{ {'devices': nbdd_devices} | to_nice_yaml }}"
@@ -61,7 +61,7 @@ def test_its_definitions_are_what_nbdd_takes(tmp_path: Path) -> None:
     assert "2 devices" in told.getvalue()
 
 
-def test_the_mount_is_that_of_a_device_that_is_defined() -> None:
+def test_playbook_mount_is_that_of_a_defined_device() -> None:
     mount = task("posix.mount")
     name = mount["src"].removeprefix("/dev/disk/by-nbd/")
     assert name in play()["vars"]["nbdd_devices"]
@@ -69,7 +69,7 @@ def test_the_mount_is_that_of_a_device_that_is_defined() -> None:
     assert task("builtin.systemd")["name"] == mount["path"].strip("/").replace("/", "-") + ".mount"
 
 
-def test_every_command_is_one_of_nbdctl() -> None:
+def test_playbook_commands_are_those_of_nbdctl() -> None:
     _, tasks = blocks()
     commands = [
         one["ansible.builtin.command"] for one in [*play()["tasks"], *tasks] if "ansible.builtin.command" in one

@@ -19,7 +19,7 @@ PARSER = shutil.which("apparmor_parser", path=f"{os.environ['PATH']}:/usr/sbin")
 
 
 @pytest.mark.skipif(PARSER is None, reason="apparmor_parser is not installed")
-def test_apparmor_reads_it() -> None:
+def test_profile_is_read_by_apparmor() -> None:
     assert PARSER is not None
     command = [PARSER, "--skip-kernel-load", "--skip-read-cache", "--skip-cache", str(PROFILE)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
@@ -27,14 +27,14 @@ def test_apparmor_reads_it() -> None:
     assert (done.returncode, str(PROFILE) in done.stderr) == (0, False), done.stderr
 
 
-def test_it_allows_the_capabilities_of_the_unit_and_no_others() -> None:
+def test_profile_allows_the_capabilities_of_the_unit_and_no_others() -> None:
     unit = (TREE / "systemd/nbdd.service").read_text()
     [granted] = re.findall(r"^CapabilityBoundingSet=(.+)$", unit, re.MULTILINE)
     allowed = re.findall(r"^  capability (\w+),$", PROFILE.read_text(), re.MULTILINE)
     assert {f"CAP_{name.upper()}" for name in allowed} == set(granted.split())
 
 
-def test_it_is_for_the_program_of_the_unit_and_lets_it_run_the_one_that_it_runs() -> None:
+def test_profile_is_for_the_program_of_the_unit_and_allows_the_one_it_runs() -> None:
     unit = (TREE / "systemd/nbdd.service").read_text()
     [program] = re.findall(r"^ExecStart=(\S+)$", unit, re.MULTILINE)
     profile = PROFILE.read_text()

@@ -50,15 +50,15 @@ def checked(*command: str) -> None:
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_the_desktop_entries_are_valid(name: str) -> None:
+def test_desktop_entries_are_valid(name: str) -> None:
     checked("desktop-file-validate", str(DESKTOP / name))
 
 
-def test_the_description_for_software_centres_is_valid() -> None:
+def test_metainfo_is_valid() -> None:
     checked("appstreamcli", "validate", "--no-net", "--pedantic", str(DESKTOP / METAINFO))
 
 
-def test_the_unit_of_the_user_is_valid(tmp_path: Path) -> None:
+def test_user_unit_is_valid(tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None or not Path("/usr/lib/systemd/user").is_dir():
         pytest.skip("needs systemd-analyze and its units")
     text = (DESKTOP / "nbdd-notify.service").read_text()
@@ -77,14 +77,14 @@ def test_the_unit_of_the_user_is_valid(tmp_path: Path) -> None:
     assert (done.returncode, complaints) == (0, []), done.stderr
 
 
-def test_a_click_on_a_link_starts_the_program_with_the_link() -> None:
+def test_desktop_entry_starts_the_program_with_the_uri() -> None:
     opener = entry("org.nbdd1.open.desktop")
     assert set(opener["MimeType"].strip(";").split(";")) == LINKS
     assert opener["Exec"] == "nbdd-open %u"
     assert entry("org.nbdd1.open.desktop", "Desktop Action detach")["Exec"] == "nbdd-open --detach"
 
 
-def test_every_program_that_is_started_is_one_of_the_projects() -> None:
+def test_desktop_entries_start_only_programs_of_the_project() -> None:
     scripts = project()["project"]["scripts"].keys()
     for name in ENTRIES:
         assert entry(name)["TryExec"] == entry(name)["Exec"].split()[0]
@@ -94,13 +94,13 @@ def test_every_program_that_is_started_is_one_of_the_projects() -> None:
     assert provided == {"nbdd-open", "nbdd-notify"} <= scripts
 
 
-def test_the_notifier_is_started_once_by_systemd_or_else_by_the_session() -> None:
+def test_notifier_is_started_once_by_systemd_or_by_the_session() -> None:
     autostart = entry("nbdd-notify.desktop")
     assert autostart["X-systemd-skip"] == autostart["X-GNOME-HiddenUnderSystemd"] == "true"
     assert "WantedBy=graphical-session.target\n" in (DESKTOP / "nbdd-notify.service").read_text()
 
 
-def test_names_are_the_same_wherever_they_stand() -> None:
+def test_desktop_names_are_the_same_in_all_files() -> None:
     root = ET.parse(DESKTOP / METAINFO).getroot()
     assert root.findtext("id") == DESKTOP_ENTRY
     assert root.findtext("launchable") == f"{DESKTOP_ENTRY}.desktop" == ENTRIES[0]
@@ -112,7 +112,7 @@ def test_names_are_the_same_wherever_they_stand() -> None:
     assert __version__ in releases
 
 
-def test_every_file_is_installed_where_desktops_look() -> None:
+def test_desktop_files_are_installed_where_desktops_look() -> None:
     places = {
         "nbdd-notify.service": "lib/systemd/user/nbdd-notify.service",
         "org.nbdd1.open.desktop": "share/applications/org.nbdd1.open.desktop",
@@ -128,7 +128,7 @@ def test_every_file_is_installed_where_desktops_look() -> None:
     assert {path.name for path in DESKTOP.iterdir()} == {*places, "nbdd-notify.desktop"} | examples
 
 
-def test_the_icon_is_one_that_every_desktop_can_draw() -> None:
+def test_icon_is_one_that_every_desktop_can_draw() -> None:
     root = ET.parse(DESKTOP / "org.nbdd1.svg").getroot()
     assert root.attrib["viewBox"] == "0 0 128 128"
     assert not [
@@ -136,7 +136,7 @@ def test_the_icon_is_one_that_every_desktop_can_draw() -> None:
     ]
 
 
-def test_a_server_gets_no_package_that_only_a_desktop_needs() -> None:
+def test_package_requires_nothing_that_only_a_desktop_needs() -> None:
     control = (TREE / "debian/control").read_text()
     needed = control[control.index("\nDepends:") : control.index("\nSuggests:")]
     for package in ("udisks2", "xdg-utils", "libnotify", "desktop", "session-bus", "icon"):
@@ -144,7 +144,7 @@ def test_a_server_gets_no_package_that_only_a_desktop_needs() -> None:
     assert " udisks2,\n" in control[control.index("\nSuggests:") :]
 
 
-def test_the_documentation_shows_every_picture_there_is_and_no_other() -> None:
+def test_screenshots_are_those_that_the_documentation_shows() -> None:
     docs = TREE / "docs"
     shown = set(re.findall(r"\]\((screenshots/[^)]+)\)", (docs / "desktop.md").read_text()))
     assert shown == {f"screenshots/{path.name}" for path in (docs / "screenshots").iterdir()}

@@ -130,14 +130,14 @@ def test_nbdd_metrics_has_the_options_of_its_page_and_no_others(monkeypatch: pyt
     assert in_page == arguments_of(nbdd_metrics.main, monkeypatch)
 
 
-def test_the_desktops_programs_have_the_options_of_their_pages_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_desktop_programs_have_the_options_of_their_pages_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert section("nbdd-notify.1", "OPTIONS").keys() == arguments_of(notifier.main, monkeypatch)
     assert section("nbdd-open.1", "OPTIONS").keys() | {"URI"} == arguments_of(opener.main, monkeypatch)
     assert section("nbdd-notify.1", "EXIT STATUS").keys() == {"0", "1", "2"}
     assert section("nbdd-open.1", "EXIT STATUS").keys() == {"0", "1", "2", str(opener.INTERRUPTED)}
 
 
-def test_the_exit_codes_are_those_of_the_pages() -> None:
+def test_exit_codes_are_those_of_the_pages() -> None:
     in_program = {nbdctl.DONE, nbdctl.FAILED, nbdctl.USAGE, nbdctl.INTERRUPTED, nbdctl.UNREAD}
     assert section("nbdctl.1", "EXIT STATUS").keys() == set(map(str, in_program))
     assert section("nbdd.8", "EXIT STATUS").keys() == {"0", "1", "2", str(nbdd.EXIT_CONFIG)}
@@ -148,7 +148,7 @@ def schema() -> dict[str, Any]:
     return found
 
 
-def test_the_schema_has_the_keys_of_its_page_and_no_others() -> None:
+def test_schema_has_the_keys_of_its_page_and_no_others() -> None:
     of_device = schema()["definitions"]["device"]["properties"].keys()
     of_file = section("nbdd.yaml.5", "KEYS OF A FILE")
     assert of_file.keys() == schema()["properties"].keys()
@@ -158,7 +158,7 @@ def test_the_schema_has_the_keys_of_its_page_and_no_others() -> None:
     assert set(re.findall(r"^\.Cm (\S+)", of_file["defaults"], re.MULTILINE)) == of_device - in_defaults
 
 
-def test_defaults_and_limits_of_keys_are_those_of_the_schema() -> None:
+def test_page_of_the_keys_has_the_defaults_and_limits_of_the_schema() -> None:
     definitions = schema()["definitions"]
     for key, body in section("nbdd.yaml.5", "KEYS OF A DEVICE").items():
         facts = definitions["device-node" if key == "device" else key]
@@ -170,7 +170,7 @@ def test_defaults_and_limits_of_keys_are_those_of_the_schema() -> None:
         assert low is None or f"from {low} to {high}" in body, key
 
 
-def test_every_page_that_a_unit_names_is_there() -> None:
+def test_units_name_pages_that_exist() -> None:
     units = [path.read_text() for folder in ("systemd", "desktop") for path in (TREE / folder).glob("*.service")]
     named = re.findall(r"man:(\S+)\((\d)\)", "".join(units))
     assert {f"{name}.{number}" for name, number in named} == set(PAGES) - {"nbdd-open.1"}  # a click starts that
@@ -179,7 +179,7 @@ def test_every_page_that_a_unit_names_is_there() -> None:
 
 
 @pytest.mark.parametrize("page", generate.PAGES)
-def test_a_page_is_what_its_source_and_the_programs_make_of_it(page: str) -> None:
+def test_pages_are_what_generate_makes(page: str) -> None:
     assert (TREE / "man" / page).read_text() == generate.page(page), "run `make man`"
 
 
@@ -194,7 +194,7 @@ def test_a_page_is_what_its_source_and_the_programs_make_of_it(page: str) -> Non
         ("org.nbdd1.5", "@interface org.nbdd1.Device"),
     ],
 )
-def test_nothing_can_be_left_out_of_a_page(
+def test_generate_fails_if_a_page_lacks_something(
     page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = (TREE / "man" / f"{page}.in").read_text()
@@ -208,7 +208,7 @@ def test_nothing_can_be_left_out_of_a_page(
         generate.page(page)
 
 
-def test_every_member_and_every_error_of_the_bus_is_on_its_page() -> None:
+def test_page_of_the_bus_has_every_member_and_every_error() -> None:
     text = (TREE / "man/org.nbdd1.5").read_text()
     interfaces = [ET.parse(path).getroot() for path in (TREE / "dbus").glob("*.xml")]
     members = {
@@ -231,11 +231,11 @@ def test_every_member_and_every_error_of_the_bus_is_on_its_page() -> None:
         ("NAMES are no NAME", ["NAMES are no", ".Ar NAME"]),
     ],
 )
-def test_sentences_become_lines_of_mdoc(text: str, lines: list[str]) -> None:
+def test_generate_makes_lines_of_mdoc_from_sentences(text: str, lines: list[str]) -> None:
     assert generate.prose(text, ["NAME", "N"]) == lines
 
 
-def test_lines_are_as_long_as_mandoc_wants_them_but_for_examples() -> None:
+def test_pages_have_lines_as_long_as_mandoc_wants_them() -> None:
     long = "word " * 40
     made = list(generate.wrapped([long, ".Bd -literal", long, ".Ed"]))
     assert max(len(line) for line in made[:-3]) <= generate.WIDTH
@@ -244,7 +244,7 @@ def test_lines_are_as_long_as_mandoc_wants_them_but_for_examples() -> None:
 
 @pytest.mark.parametrize("linter", LINTERS, ids=lambda linter: linter[0])
 @pytest.mark.parametrize("page", PAGES)
-def test_formatters_have_no_complaint_about_a_page(page: str, linter: tuple[str, ...]) -> None:
+def test_pages_pass_the_formatters(page: str, linter: tuple[str, ...]) -> None:
     if shutil.which(linter[0]) is None:
         pytest.skip(f"{linter[0]} is not installed")
     done = subprocess.run([*linter, str(TREE / "man" / page)], capture_output=True, text=True, check=False, timeout=60)

@@ -77,31 +77,31 @@ def expressions() -> list[str]:
     return [re.sub(r"\$\w+", lambda variable: values[variable[0]], one) for one in asked]
 
 
-def test_every_metric_that_the_dashboard_shows_is_there_and_each_is_shown() -> None:
+def test_dashboard_shows_every_metric_and_no_other() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
     shown = named("\n".join([*found(dashboard, "expr"), *found(dashboard, "definition")]))
     assert shown - metrics() == set()
     assert metrics() - shown == {"nbdd_build_info"}
 
 
-def test_every_metric_that_an_alert_looks_at_is_there() -> None:
+def test_alerts_look_at_metrics_that_exist() -> None:
     looked_at = named("\n".join(rule["expr"] for rule in rules()))
     assert looked_at
     assert looked_at - metrics() == set()
 
 
-def test_the_reference_has_every_metric_and_no_other() -> None:
+def test_reference_has_every_metric_and_no_other() -> None:
     table = re.findall(r"^\| `(nbdd_\w+)` \|", REFERENCE.read_text(), re.MULTILINE)
     assert sorted(table) == sorted(metrics())
     assert named(REFERENCE.read_text()) - metrics() == {"nbdd_device_", "nbdd_device_state"} - metrics()
 
 
-def test_the_reference_has_every_alert_and_no_other() -> None:
+def test_reference_has_every_alert_and_no_other() -> None:
     table = re.findall(r"^\| `(Nbdd\w+)` \|", REFERENCE.read_text(), re.MULTILINE)
     assert table == [rule["alert"] for rule in rules()]
 
 
-def test_every_alert_says_how_bad_it_is_and_what_it_means() -> None:
+def test_alerts_have_a_severity_and_a_description() -> None:
     for rule in rules():
         assert rule["labels"]["severity"] in {"warning", "critical"}
         assert "{{ $labels.instance }}" in rule["annotations"]["summary"]
@@ -115,7 +115,7 @@ def test_states_in_alerts_and_dashboard_are_those_of_devices() -> None:
     assert states <= set(State)
 
 
-def test_nothing_in_the_dashboard_lies_on_top_of_another_and_each_panel_has_its_own_number() -> None:
+def test_dashboard_panels_do_not_overlap_and_have_their_own_numbers() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     cells = [
         (x, y)
@@ -129,22 +129,22 @@ def test_nothing_in_the_dashboard_lies_on_top_of_another_and_each_panel_has_its_
 
 
 @needs_promtool
-def test_prometheus_finds_nothing_to_complain_about_in_the_metrics() -> None:
+def test_metrics_pass_promtool() -> None:
     promtool("check", "metrics", said=text(EVERYTHING).decode())
 
 
 @needs_promtool
-def test_prometheus_understands_the_alerts() -> None:
+def test_alerts_pass_promtool() -> None:
     promtool("check", "rules", str(RULES))
 
 
 @needs_promtool
-def test_the_alerts_ring_when_they_should_and_only_then() -> None:
+def test_alerts_ring_when_they_should_and_only_then() -> None:
     promtool("test", "rules", "tests/unit/nbdd.rules.test.yaml")
 
 
 @needs_promtool
-def test_prometheus_understands_every_question_of_the_dashboard(tmp_path: Path) -> None:
+def test_dashboard_queries_are_understood_by_prometheus(tmp_path: Path) -> None:
     asked = [{"record": f"panel:{number}", "expr": one} for number, one in enumerate(expressions())]
     assert asked
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": asked}]}))

@@ -77,7 +77,7 @@ def installed_units(tmp_path: Path) -> Path:
 
 
 @needs_systemd_analyze
-def test_systemd_finds_nothing_to_complain_about_in_the_units(installed_units: Path) -> None:
+def test_units_pass_systemd_analyze_verify(installed_units: Path) -> None:
     names = ["nbdd.service", "nbdd-attach@my-disk.service", "nbdd-metrics.socket", "nbdd-metrics.service"]
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", f"--root={installed_units}", *names],
@@ -93,7 +93,7 @@ def test_systemd_finds_nothing_to_complain_about_in_the_units(installed_units: P
 
 @needs_systemd_analyze
 @pytest.mark.parametrize("name", HIGHEST_EXPOSURE)
-def test_a_service_is_exposed_no_more_than_promised(name: str) -> None:
+def test_units_are_exposed_no_more_than_promised(name: str) -> None:
     done = subprocess.run(
         ["systemd-analyze", "security", "--no-pager", "--offline=true", str(SYSTEMD / name)],
         capture_output=True,
@@ -106,13 +106,13 @@ def test_a_service_is_exposed_no_more_than_promised(name: str) -> None:
     assert float(found[1]) <= HIGHEST_EXPOSURE[name]
 
 
-def test_everything_for_the_system_is_in_the_wheel() -> None:
+def test_wheel_has_every_file_for_the_system() -> None:
     present = {path.relative_to(TREE).as_posix() for folder in (SYSTEMD, DBUS) for path in folder.iterdir()}
     assert present <= wheel_files().keys()
     assert all((TREE / source).is_file() for source in wheel_files())
 
 
-def test_files_are_installed_under_the_names_that_their_readers_expect() -> None:
+def test_wheel_installs_files_where_their_readers_look() -> None:
     places = {
         "systemd/*.service": "lib/systemd/system/{name}",
         "systemd/*.socket": "lib/systemd/system/{name}",
@@ -128,13 +128,13 @@ def test_files_are_installed_under_the_names_that_their_readers_expect() -> None
                 assert destination == place.format(name=Path(source).name)
 
 
-def test_what_the_program_reads_at_run_time_is_inside_the_package() -> None:
+def test_wheel_has_what_the_program_reads_at_run_time() -> None:
     inside = pyproject()["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     wanted = {path.relative_to(TREE).as_posix() for path in DBUS.glob("*.xml")} | {"config/nbdd.schema.json"}
     assert inside == {source: f"nbdd/_data/{Path(source).name}" for source in wanted}
 
 
-def test_the_version_and_whether_it_is_released_are_the_same_everywhere() -> None:
+def test_version_and_whether_it_is_released_are_the_same_everywhere() -> None:
     debian = (TREE / "debian/changelog").read_text()
     version, distribution = re.findall(r"^nbdd \((.+)\) (.+); urgency=", debian, re.MULTILINE)[0]
     assert version == __version__
@@ -148,7 +148,7 @@ def test_the_version_and_whether_it_is_released_are_the_same_everywhere() -> Non
         assert when == parsedate_to_datetime(signed).date().isoformat()
 
 
-def test_the_recipe_of_a_release_names_what_there_is() -> None:
+def test_release_recipe_names_what_there_is() -> None:
     recipe = (TREE / "docs/releasing.md").read_text()
     targets = set(re.findall(r"^([a-z-]+):.*## ", (TREE / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"make ([a-z-]+)", recipe)) <= targets
@@ -156,7 +156,7 @@ def test_the_recipe_of_a_release_names_what_there_is() -> None:
         assert f"`{place}`" in recipe
 
 
-def test_the_bus_starts_the_daemon_through_systemd() -> None:
+def test_bus_starts_the_daemon_through_systemd() -> None:
     activation = configparser.ConfigParser(interpolation=None)
     activation.read(DBUS / "org.nbdd1.service")
     section = activation["D-BUS Service"]
@@ -165,7 +165,7 @@ def test_the_bus_starts_the_daemon_through_systemd() -> None:
     assert section["User"] == "root"
 
 
-def test_only_root_owns_the_name_and_everyone_may_call() -> None:
+def test_bus_policy_lets_only_root_own_the_name_and_everyone_call() -> None:
     policies = ET.parse(DBUS / "org.nbdd1.conf").getroot().findall("policy")
     rules = [(dict(policy.attrib), [(rule.tag, dict(rule.attrib)) for rule in policy]) for policy in policies]
     assert rules == [
@@ -174,7 +174,7 @@ def test_only_root_owns_the_name_and_everyone_may_call() -> None:
     ]
 
 
-def test_polkit_knows_every_action_and_lets_no_one_pass_unasked() -> None:
+def test_polkit_has_every_action_and_each_asks() -> None:
     actions = ET.parse(DBUS / "org.nbdd1.policy").getroot().findall("action")
     assert {action.attrib["id"] for action in actions} == {f"org.nbdd1.{name}" for name in ACTIONS}
     for action in actions:
@@ -185,27 +185,27 @@ def test_polkit_knows_every_action_and_lets_no_one_pass_unasked() -> None:
         assert message.endswith(".")
 
 
-def test_an_instance_of_the_attach_unit_is_named_as_the_device() -> None:
+def test_attach_unit_is_named_as_the_device() -> None:
     lines = (SYSTEMD / "nbdd-attach@.service").read_text().splitlines()
     text = "\n".join(line for line in lines if not line.startswith("#"))
     assert "%i" in text
     assert "%I" not in text  # it would turn the "-" of a name into "/"
 
 
-def test_a_restart_of_the_daemon_is_not_passed_on_to_attached_devices() -> None:
+def test_attach_unit_is_not_restarted_with_the_daemon() -> None:
     section = unit("nbdd-attach@.service")["Unit"]
     passing_on = {"requires", "requisite", "bindsto", "partof", "stoppropagatedfrom"}
     assert not passing_on & set(section)  # configparser writes keys small
     assert section["Wants"] == section["After"] == "nbdd.service"
 
 
-def test_an_upgrade_restarts_the_daemon_alone() -> None:
+def test_upgrade_restarts_the_daemon_alone() -> None:
     rules = (TREE / "debian/rules").read_text()
     assert "dh_installsystemd --restart-after-upgrade nbdd.service\n" in rules
     assert "nbdd-attach" not in "".join((TREE / f"debian/nbdd.{name}").read_text() for name in ("postinst", "prerm"))
 
 
-def test_metrics_are_off_until_somebody_wants_them_and_then_for_this_machine_only() -> None:
+def test_metrics_are_off_by_default_and_for_this_machine_only() -> None:
     rules = (TREE / "debian/rules").read_text()
     assert (
         "dh_installsystemd --no-enable --no-start --restart-after-upgrade nbdd-metrics.socket nbdd-metrics.service\n"
@@ -214,13 +214,13 @@ def test_metrics_are_off_until_somebody_wants_them_and_then_for_this_machine_onl
     assert unit("nbdd-metrics.socket")["Socket"]["ListenStream"].startswith("127.0.0.1:")
 
 
-def test_the_user_of_the_metrics_is_made_when_the_package_is_installed() -> None:
+def test_metrics_user_is_made_when_the_package_is_installed() -> None:
     user = unit("nbdd-metrics.service")["Service"]["User"]
     assert f"\nu {user} - " in (SYSTEMD / "sysusers.conf").read_text()
     assert "\n\tdh_installsysusers\n" in (TREE / "debian/rules").read_text()
 
 
-def test_a_scrape_does_not_start_the_daemon() -> None:
+def test_metrics_unit_does_not_start_the_daemon() -> None:
     section = unit("nbdd-metrics.service")["Unit"]
     assert "nbdd.service" not in " ".join(section.values()).split()
 
@@ -232,17 +232,17 @@ def link_patterns() -> list[tuple[bool, str]]:
 
 
 @pytest.mark.parametrize("name", ["backup", "a", "9-lives", "vm.disk_1:0-x", "A" * 63])
-def test_udev_links_every_name_that_a_device_may_have(name: str) -> None:
+def test_udev_makes_a_symlink_for_every_name_that_a_device_may_have(name: str) -> None:
     assert all(fnmatch.fnmatchcase(name, pattern) is wanted for wanted, pattern in link_patterns())
 
 
 @pytest.mark.parametrize("name", ["", "..", "-x", ".hidden", "a/b", "a b", "a\\x2f", "$env{x}", "caf\u00e9", "a\nb"])
-def test_udev_makes_no_link_for_a_name_that_nbdd_would_refuse(name: str) -> None:
+def test_udev_makes_no_symlink_for_a_name_that_nbdd_would_refuse(name: str) -> None:
     assert link_patterns()
     assert not all(fnmatch.fnmatchcase(name, pattern) is wanted for wanted, pattern in link_patterns())
 
 
-def test_the_lines_of_python_in_the_readme_are_those_of_the_reference_which_are_run_by_a_test() -> None:
+def test_readme_python_is_that_of_the_reference_which_a_test_runs() -> None:
     def code(text: str, start: str) -> list[str]:
         lines = text[text.index(start) :].splitlines()
         found = list(itertools.takewhile(lambda line: not line.strip() or line[0] not in "`#", lines))
@@ -255,7 +255,7 @@ def test_the_lines_of_python_in_the_readme_are_those_of_the_reference_which_are_
     assert readme == reference
 
 
-def test_every_test_that_the_promises_name_is_there() -> None:
+def test_reliability_names_tests_that_exist() -> None:
     told = (TREE / "docs" / "reliability.md").read_text()
     tests = {path.name: path.read_text() for path in (TREE / "tests" / "system").glob("test_*.py")}
     files = set(re.findall(r"`(test_\w+\.py)`", told))

@@ -57,7 +57,7 @@ def question(
     return {"action": f"org.nbdd1.{action}", "details": details, "groups": groups.split(), **there}
 
 
-def test_the_group_may_attach_and_detach_what_is_configured_and_nothing_else(tmp_path: Path) -> None:
+def test_polkit_example_lets_the_group_attach_and_detach_what_is_configured_and_nothing_else(tmp_path: Path) -> None:
     allowed = [question("attach"), question("detach")]
     left = [
         question("attach-uri", configured=None),
@@ -83,7 +83,7 @@ def mount(device: str | None, how: str = "-other-seat", **seat: bool) -> dict[st
     return {"action": f"org.freedesktop.udisks2.filesystem-mount{how}", "details": details, "groups": [], **there}
 
 
-def test_the_person_at_the_machine_may_mount_a_network_disk_that_is_the_desktops_and_nothing_else(
+def test_polkit_rule_lets_the_person_at_the_machine_mount_a_disk_of_the_desktop_and_nothing_else(
     tmp_path: Path,
 ) -> None:
     allowed = [mount("/dev/nbd0"), mount("/dev/nbd12p3")]
