@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from nbdd.ctl import complete, remote
+from nbdd.system.stdio import complain
 from nbdd.text import printable
 
 if TYPE_CHECKING:
@@ -130,9 +131,7 @@ def document(value: Any) -> None:
 
 def say(text: str) -> None:
     """Print one line for a person, on stderr, if there is one."""
-    with contextlib.suppress(OSError):
-        if sys.stderr is not None:
-            print(f"nbdctl: {text}", file=sys.stderr)
+    complain("nbdctl", text)
 
 
 def terminal() -> IO[str] | None:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""For the person at the machine: notifications, and links that open. It runs as that person, and asks over D-Bus."""
+"""For a desktop: notifications, and links that open. Runs as the user of the session, as a caller on D-Bus."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""A network disk from a link to a folder, and back: attach and mount, unmount and detach.
+"""From a link to a mounted network disk and back: attach and mount, unmount and detach.
 
-nbdd attaches and UDisks mounts; polkit asks the person where either wants an administrator's consent.
+nbdd attaches and UDisks mounts; polkit asks for a password if one of them needs it.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from nbdd.text import one_line
 from nbdd.uri import URI
 
 KNOWN_SECONDS = 10.0
-"""How long UDisks may take to know a disk that udev knows."""
+"""How long UDisks may take to list a disk that udev knows."""
 
 LEAVE_SECONDS = 5
-"""How long those may take to leave a disk who had opened it for a moment, such as udev."""
+"""How long a program that opened the disk for a moment, such as udev, may take to close it."""
 
 _LOCK_INTERVAL = 0.1
-"""Seconds between two looks whether it is our turn; what waits in the kernel could not be interrupted."""
+"""Seconds between two tries to take the lock; a wait in the kernel could not be interrupted."""
 
 _SYS = Path("/sys/class/block")
 
-_PASSING = {"detaching": "being detached", "connecting": "being taken up again by nbdd"}
-"""States of a device that has its node, and that are soon over."""
+_PASSING = {"detaching": "being detached", "connecting": "being adopted by nbdd"}
+"""Short states of a device that has its node."""
 
 log = logging.getLogger("nbdd-open")
 
 
 @contextlib.asynccontextmanager
 async def one_at_a_time() -> AsyncIterator[None]:
-    """Nothing else of this person's opens or detaches a disk meanwhile.
+    """Lock out other instances of the same user that open or detach a disk.
 
-    Two clicks on one link are one disk: the second waits, and finds what the first has attached.
+    Two clicks on one link attach one disk: the second waits, and finds what the first has attached.
     """
     place = Path(os.environ.get("XDG_RUNTIME_DIR", ""), "nbdd-open.lock")
     lock = None
-    with contextlib.suppress(OSError):  # There is no session, or none of this person's.
+    with contextlib.suppress(OSError):  # There is no session, or it belongs to another user.
         if place.is_absolute():
             lock = os.open(place, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     if lock is None:
@@ -66,10 +66,10 @@ async def one_at_a_time() -> AsyncIterator[None]:
 
 
 def link(text: str) -> URI:
-    """The URI in a link. Raises InvalidURI for what is none, and for one that no page may make a person open."""
+    """The URI in a link. Raises InvalidURI if it is none, or one that a web page must not make a user open."""
     uri = URI.parse(text)
     if uri.user or uri.options:
-        # Whoever writes a link could choose which of this machine's keys are shown to which server.
+        # The author of a link could choose which of this machine's keys are used for which server.
         raise InvalidURI(
             "A link must not name a user or a file with keys; somebody who trusts it writes it into /etc/nbdd instead."
         )
@@ -77,14 +77,14 @@ def link(text: str) -> URI:
 
 
 class Disks:
-    """Network disks of this machine, as a person uses them. All methods raise NbddError."""
+    """Network disks of this machine, as a desktop uses them. All methods raise NbddError."""
 
     def __init__(self, client: Client, udisks: UDisks) -> None:
         self._client = client
         self._udisks = udisks
 
     async def attach(self, uri: URI) -> Device:
-        """The device of an export: the one there is already, or else a new one for this desktop.
+        """The device of an export: the existing one, or else a new one for this desktop.
 
         Two devices of one export, both mounted, would destroy the filesystem.
         """
@@ -142,13 +142,13 @@ class Disks:
         return Path(folders[0])
 
     async def find(self, target: str) -> list[Device]:
-        """The devices that are meant by a name, a link, a node or a folder; by "", all that this person attached."""
+        """The devices that a name, a link, a node or a folder means; "" means all that this user attached."""
         if not target:
             return [device for device in await self._devices() if device.node and is_own(device)]
         attached = [device for device in await self._devices() if device.node]
         place = os.path.realpath(target) if target.startswith("/") else ""  # noqa: ASYNC240 - one call, nothing waits
         for device in attached:
-            if target == device.name or device.is_at(target) or (place and await self._holds(device, place)):
+            if target == device.name or device.is_at(target) or (place and await self._is_place_of(device, place)):
                 return [device]
         raise NoSuchDevice(
             f"{one_line(target, notice.MAX_TEXT)} is no network disk that is attached; 'nbdctl list' shows them."
@@ -158,8 +158,8 @@ class Disks:
         """Whether the device, or a partition of it, is mounted anywhere."""
         return any(block.mount_points for block in await self._udisks.blocks(device.node))
 
-    async def _holds(self, device: Device, place: str) -> bool:
-        """Whether that is a node of the device, or a folder where it is mounted."""
+    async def _is_place_of(self, device: Device, place: str) -> bool:
+        """Whether `place` is a node of the device, or a folder where it is mounted."""
         blocks = await self._udisks.blocks(device.node)
         return place == device.node or any(place == block.node or place in block.mount_points for block in blocks)
 
@@ -174,7 +174,7 @@ class Disks:
 
 
 def is_own(device: Device) -> bool:
-    """Whether this person attached it, for the desktop; what the configuration attached is nobody's, and not root's."""
+    """Whether this user attached it for the desktop; what the configuration attached belongs to no user."""
     return device.desktop and device.attached_by == os.geteuid() != 0
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""What there is to say about a device, and when: a judgement from what the bus tells of it and the clock.
+"""Which notification a device needs, and when: decided from its properties and the clock.
 
-    nothing ── no link for GRACE seconds ──> LOST ── soon over ──> FAILING ── too late ──> FAILED
-                                               │                      │                      │
-                                               └────── a link ────────┴──> BACK <────────────┘
+    nothing ── no connection for GRACE s ──> LOST ── WARNING ──> FAILING ── dead timeout ──> FAILED
+                                             │                   │                          │
+                                             └── a connection ───┴────────> BACK <──────────┘
 
-GONE is a device that the kernel had and has no more, though nobody detached it.
+GONE is a device that the kernel had and has no more, without a detach.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from nbdd.text import one_line
 from nbdd.uri import URI
 
 GRACE = 5.0
-"""Seconds without any link before it is worth a word: a restart of a server takes less."""
+"""Seconds without any connection before the first notification: a restart of a server takes less."""
 
 WARNING = 60.0
-"""Seconds before the end of the waiting that it is called near; half of the waiting where that is less."""
+"""Seconds before I/O fails at which the second one is shown; half of the dead timeout if that is less."""
 
 MAX_TEXT = 300
 """Characters of an error that are shown."""
 
 DETACH, DETACH_ANYWAY, ATTACH = "detach", "detach-anyway", "attach"
-"""What a person can do about it: the keys of actions."""
+"""What the user can do about it: keys of actions."""
 
 _LABELS = {DETACH: "Detach", DETACH_ANYWAY: "Detach anyway", ATTACH: "Attach again"}
 
@@ -38,8 +38,8 @@ _WORKS = frozenset({"attached", "degraded"})
 _UNDECIDED = frozenset({"connecting", "detaching", "unknown"})
 
 
-class Kind(StrEnum):
-    """What is said."""
+class NoticeKind(StrEnum):
+    """What a notification says."""
 
     LOST = "lost"
     FAILING = "failing"
@@ -51,29 +51,29 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something to say about a device."""
+    """A notification about a device."""
 
-    kind: Kind
+    kind: NoticeKind
     notification: Notification
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How things stand."""
+    """What `judge` found."""
 
     notice: Notice | None = None
-    """The trouble there is."""
+    """The trouble that the device is in."""
     decided: bool = True
-    """False: what was said before stands, until more is known."""
+    """False while the device changes: the notification before stands."""
     look_at: float | None = None
-    """When the clock alone may change it; seconds since 1970."""
+    """When the clock alone may change it, in seconds since 1970."""
 
 
 def judge(device: Device, *, now: float, lost_since: float, was_bound: bool) -> Verdict:
     """What is wrong with the device at `now`; times in seconds since 1970.
 
-    `lost_since` is when it was first seen without a link, for where the service does not tell; `was_bound` whether the
-    kernel had the device before, and nobody has detached it since.
+    `lost_since` is when it was first seen without a connection, for a service that does not report it; `was_bound` is
+    whether the kernel had the device before, without a detach since.
     """
     if device.state in _WORKS or device.state == "detached":
         return Verdict()
@@ -85,7 +85,7 @@ def judge(device: Device, *, now: float, lost_since: float, was_bound: bool) -> 
     if device.state == "failed":
         if not device.node:
             return Verdict()
-        # Of a server that has something else now, no answer is waited for; I/O waits all the same.
+        # A server that has other data now is not retried; I/O waits all the same.
         waits = now < fails
         return Verdict(_failed(device, fails if waits else 0), look_at=fails if waits else None)
     # reconnecting
@@ -103,20 +103,20 @@ def works(device: Device) -> bool:
     return device.state in _WORKS
 
 
-def back(device: Device, before: Kind) -> Notice:
-    """The end of the trouble that was told as `before`."""
+def back(device: Device, before: NoticeKind) -> Notice:
+    """The end of the trouble that was shown as `before`."""
     name = title(device)
-    if before in {Kind.LOST, Kind.FAILING}:
+    if before in {NoticeKind.LOST, NoticeKind.FAILING}:
         body = f"{server(device)} answers again. What waited has gone on, and nothing was lost."
     else:
         body = "Reading and writing works again. What failed meanwhile was not written; look what is missing."
     icon = device.icon_name or "drive-harddisk"
-    shown = Notification(f"{name} is back", body, icon, category="network.connected", lasting=False)
-    return Notice(Kind.BACK, shown)
+    notification = Notification(f"{name} is back", body, icon, category="network.connected", lasting=False)
+    return Notice(NoticeKind.BACK, notification)
 
 
 def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notice:
-    """What a person asked for by an action was not done."""
+    """An action of the user failed."""
     name = title(device)
     detach = action in {DETACH, DETACH_ANYWAY}
     body = one_line(problem, MAX_TEXT)
@@ -125,7 +125,7 @@ def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notic
         body += " To detach it anyway loses what was not written yet."
         actions = [DETACH_ANYWAY]
     return Notice(
-        Kind.REFUSED,
+        NoticeKind.REFUSED,
         Notification(
             f"{name} was not {'detached' if detach else 'attached'}",
             body,
@@ -137,7 +137,7 @@ def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notic
 
 
 def detached(device: Device) -> Notification:
-    """A disk was detached as the person wanted it."""
+    """A disk was detached by its user."""
     icon = device.icon_name or "drive-harddisk"
     return Notification(f"{title(device)} is detached", "All was written.", icon, category="device", lasting=False)
 
@@ -148,7 +148,7 @@ def title(device: Device) -> str:
 
 
 def server(device: Device) -> str:
-    """Where its data is, for people: a host, or a socket's path."""
+    """The server as a user knows it: a host, or a socket's path."""
     try:
         uri = URI.parse(device.uri)
     except InvalidURI:
@@ -159,7 +159,7 @@ def server(device: Device) -> str:
 def _lost(device: Device, fails: float) -> Notice:
     until = f", until {clock(fails)} at most" if fails else ""
     return Notice(
-        Kind.LOST,
+        NoticeKind.LOST,
         Notification(
             f"{title(device)} has lost its server",
             f"{server(device)} does not answer. Programs that use the disk wait{until}. Nothing is lost so far.",
@@ -172,7 +172,7 @@ def _lost(device: Device, fails: float) -> Notice:
 
 def _failing(device: Device, fails: float) -> Notice:
     return Notice(
-        Kind.FAILING,
+        NoticeKind.FAILING,
         Notification(
             f"{title(device)} is about to fail",
             f"{server(device)} still does not answer. At {clock(fails)} reading and writing begins to fail. "
@@ -195,7 +195,7 @@ def _failed(device: Device, waits_until: float) -> Notice:
     if waits_until:
         state = f"Programs that use the disk wait, until {clock(waits_until)} at most."
     return Notice(
-        Kind.FAILED,
+        NoticeKind.FAILED,
         Notification(
             f"{title(device)} has failed",
             f"{state}{_why(device)}",
@@ -209,7 +209,7 @@ def _failed(device: Device, waits_until: float) -> Notice:
 
 def _gone(device: Device) -> Notice:
     return Notice(
-        Kind.GONE,
+        NoticeKind.GONE,
         Notification(
             f"{title(device)} is gone",
             f"The disk is not attached any more, and what was not written is lost.{_why(device)}",

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""nbdd-notify: tells the person at the machine when a network disk is in trouble, and when that is over.
+"""nbdd-notify: notifies the user when a network disk is in trouble, and when that is over.
 
-Events of both buses and the clock come together in one loop, `Notifier.run`. What a person asks for by an action runs
-beside it, since a password may have to be typed first.
+`Notifier.run` is one loop over the events of both buses and the clock. An action of the user runs in a task of its own,
+since polkit may ask for a password first.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from nbdd.errors import Busy, NbddError
 log = logging.getLogger(__name__)
 
 NAME = "org.nbdd1.Notify"
-"""Owned on the session bus: one notifier is enough, however many ways a desktop has to start it."""
+"""Owned on the session bus, so that one notifier runs, in whatever ways a desktop starts it."""
 
 _LONGEST_SLEEP = 60.0
 """Seconds; the clock may be set while we wait for a time of day."""
 
 
 @dataclass(frozen=True, slots=True)
-class Unable:
-    """What a person asked for by an action was not done."""
+class ActionFailed:
+    """An action of the user failed."""
 
     name: str
     action: str
@@ -50,42 +50,42 @@ class Unable:
 
 
 @dataclass(frozen=True, slots=True)
-class Remounted:
+class MountsChanged:
     """Something was mounted or unmounted."""
 
 
-News: TypeAlias = Event | Answer | Unable | Remounted | NbddError | None
-"""What keeps the notifier busy; an error is the end of the system bus, None the end of the work."""
+Input: TypeAlias = Event | Answer | ActionFailed | MountsChanged | NbddError | None
+"""What `Notifier.run` handles; an error is the end of the system bus, None ends `run`."""
 
 
 @dataclass
 class Watched:
-    """One device, and what was said about it."""
+    """One device, and its notification."""
 
     properties: Properties = field(default_factory=dict)
     lost_since: float = 0.0
-    """When it was first seen without a link, seconds since 1970; 0 while it has one."""
+    """When it was first seen without a connection, in seconds since 1970; 0 while it has one."""
     was_bound: bool = False
-    told: notice.Kind | None = None
-    """The trouble that was said last and is not over, whether the notification is still open or not."""
+    trouble: notice.NoticeKind | None = None
+    """The trouble that was shown last and is not over, whether the notification is still open or not."""
     open: Notice | None = None
-    """What the person can see now."""
+    """What is on the screen now."""
     number: int = 0
-    """Of the notification that is about this device; 0 where another one would have to be made."""
+    """Number of the notification about this device; 0 if there is none to replace."""
     shower: str = ""
-    """Who gave it that number."""
+    """Unique bus name of the notification server that gave the number."""
     shown: int = 0
-    """Which of all that were shown it is, where it has the number of one before it; else 0."""
+    """`Notifications.shown` when it replaced one with the same number; else 0."""
     look_at: float | None = None
 
     @property
     def device(self) -> Device:
-        """The device as the bus tells of it."""
+        """The device as nbdd describes it."""
         return Device.of({key: value for key, value in self.properties.items() if value is not None})
 
 
 class Notifier:
-    """Watches nbdd's devices on one bus and speaks on the other."""
+    """Watches nbdd's devices on the system bus and shows notifications on the session bus."""
 
     def __init__(self, client: Client, udisks: UDisks, notifications: Notifications, *, everything: bool) -> None:
         self._client = client
@@ -95,15 +95,15 @@ class Notifier:
         self._everything = everything
         self._watched: dict[str, Watched] = {}
         self._running = False
-        self._news: asyncio.Queue[News] = asyncio.Queue()
+        self._inputs: asyncio.Queue[Input] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def stop(self) -> None:
-        """Have `run` return, between two words: of one that is half said nobody knows the number."""
-        self._news.put_nowait(None)
+        """Let `run` return, but not while it shows a notification, whose number would be lost."""
+        self._inputs.put_nowait(None)
 
     async def run(self) -> None:
-        """Watch until `stop`, and take away in the end what is shown: nobody would keep it true.
+        """Watch until `stop`, then close all notifications, since they would not be updated.
 
         Raises NbddError when the system bus ends.
         """
@@ -113,15 +113,15 @@ class Notifier:
             await self._started()
         self._start(self._collect(self._client.event))
         self._start(self._collect(self._notifications.event))
-        self._start(self._collect(self._remounted))
+        self._start(self._collect(self._mounts_changed))
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._pause()):
-                        news = await self._news.get()
-                    if news is None:
+                        item = await self._inputs.get()
+                    if item is None:
                         break
-                    await self._hear(news)
+                    await self._handle(item)
                 await self._look()
         finally:
             for task in self._tasks:
@@ -134,33 +134,33 @@ class Notifier:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _remounted(self) -> Remounted:
+    async def _mounts_changed(self) -> MountsChanged:
         await self._udisks.mounts_change()
-        return Remounted()
+        return MountsChanged()
 
-    async def _collect(self, source: Callable[[], Coroutine[Any, Any, Event | Answer | Remounted]]) -> None:
+    async def _collect(self, source: Callable[[], Coroutine[Any, Any, Event | Answer | MountsChanged]]) -> None:
         try:
             while True:
-                self._news.put_nowait(await source())
+                self._inputs.put_nowait(await source())
         except NbddError as problem:
-            self._news.put_nowait(problem)
+            self._inputs.put_nowait(problem)
 
-    async def _hear(self, news: Event | Answer | Unable | Remounted | NbddError) -> None:
-        match news:
+    async def _handle(self, item: Event | Answer | ActionFailed | MountsChanged | NbddError) -> None:
+        match item:
             case Event():
-                await self._happened(news)
-            case Unable(name=name, action=action, problem=problem) if name in self._watched:
+                await self._device_event(item)
+            case ActionFailed(name=name, action=action, problem=problem) if name in self._watched:
                 watched = self._watched[name]
                 in_use = isinstance(problem, Busy)
                 await self._show(watched, notice.refused(watched.device, action, str(problem), in_use=in_use))
-            case Remounted():
+            case MountsChanged():
                 await self._look_at_mounts()
             case Renewed():
-                await self._renewed(news.shower)
+                await self._server_changed(item.shower)
             case Closed() | Invoked():
-                self._answered(news)
+                self._notification_event(item)
             case NbddError():
-                raise news
+                raise item
 
     def _pause(self) -> float | None:
         times = [one.look_at for one in self._watched.values() if one.look_at is not None]
@@ -168,12 +168,12 @@ class Notifier:
 
     # nbdd
 
-    async def _happened(self, event: Event) -> None:
+    async def _device_event(self, event: Event) -> None:
         match event.kind:
             case Kind.STARTED:
                 await self._started()
             case Kind.STOPPED:
-                # A restart, mostly: what is shown is as true as it was, and what is next is said when it is back.
+                # Probably a restart: keep what is shown, and update it when nbdd is back.
                 self._running = False
             case Kind.REMOVED:
                 if event.name in self._watched:
@@ -182,11 +182,11 @@ class Notifier:
                 await self._changed(event.name, event.properties)
 
     async def _started(self) -> None:
-        """It runs, for the first time or again: look at everything anew."""
+        """Nbdd runs, for the first time or again: read all devices."""
         try:
             found = {properties["Name"]: properties for properties in await self._client.devices()}
         except NbddError as problem:
-            log.warning("%s", problem)  # It has just gone; it is heard of when it is back.
+            log.warning("%s", problem)  # It has just stopped; STARTED follows when it is back.
             return
         self._running = True
         for name in self._watched.keys() - found.keys():
@@ -206,7 +206,7 @@ class Notifier:
         watched.lost_since = (watched.lost_since or time.time()) if device.state == "reconnecting" else 0.0
         await self._update(watched)
 
-    # What the person unmounts
+    # Unmounts in the file manager
 
     async def _look_at_mounts(self) -> None:
         try:
@@ -227,10 +227,10 @@ class Notifier:
         except NbddError as problem:
             log.warning("%s was unmounted, and stays attached: %s", device.name, problem)
 
-    # What is to be said
+    # Notifications
 
     async def _look(self) -> None:
-        """The clock has gone on."""
+        """Update the devices whose time has come."""
         now = time.time()
         for watched in list(self._watched.values()):
             if self._running and watched.look_at is not None and watched.look_at <= now:
@@ -247,18 +247,18 @@ class Notifier:
         if not verdict.decided:
             return
         if verdict.notice is None:
-            # Without a link again, but not for long: what was told before that stands.
-            if watched.look_at is None or watched.told is None:
+            # Without a connection again, but not for long: the notification before stands.
+            if watched.look_at is None or watched.trouble is None:
                 await self._over(watched, device)
-        elif verdict.notice.kind != watched.told:
-            watched.told = verdict.notice.kind
+        elif verdict.notice.kind != watched.trouble:
+            watched.trouble = verdict.notice.kind
             await self._show(watched, verdict.notice)
 
     async def _over(self, watched: Watched, device: Device) -> None:
-        told, watched.told = watched.told, None
-        if told is not None and notice.works(device):
-            await self._show(watched, notice.back(device, told))
-        elif told is not None or (watched.open is not None and watched.open.kind is notice.Kind.REFUSED):
+        before, watched.trouble = watched.trouble, None
+        if before is not None and notice.works(device):
+            await self._show(watched, notice.back(device, before))
+        elif before is not None or (watched.open is not None and watched.open.kind is notice.NoticeKind.REFUSED):
             await self._close(watched)
 
     async def _show(self, watched: Watched, what: Notice) -> None:
@@ -266,7 +266,7 @@ class Notifier:
         try:
             watched.number = await self._notifications.show(what.notification, watched.number)
         except NotShown as problem:
-            # Nobody shows notifications now. Whoever does next is told what is true then.
+            # There is no notification server now. The next one gets what is true then.
             log.warning("not shown: %s (%s)", what.notification.summary, problem)
             watched.number = 0
         watched.shower = self._notifications.shower
@@ -278,30 +278,30 @@ class Notifier:
             await self._notifications.close(watched.number)
         watched.open, watched.number = None, 0
 
-    async def _renewed(self, shower: str) -> None:
-        """Another one shows notifications now."""
+    async def _server_changed(self, shower: str) -> None:
+        """Another notification server is there."""
         for watched in self._watched.values():
             if watched.number and watched.shower == shower:
-                continue  # It was started by the bus for this very notification.
+                continue  # The bus started it for this notification.
             watched.number = 0
-            if watched.open is not None and watched.open.kind is not notice.Kind.BACK:
+            if watched.open is not None and watched.open.kind is not notice.NoticeKind.BACK:
                 await self._show(watched, watched.open)
 
-    # What the person does
+    # Actions of the user
 
-    def _answered(self, answer: Closed | Invoked) -> None:
+    def _notification_event(self, answer: Closed | Invoked) -> None:
         found = next((item for item in self._watched.items() if item[1].number == answer.number), None)
         if found is None:
             return
         name, watched = found
         if isinstance(answer, Closed):
-            if answer.shown >= watched.shown:  # Else what it has taken the place of was closed.
+            if answer.shown >= watched.shown:  # Else the one that it replaced was closed.
                 watched.open, watched.number = None, 0
         elif watched.open is not None and answer.action in dict(watched.open.notification.actions):
-            self._start(self._order(name, answer.action))
+            self._start(self._act(name, answer.action))
 
-    async def _order(self, name: str, action: str) -> None:
-        """Do what an action says; polkit may ask for a password, so this may take long."""
+    async def _act(self, name: str, action: str) -> None:
+        """Do what an action says; it may take long, since polkit may ask for a password."""
         try:
             async with Client() as client:
                 if action == notice.ATTACH:
@@ -310,16 +310,16 @@ class Notifier:
                     await client.detach(name, {"force": True} if action == notice.DETACH_ANYWAY else {})
         except NbddError as problem:
             log.warning("%s: %s: %s", name, action, problem)
-            self._news.put_nowait(Unable(name, action, problem))
+            self._inputs.put_nowait(ActionFailed(name, action, problem))
 
 
 async def watch(*, everything: bool) -> int:
-    """Run until SIGTERM or SIGINT: 0. Raises NbddError where a bus can't be reached, or ends."""
+    """Run until SIGTERM or SIGINT, and return 0. Raises NbddError if a bus can't be reached, or ends."""
     async with session_bus() as session:
         if not await session.own(NAME):
-            log.info("another one runs in this session already")
+            log.info("another instance runs in this session already")
             return 0
-        # Not to start nbdd: where it does not run, there is nothing to tell.
+        # Don't start nbdd: while it does not run, there is nothing to show.
         async with Client(activate=False) as client, system_bus() as bus:
             notifier = Notifier(client, UDisks(bus), Notifications(session), everything=everything)
             loop = asyncio.get_running_loop()
@@ -339,12 +339,10 @@ async def watch(*, everything: bool) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run nbdd-notify; 0 done, 1 failed, 2 usage."""
     parser = argparse.ArgumentParser(
-        prog="nbdd-notify", description="Tell the person at this machine when a network block device is in trouble."
+        prog="nbdd-notify", description="Show a notification when a network block device is in trouble."
     )
     parser.add_argument("--version", action="version", version=f"nbdd-notify {__version__}")
-    parser.add_argument(
-        "--all", action="store_true", help="tell of every device, not only of those with the key 'desktop'"
-    )
+    parser.add_argument("--all", action="store_true", help="watch every device, not only those with the key 'desktop'")
     everything: bool = parser.parse_args(arguments).all
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.INFO)
     try:
@@ -352,6 +350,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except NbddError as problem:
         log.error("nbdd-notify: %s", problem)
     except (CallError, EOFError, OSError) as problem:
-        # It ended, or refused us, in the first moment.
+        # It ended, or refused the connection, at once.
         log.error("nbdd-notify: The session bus can't be used (%s).", str(problem).rstrip(".") or "it hung up")
     return 1

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a person attached and then unmounted in the file manager is detached: the other half of "Unmount" there.
+"""Detach disks that their user has unmounted in the file manager.
 
-A file manager knows how to eject a drive, and an NBD device is none to UDisks. So nbdd-notify looks on.
+A file manager ejects drives, but to UDisks an NBD device is no drive. So nbdd-notify watches mounts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nbdd.desktop.udisks import UDisks
 
 
 class Unmounted:
-    """Which of the disks that this person attached were unmounted, and their end. All methods raise NbddError."""
+    """Finds and detaches disks of this user that were unmounted. All methods raise NbddError."""
 
     def __init__(self, client: Client, udisks: UDisks) -> None:
         self._client = client
@@ -23,7 +23,7 @@ class Unmounted:
         self._mounted: set[tuple[str, int]] = set()
 
     async def look(self, devices: Iterable[Device]) -> list[Device]:
-        """Those that were mounted when this was called last and are no more; `devices` are all there are."""
+        """The devices that were mounted at the last call and are not now; `devices` are all there are."""
         now = {_key(device): device for device in devices if device.node and is_own(device)}
         mounted = {key for key, device in now.items() if await self._disks.mounted(device)}
         left = (self._mounted & now.keys()) - mounted
@@ -31,7 +31,7 @@ class Unmounted:
         return [now[key] for key in left]
 
     async def detach(self, device: Device) -> bool:
-        """Detach it, without asking anybody; False where it was mounted again, or detached, while we came to it."""
+        """Detach it without asking for a password; False if it was mounted again, or detached, meanwhile."""
         async with one_at_a_time():
             found = Device.of(await self._client.device(device.name))
             if _key(found) != _key(device) or await self._disks.mounted(device):
@@ -41,5 +41,5 @@ class Unmounted:
 
 
 def _key(device: Device) -> tuple[str, int]:
-    """What tells one attachment from the next: the name may be another disk's then."""
+    """Identifies one attachment: a later one may have the same name."""
     return device.name, device.attached_since

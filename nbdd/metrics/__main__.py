@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The nbdd-metrics command: argv to one of its ways out; what goes wrong becomes one sentence here."""
+"""Entry point of nbdd-metrics: metrics to stdout, into a file, or over HTTP. Every error becomes one sentence here."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import logging
-import os
 import signal
 import socket
 import sys
@@ -16,45 +14,48 @@ from pathlib import Path
 
 from nbdd import __version__
 from nbdd.errors import NbddError
+from nbdd.system.stdio import complain, discard_stdout
+
+PROGRAM = "nbdd-metrics"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run nbdd-metrics with `arguments` (default: those of the process); return its exit status."""
     parser = argparse.ArgumentParser(
         prog="nbdd-metrics",
-        description="Tell what nbdd's devices do, as metrics for Prometheus: on standard output, or as asked.",
+        description="Print metrics of nbdd's devices for Prometheus, write them to a file, or serve them.",
     )
     parser.add_argument("--version", action="version", version=f"nbdd-metrics {__version__}")
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument(
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument(
         "--textfile",
         type=Path,
         metavar="PATH",
         help="write a file for the textfile collector of the node exporter; its name ends in .prom",
     )
-    way.add_argument(
+    output.add_argument(
         "--serve", action="store_true", help="answer GET /metrics on the sockets that systemd passes; see the unit"
     )
     chosen = parser.parse_args(arguments)
-    # dbus-next logs tracebacks when a bus goes away; we have a sentence for that.
+    # dbus-next logs tracebacks when a bus goes away; nbdd-metrics logs one sentence.
     logging.getLogger("dbus_next").addHandler(logging.NullHandler())
     logging.getLogger("dbus_next").propagate = False
     try:
         _run(chosen)
     except NbddError as error:
-        _complain(str(error))
+        complain(PROGRAM, str(error))
         return 1
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "prometheus_client":
             raise
-        _complain("The Prometheus client library is missing: apt install python3-prometheus-client.")
+        complain(PROGRAM, "The Prometheus client library is missing: apt install python3-prometheus-client.")
         return 1
     except BrokenPipeError:
-        _give_up_stdout()
+        discard_stdout()
         return 1
     except OSError as error:
-        _complain(f"The output can't be written: {error.strerror or error}.")
-        _give_up_stdout()
+        complain(PROGRAM, f"The output can't be written: {error.strerror or error}.")
+        discard_stdout()
         return 1
     except KeyboardInterrupt:
         return 130
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: argparse.Namespace) -> None:
-    # Here, not above: --help and --version need none of it, and the library may be missing.
+    # Imported here: --help and --version need none of it, and the Prometheus library may be missing.
     from nbdd.metrics.families import text  # noqa: PLC0415
     from nbdd.metrics.gather import gather  # noqa: PLC0415
 
@@ -82,7 +83,7 @@ def _run(chosen: argparse.Namespace) -> None:
         return
     snapshot = asyncio.run(gather())
     if snapshot.problem:
-        _complain(snapshot.problem)
+        complain(PROGRAM, snapshot.problem)
     if chosen.textfile is not None:
         from nbdd.metrics.textfile import write  # noqa: PLC0415
 
@@ -95,24 +96,13 @@ def _run(chosen: argparse.Namespace) -> None:
 
 
 def _listeners() -> list[socket.socket]:
-    """The sockets that systemd listens on for us."""
+    """The listening sockets that systemd passed."""
     from nbdd.system.notify import kept_sockets  # noqa: PLC0415
 
     found = [socket.socket(fileno=fd) for fds in kept_sockets().values() for fd in fds]
     if not found or not all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in found):
         raise NbddError("systemd passed no listening socket; --serve is for nbdd-metrics.socket.")
     return found
-
-
-def _complain(problem: str) -> None:
-    with contextlib.suppress(OSError):
-        print(f"nbdd-metrics: {problem}", file=sys.stderr)
-
-
-def _give_up_stdout() -> None:
-    """Keep Python from trying once more, and from telling that it failed, at the end of the process."""
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -43,10 +43,10 @@ _KINDS = {"read": "reads", "write": "writes", "discard": "discards", "flush": "f
 """Label to key of GetStatistics."""
 
 
-def _without_link(device: Device, at: float) -> float | None:
+def _without_connection(device: Device, at: float) -> float | None:
     if not device.node:
         return None
-    # FailsAt is when the last link died, and the dead timeout.
+    # FailsAt is when the last connection died, plus the dead timeout.
     return max(at - (device.fails_at / 1e6 - device.dead_timeout), 0) if device.fails_at else 0
 
 
@@ -67,7 +67,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Device, float], float | None]], ...] = 
     (
         "without_link_seconds",
         "How long an attached device has had no connection; 0 while it has one.",
-        _without_link,
+        _without_connection,
     ),
     (
         "io_fails_timestamp_seconds",
@@ -75,7 +75,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Device, float], float | None]], ...] = 
         lambda device, _: device.fails_at / 1e6 if device.fails_at else None,
     ),
 )
-"""Metric, help, and its value at a time in seconds since 1970; None is not told."""
+"""Metric, help, and its value at a time in seconds since 1970; None leaves it out."""
 
 
 def text(snapshot: Snapshot) -> bytes:
@@ -107,10 +107,10 @@ class _Families(Collector):
         if not snapshot.up:
             return
         yield InfoMetricFamily("nbdd_build", "The running nbdd.", {"version": snapshot.version})
-        yield from self._told()
-        yield from self._counted()
+        yield from self._properties()
+        yield from self._counters()
 
-    def _told(self) -> Iterator[Metric]:
+    def _properties(self) -> Iterator[Metric]:
         """What the properties of the devices say."""
         devices, at = self._snapshot.devices, self._snapshot.at
         info = InfoMetricFamily("nbdd_device", "What the device is.", labels=["device"])
@@ -132,16 +132,16 @@ class _Families(Collector):
                     gauge.add_metric([device.name], found)
             yield gauge
 
-    def _counted(self) -> Iterator[Metric]:
+    def _counters(self) -> Iterator[Metric]:
         """What the kernel counted."""
         counts = self._snapshot.counts
-        told = GaugeMetricFamily(
-            "nbdd_device_statistics_up", "Whether an attached device told its counters in time.", labels=["device"]
+        answered = GaugeMetricFamily(
+            "nbdd_device_statistics_up", "Whether an attached device returned its counters in time.", labels=["device"]
         )
         for device in self._snapshot.devices:
             if device.node:
-                told.add_metric([device.name], int(device.name in counts))
-        yield told
+                answered.add_metric([device.name], int(device.name in counts))
+        yield answered
         for metric, explained, key, scale in _COUNTERS:
             counter = CounterMetricFamily(f"nbdd_device_{metric}", explained, labels=["device"])
             for name, found in counts.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Ask the running nbdd for all there is to tell; bounded in time, and never the cause of its start."""
+"""Ask the running nbdd for its devices and counters, in bounded time, without starting it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from nbdd.bus.caller.device import Device
 from nbdd.errors import NbddError
 
 LIST_SECONDS = 3.0
-"""How long the bus and nbdd may take to list the devices. With the other limit it stays below the ten seconds that
+"""Seconds that the bus and nbdd may take to list the devices. Both limits together stay below the ten seconds that
 Prometheus gives a scrape."""
 
 COUNTS_SECONDS = 3.0
-"""How long all devices together may take to tell what the kernel counted: they are asked side by side."""
+"""Seconds that all devices together may take to return their counters: they are asked at the same time."""
 
 _AT_ONCE = 100
-"""Calls under way on one connection; dbus-daemon lets nobody have more than 128."""
+"""Calls under way on one connection; dbus-daemon allows 128."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What nbdd told at one moment."""
+    """The answers of nbdd at one moment."""
 
     at: float
     """Seconds since 1970."""
     problem: str = ""
-    """Why nothing is told, in a sentence; "" where nbdd answered."""
+    """Why there is no answer, in a sentence; "" if nbdd answered."""
     version: str = ""
     devices: tuple[Device, ...] = ()
     """Sorted by name."""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Name of a device to the counters of GetStatistics; those that were not told in time are not there."""
+    """Name of a device to the counters of GetStatistics; a device that did not answer in time is missing."""
 
     @property
     def up(self) -> bool:
@@ -47,7 +47,7 @@ class Snapshot:
 async def gather(list_seconds: float = LIST_SECONDS, counts_seconds: float = COUNTS_SECONDS) -> Snapshot:
     """Ask nbdd; a service that does not run, or does not answer, is a `Snapshot` with a problem."""
     try:
-        # Connections for each look: nothing of a hung call, or of a bus that was restarted, is left for the next one.
+        # New connections each time: no hung call, and no bus that was restarted, affects the next scrape.
         async with asyncio.timeout(list_seconds), Client(activate=False) as client:
             version = await client.version()
             found = await client.devices()
@@ -62,7 +62,7 @@ async def gather(list_seconds: float = LIST_SECONDS, counts_seconds: float = COU
 
 
 async def _counts(names: Sequence[str], seconds: float) -> dict[str, dict[str, int]]:
-    """What the kernel counted, for those that tell it in time: one whose worker hangs costs the others nothing."""
+    """The counters of the devices that answer in time: a worker that hangs costs the others nothing."""
     found: dict[str, dict[str, int]] = {}
     batches = (names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE))
     await asyncio.gather(*(_ask(batch, seconds, found) for batch in batches))

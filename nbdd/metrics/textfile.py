@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A file for the textfile collector of Prometheus' node exporter: there as a whole, or not at all."""
+"""A file for the textfile collector of Prometheus' node exporter: written completely, or not at all."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from nbdd.errors import NbddError
 
 SUFFIX = ".prom"
-"""The collector reads no file of another name, and so never a half written one."""
+"""The collector reads only files with this name, so it never reads the unfinished one."""
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put `content` in the place of what is at `path`; raises NbddError, and then leaves what was there."""
+    """Replace the file at `path` by one with `content`. On NbddError the old file is still there."""
     if path.suffix != SUFFIX:
         raise NbddError(f"{path} does not end in {SUFFIX}; the node exporter reads no other files.")
     unfinished = ""

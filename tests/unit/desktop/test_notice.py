@@ -10,7 +10,7 @@ import pytest
 
 from nbdd.bus.caller.device import Device, Failure
 from nbdd.desktop import notice
-from nbdd.desktop.notice import GRACE, MAX_TEXT, WARNING, Kind, Verdict, judge
+from nbdd.desktop.notice import GRACE, MAX_TEXT, WARNING, NoticeKind, Verdict, judge
 from nbdd.desktop.notifications import Urgency
 
 NOW = time.time()
@@ -29,7 +29,7 @@ def verdict(device: Device, *, was_bound: bool = True) -> Verdict:
     return judge(device, now=NOW, lost_since=NOW, was_bound=was_bound)
 
 
-def kind(device: Device, *, was_bound: bool = True) -> Kind | None:
+def kind(device: Device, *, was_bound: bool = True) -> NoticeKind | None:
     found = verdict(device, was_bound=was_bound)
     assert found.decided
     return found.notice.kind if found.notice is not None else None
@@ -40,23 +40,23 @@ def kind(device: Device, *, was_bound: bool = True) -> Kind | None:
     [
         (lost(0.1), None),
         (lost(GRACE - 0.1), None),
-        (lost(GRACE + 0.1), Kind.LOST),
-        (lost(300 - WARNING - 1), Kind.LOST),
-        (lost(300 - WARNING + 1), Kind.FAILING),
-        (lost(301), Kind.FAILING),  # until the service says that it has failed
-        (lost(9, dead_timeout=20), Kind.LOST),
-        (lost(11, dead_timeout=20), Kind.FAILING),
+        (lost(GRACE + 0.1), NoticeKind.LOST),
+        (lost(300 - WARNING - 1), NoticeKind.LOST),
+        (lost(300 - WARNING + 1), NoticeKind.FAILING),
+        (lost(301), NoticeKind.FAILING),  # until the service says that it has failed
+        (lost(9, dead_timeout=20), NoticeKind.LOST),
+        (lost(11, dead_timeout=20), NoticeKind.FAILING),
         (lost(3, dead_timeout=4), None),
-        (replace(lost(301), state="failed"), Kind.FAILED),
-        (replace(lost(0, dead_timeout=0), state="failed"), Kind.FAILED),
+        (replace(lost(301), state="failed"), NoticeKind.FAILED),
+        (replace(lost(0, dead_timeout=0), state="failed"), NoticeKind.FAILED),
         (replace(PHOTOS, state="attached"), None),
         (replace(PHOTOS, state="degraded"), None),
         (replace(PHOTOS, state="detached", node=""), None),
-        (replace(PHOTOS, state="failed", node=""), Kind.GONE),
-        (replace(PHOTOS, state="connecting", node=""), Kind.GONE),
+        (replace(PHOTOS, state="failed", node=""), NoticeKind.GONE),
+        (replace(PHOTOS, state="connecting", node=""), NoticeKind.GONE),
     ],
 )
-def test_what_is_said_is_what_is_so(device: Device, expected: Kind | None) -> None:
+def test_what_is_said_is_what_is_so(device: Device, expected: NoticeKind | None) -> None:
     assert kind(device) == expected
 
 
@@ -85,7 +85,7 @@ def test_a_service_that_does_not_tell_when_it_fails_is_no_reason_to_be_silent() 
     assert judge(PHOTOS, now=NOW + GRACE - 0.1, lost_since=NOW, was_bound=True) == Verdict(look_at=NOW + GRACE)
     found = judge(PHOTOS, now=NOW + GRACE, lost_since=NOW, was_bound=True).notice
     assert found is not None
-    assert found.kind is Kind.LOST
+    assert found.kind is NoticeKind.LOST
     assert " until " not in found.notification.body
 
 
@@ -120,11 +120,11 @@ def test_urgency_and_actions_are_those_that_help(device: Device, urgency: Urgenc
 
 def test_that_nothing_was_lost_is_said_only_where_that_is_so() -> None:
     attached = replace(PHOTOS, state="attached")
-    assert "nothing was lost" in notice.back(attached, Kind.LOST).notification.body
-    assert "nothing was lost" in notice.back(attached, Kind.FAILING).notification.body
-    for before in (Kind.FAILED, Kind.GONE):
+    assert "nothing was lost" in notice.back(attached, NoticeKind.LOST).notification.body
+    assert "nothing was lost" in notice.back(attached, NoticeKind.FAILING).notification.body
+    for before in (NoticeKind.FAILED, NoticeKind.GONE):
         assert "look what is missing" in notice.back(attached, before).notification.body
-    assert not notice.back(attached, Kind.LOST).notification.lasting
+    assert not notice.back(attached, NoticeKind.LOST).notification.lasting
 
 
 def test_a_disk_whose_server_has_something_else_now_waits_first_and_fails_later() -> None:

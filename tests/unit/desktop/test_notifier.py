@@ -389,7 +389,7 @@ def test_a_shower_without_markup_and_buttons_gets_plain_text_and_none(
 
 def test_one_in_a_session_is_enough(running: Notifier, buses: tuple[str, str]) -> None:
     with notifier(buses) as second:
-        assert second.wait() == (0, "another one runs in this session already\n")
+        assert second.wait() == (0, "another instance runs in this session already\n")
     assert running.process.poll() is None
 
 

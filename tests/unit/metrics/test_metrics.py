@@ -438,7 +438,7 @@ def test_a_mistake_is_told_in_a_sentence_and_the_next_scrape_is_served(caplog: p
             assert (await served.talk(SCRAPE)).startswith(b"HTTP/1.1 200 ")
 
     run(twice())
-    assert caplog.messages == ["This is a mistake in nbdd-metrics, please report it: ValueError: oops"]
+    assert caplog.messages == ["This is a bug in nbdd-metrics, please report it: ValueError: oops"]
 
 
 def test_the_journal_has_one_line_when_nbdd_goes_and_one_when_it_comes(caplog: pytest.LogCaptureFixture) -> None:
