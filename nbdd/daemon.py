@@ -21,7 +21,7 @@ from nbdd.errors import InvalidConfig, NbddError
 from nbdd.manager.device import Device
 from nbdd.manager.manager import Manager, Observer
 from nbdd.manager.records import Records, runtime_directory
-from nbdd.manager.status import State, Status
+from nbdd.manager.status import Phase, State, Status
 from nbdd.manager.supervisor import Supervisor
 from nbdd.system.notify import Notifier, kept_sockets
 
@@ -150,27 +150,27 @@ class StatusReporter:
     def __init__(self, observer: Observer, notifier: Notifier) -> None:
         self._observer = observer
         self._notifier = notifier
-        self._states: dict[str, State] = {}
+        self._phases: dict[str, Phase] = {}
         self._line = ""
         self._scheduled: asyncio.Handle | None = None
 
     def added(self, device: Device) -> None:
         """See `Observer`."""
         self._observer.added(device)
-        self._states[device.name] = device.status.state
+        self._phases[device.name] = device.status.phase
         self._schedule()
 
     def changed(self, device: Device, old: Status) -> None:
         """See `Observer`."""
         self._observer.changed(device, old)
-        self._states[device.name] = device.status.state
-        if device.status.state is not old.state:
+        self._phases[device.name] = device.status.phase
+        if device.status.phase is not old.phase:
             self._schedule()
 
     def removed(self, device: Device) -> None:
         """See `Observer`."""
         self._observer.removed(device)
-        del self._states[device.name]
+        del self._phases[device.name]
         self._schedule()
 
     def _schedule(self) -> None:
@@ -180,14 +180,14 @@ class StatusReporter:
 
     def _report(self) -> None:
         self._scheduled = None
-        count = Counter(self._states.values())
-        bound = sum(number for state, number in count.items() if state.bound)
+        attached = sum(phase.bound and phase is not Phase.IO_FAILED for phase in self._phases.values())
+        count = Counter(phase.state for phase in self._phases.values())
         others = [
             f"{count[state]} {state}"
             for state in State
             if count[state] and state not in (State.DETACHED, State.ATTACHED)
         ]
-        line = f"{bound}/{len(self._states)} attached" + (f" ({', '.join(others)})" if others else "")
+        line = f"{attached}/{len(self._phases)} attached" + (f" ({', '.join(others)})" if others else "")
         if line != self._line:
             self._line = line
             self._notifier.status(line)

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
+from nbdd.errors import WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.manager.supervisor import Ending, WorkerProcess
 from nbdd.system.journal import DeviceLog
@@ -53,6 +54,12 @@ class WorkerSlot:
         self._worker: WorkerProcess | None = None
         self._ready = asyncio.Event()
         self._sockets: list[int] = []
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether no worker is started any more, as the process is stopping."""
+        return self._closed
 
     @property
     def worker(self) -> WorkerProcess | None:
@@ -72,7 +79,7 @@ class WorkerSlot:
     # The worker
 
     async def respawn(self) -> WorkerProcess:
-        """Start a new worker in place of the current one, which is ended."""
+        """Start a new worker in place of the current one, which is ended. Raises WorkerFailed if that fails."""
         await self.stop()
         self._worker = worker = await self._spawner.spawn(self._name, self._on_event)
         self._log.debug("worker %d started", worker.pid)
@@ -80,7 +87,9 @@ class WorkerSlot:
         return worker
 
     async def ensure(self) -> WorkerProcess:
-        """Return the current worker, or a new one, which has not adopted the device."""
+        """Return the current worker, or a new one, which has not adopted the device. Raises WorkerFailed."""
+        if self._closed:
+            raise WorkerFailed("nbdd is stopping.")
         if self._worker is not None and self._alive():
             return self._worker
         return await self.respawn()
@@ -118,6 +127,10 @@ class WorkerSlot:
             ending = await worker.close()
             self._log.debug("worker %d stopped: it %s", worker.pid, ending)
             self._on_worker(0)
+
+    def close(self) -> None:
+        """Start no worker from now on; the current one is left to `stop`."""
+        self._closed = True
 
     def kill(self) -> None:
         """Kill the worker, whatever it is doing; it stays in the slot until it has ended."""

@@ -319,5 +319,9 @@ class Bench:
 
     async def managed(self) -> None:
         """Return when a worker looks after the attached device."""
-        await self.until(lambda status: status.state.bound and status.worker_pid != 0)
+        await self.until(
+            lambda status: (
+                status.state in (State.ATTACHED, State.DEGRADED, State.RECONNECTING) and status.worker_pid != 0
+            )
+        )
         await self.device.statistics()

@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
+import nbdd.manager.attachment
 import nbdd.manager.device
+import nbdd.manager.lifecycle
 from nbdd.config.definition import Attach, Desktop
 from nbdd.errors import (
     AlreadyAttached,
@@ -44,8 +46,8 @@ MakeBench = Callable[..., Bench]
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbdd.manager.device, "backoff", lambda *_: itertools.repeat(0.0))
-    monkeypatch.setattr(nbdd.manager.device, "WAIT_INTERVAL", 0.01)
+    monkeypatch.setattr(nbdd.manager.lifecycle, "backoff", lambda *_: itertools.repeat(0.0))
+    monkeypatch.setattr(nbdd.manager.attachment, "WAIT_INTERVAL", 0.01)
 
 
 @pytest.fixture
@@ -261,7 +263,7 @@ async def test_a_boot_device_tries_until_the_server_answers(bench: MakeBench) ->
 
 
 async def test_a_boot_device_that_waits_tells_why(bench: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbdd.manager.device, "backoff", lambda *_: itertools.repeat(3600.0))
+    monkeypatch.setattr(nbdd.manager.lifecycle, "backoff", lambda *_: itertools.repeat(3600.0))
     async with bench(attach=Attach.BOOT) as it:
         it.spawner.outcomes["attach"] = [DOWN]
         it.device.start()
@@ -285,7 +287,7 @@ async def test_a_server_that_is_away_for_long_is_one_line_in_the_log(
 async def test_an_attach_call_wakes_a_boot_device_that_waits_and_gets_the_outcome(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbdd.manager.device, "backoff", lambda *_: itertools.repeat(3600.0))
+    monkeypatch.setattr(nbdd.manager.lifecycle, "backoff", lambda *_: itertools.repeat(3600.0))
     async with bench(attach=Attach.BOOT) as it:
         it.spawner.outcomes["attach"] = [DOWN, DOWN]
         it.device.start()
@@ -301,7 +303,7 @@ async def test_an_attach_call_wakes_a_boot_device_that_waits_and_gets_the_outcom
 async def test_a_reload_that_mends_the_definition_reaches_a_boot_device_that_waits(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbdd.manager.device, "backoff", lambda *_: itertools.repeat(3600.0))
+    monkeypatch.setattr(nbdd.manager.lifecycle, "backoff", lambda *_: itertools.repeat(3600.0))
     async with bench(attach=Attach.BOOT) as it:
         it.spawner.outcomes["attach"] = [DOWN]
         it.device.start()
@@ -513,7 +515,7 @@ async def test_a_device_that_somebody_else_bound_under_the_name_is_never_ours(be
 async def test_detach_ends_a_boot_device_that_waits_for_its_server(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbdd.manager.device, "backoff", lambda *_: itertools.repeat(3600.0))
+    monkeypatch.setattr(nbdd.manager.lifecycle, "backoff", lambda *_: itertools.repeat(3600.0))
     async with bench(attach=Attach.BOOT) as it:
         it.spawner.outcomes["attach"] = [DOWN]
         it.device.start()
@@ -734,7 +736,7 @@ async def test_a_device_that_can_not_be_hurried_is_told_in_the_journal(
         it.spawner.outcomes["hasten"] = ["die"] * 3
         await it.device.shorten_dead_timeout(30)
         assert it.device.status.dead_timeout == 300
-    assert "disk: its dead timeout can't be shortened: " in caplog.text
+    assert "disk: the dead timeout can't be shortened: " in caplog.text
 
 
 async def test_links_that_change_while_a_detach_is_refused_are_in_the_state_afterwards(bench: MakeBench) -> None:
@@ -992,7 +994,7 @@ async def test_a_detach_that_waits_for_users_leaves_time_to_mend_between_its_loo
 ) -> None:
     # Each look interrupts the mending: with a dead link only the longer of the two pauses may count.
     for name in ("WAIT_INTERVAL", "MEND_INTERVAL"):
-        monkeypatch.setattr(nbdd.manager.device, name, 0.01 if name == interval else 3600)
+        monkeypatch.setattr(nbdd.manager.attachment, name, 0.01 if name == interval else 3600)
     async with bench() as it:
         await it.device.attach()
         if not live:
@@ -1034,7 +1036,7 @@ async def test_a_device_of_another_server_than_its_new_definitions_does_not_pass
         assert it.now() is State.ATTACHED
         await it.device.detach()
         await it.device.attach()
-    assert "it stays attached from nbd://storage.example/disk, which its definition does not name" in caplog.text
+    assert "still attached from nbd://storage.example/disk, which its new definition does not name" in caplog.text
 
 
 @pytest.mark.parametrize("ask", [lambda device: device.set_timeout(5), lambda device: device.statistics()])
@@ -1072,11 +1074,11 @@ async def test_the_journal_tells_the_story_of_a_device(bench: MakeBench, caplog:
     told = [record.getMessage() for record in caplog.records if "->" not in record.getMessage()]
     assert told == [
         "disk: adopting /dev/nbd0, left by the previous instance",
-        "disk: a request may take 5 s",
-        "disk: a request may take as long as it needs",
+        "disk: the request timeout is now 5 s",
+        "disk: the request timeout is now off",
         "disk: It ended.",
         "disk: It is away.",
         "disk: reads and writes that wait fail in 60 s",
-        "disk: connected to nbd://x/y again, 1 of 1 links",
+        "disk: connected to nbd://x/y again, 1 of 1 connections",
         "disk: not detached: in use",
     ]

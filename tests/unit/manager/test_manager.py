@@ -16,7 +16,9 @@ from typing import Any, cast
 
 import pytest
 
+import nbdd.manager.attachment
 import nbdd.manager.device
+import nbdd.manager.lifecycle
 import nbdd.manager.manager
 from nbdd.config.definition import Attach, Definition
 from nbdd.config.loader import Configuration
@@ -46,7 +48,7 @@ DOWN = ConnectFailed("storage.example refuses.")
 
 @pytest.fixture(autouse=True)
 def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbdd.manager.device, "backoff", lambda *_: itertools.repeat(0.0))
+    monkeypatch.setattr(nbdd.manager.lifecycle, "backoff", lambda *_: itertools.repeat(0.0))
 
 
 def boot(name: str, **fields: Any) -> Definition:
@@ -505,7 +507,7 @@ async def test_stop_with_detach_frees_idle_devices_and_returns_the_others(it: De
 async def test_stop_waits_for_users_of_disconnected_devices_only(
     it: Desk, live: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbdd.manager.device, "MEND_INTERVAL", 0.01)
+    monkeypatch.setattr(nbdd.manager.attachment, "MEND_INTERVAL", 0.01)
     await it.start(boot("a"), definition("idle"))
     await it.until(lambda: it.state("a") is State.ATTACHED)
     if not live:

@@ -46,7 +46,7 @@ from nbdd.errors import (
 )
 from nbdd.manager.device import Device
 from nbdd.manager.manager import Changes, Manager
-from nbdd.manager.status import State, Status
+from nbdd.manager.status import Phase, Status
 from tests.fakes.bus import (
     ERROR,
     INTERACTIVE,
@@ -75,7 +75,7 @@ STATUS = Status(
     name="backup",
     uri="nbd://storage.example/backup",
     uris=("nbd://storage.example/backup", "nbd://two.example/backup"),
-    state=State.DETACHED,
+    phase=Phase.DETACHED,
     read_only=False,
     timeout=0,
     dead_timeout=300,
@@ -84,7 +84,7 @@ STATUS = Status(
 )
 ATTACHED = replace(
     STATUS,
-    state=State.DEGRADED,
+    phase=Phase.DEGRADED,
     node="/dev/nbd7",
     size=1 << 62,
     block_size=4096,
@@ -338,7 +338,7 @@ async def test_devices_appear_change_and_disappear_as_objects(address: str) -> N
         assert (signal.path, signal.member, signal.body[0]) == (ROOT, "InterfacesAdded", BACKUP)
         assert {name: value.signature for name, value in signal.body[1][DEVICE].items()} == properties(DEVICE)
 
-        old, device.status = device.status, replace(STATUS, state=State.CONNECTING, worker_pid=42)
+        old, device.status = device.status, replace(STATUS, phase=Phase.ATTACHING, worker_pid=42)
         here.announcer.changed(there, old)
         here.announcer.changed(there, device.status)
         signal = await here.client.signals.get()
