@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 MAX_SIZE = 2**63 - 1
-"""The largest size of a device and of an export: the kernel's loff_t."""
+"""The largest size of a device and of an export. The protocol allows 2^64-1, but offsets in the kernel are signed."""
 
 MIN_BLOCK_SIZE = 512
 """The smallest logical block size; the kernel counts in sectors of this size."""

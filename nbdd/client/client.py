@@ -55,15 +55,14 @@ class Client:
     one up.
     `flags`: the transmission flags of the NBD protocol, as the server said them; those that the kernel doesn't know
     are left out. `read_only`: no writes, whatever the flags say.
-    `dead_timeout`: seconds that I/O waits for a new socket when the last has died; 0 fails it at once. None is 0 for
-    a device that is bound, and leaves one that is adopted as it is.
-    `io_timeout`: milliseconds between two looks of the kernel whether a request's link was replaced, which is when what
-    was lost with the old one is sent again. It counts while no `timeout` is set, and is for a device of one socket
-    that is given new ones: with several, a link would be given up over a request that takes so long. None leaves it
-    at the kernel's 30 s.
+    `dead_timeout`: seconds that I/O waits for a new socket when the last one has died; 0 fails it at once. None is 0
+    for a device that is bound, and leaves one that is adopted as it is.
+    `io_timeout`: milliseconds between two checks of the kernel whether the connection of a request was replaced; then
+    the request is sent again. In force while no `timeout` is set. It is for a device of one socket: with several, the
+    kernel would give up the connection of a request that takes so long. None leaves it at the kernel's 30 s.
 
     Sizes in bytes, times in seconds. Nothing reaches the kernel before `run`, `run_async` or `bind`; from then on the
-    set methods act on the device at once. Where the kernel refuses, a `KernelError` says why; values out of range are
+    set methods act on the device at once. If the kernel refuses, a `KernelError` says why; values out of range are
     `InvalidArgs`; all errors are an `nbdd.errors.NbddError`. Not for several threads.
 
     A client that is closed, left as a context manager, or dropped ends the service that it started with `run_async`,
@@ -124,27 +123,20 @@ class Client:
     # The methods of the manual
 
     def socket(self, new: Socket | list[Socket] | tuple[Socket, ...] | EllipsisType | None = ...) -> Socket | None:
-        """Return the current socket, after setting a new one if there is an argument; None where there is none.
+        """Return the current socket, after setting a new one if there is an argument; None if there is none.
 
         It must be a connected stream socket, TCP or Unix (a socket pair as well), on which the transmission phase of
         the NBD protocol comes next. Several, one for each connection, are given as a list or tuple; the first is
         returned then, and `sockets` has all. The client closes its sockets at the end of `run`, in `kill_async` and in
         `close`.
 
-        None takes the sockets away again, unclosed.
-
-        On a device that `bind` made or `adopt` took over, the new sockets take the place of the dead ones. A service,
-        and a device whose links all live, refuse them: Busy.
+        None takes the sockets away again, unclosed. On a device that `bind` made or `adopt` took over, new sockets
+        replace the dead ones. A service, and a device whose connections all live, refuse them: Busy.
 
         Raises InvalidArgs (anything else than such a socket), ConnectFailed (its other end has hung up).
         """
         if not isinstance(new, EllipsisType):
-            if new is None:
-                self._set_sockets([])
-            elif isinstance(new, (list, tuple)) and not new:
-                raise InvalidArgs("An empty list is no socket; None takes the sockets away.")
-            else:
-                self._set_sockets(list(new) if isinstance(new, (list, tuple)) else [new])
+            self._set_sockets(_socket_list(new))
         return self.sockets[0] if self.sockets else None
 
     def device(self, new: str | os.PathLike[str] | EllipsisType | None = ...) -> str:
@@ -154,7 +146,7 @@ class Client:
         binds it, so that nobody can be quicker. Until then, and after the end, "" is returned.
 
         A link to a node, as in /dev/disk/by-nbd, is followed. Whether the node is free turns out when it is bound:
-        Busy then, or NoFreeDevice where the kernel should have chosen. Raises InvalidArgs (not an NBD device),
+        Busy then, or NoFreeDevice if the kernel should have chosen. Raises InvalidArgs (not an NBD device),
         AlreadyAttached (while it is bound).
         """
         bound = self._device.current()
@@ -171,7 +163,7 @@ class Client:
 
         Works from any process: a client that did not bind a device itself ends the one that it names, by `device` or
         by `backend`; a `run` that serves it returns. It is checked first that the device is still the one that was
-        bound, or named, and that nobody uses it: Busy tells who does, unless `force`. Then what they have not written
+        bound, or named, and that nobody uses it: Busy names the users, unless `force`. Then what they have not written
         is lost, and the node is free when the last of them has closed it; those left after `seconds` are returned.
 
         Raises NotAttached (nothing is bound, or something else by now), Busy, TimedOut, KernelError.
@@ -184,21 +176,19 @@ class Client:
             # It sees the end as well, and has nothing left to do; unless somebody keeps the device.
             self._service.ended(0 if left else END_SECONDS)
             self._end_service()
-            self._device.close_sockets()
         return left
 
     def clear_queue(self) -> None:
         """Do nothing: the kernel clears the request queue of a device by itself, at its end and with a new socket.
 
-        Kept for programs that call it before `socket`, as the manual wants. The kernel's own call, NBD_CLEAR_QUE, has
-        no effect any more either.
+        Kept for programs that call it, as the manual wants. The kernel's own call, NBD_CLEAR_QUE, does nothing either.
         """
 
     def set_timeout(self, seconds: int) -> None:
-        """Set the request timeout: how many seconds a request may take before its link is given up; 0 is no limit.
+        """Set the request timeout: how many seconds a request may take before its connection is given up; 0 is none.
 
         From 0 to 2,000,000 (23 days); also while the device is in use, without a pause in its I/O. A service ends when
-        its last link is given up. Raises InvalidArgs, and KernelError, NotAttached, TimedOut where a device is bound.
+        its last connection is given up. Raises InvalidArgs; on a bound device KernelError, NotAttached, TimedOut.
         """
         self._device.set_timeout(seconds)
 
@@ -206,8 +196,8 @@ class Client:
         """Set the block size in bytes: a power of two from 512 to the page size (to 65536 from Linux 6.15 on).
 
         It is the smallest unit that programs can read and write. Rounds the size of the device down to a multiple.
-        On a bound device it needs nobody to use it, Busy otherwise: what they have cached is in blocks of the old
-        size. Raises InvalidArgs, and what `set_size` raises.
+        Raises Busy if somebody uses a bound device: what they have cached is in blocks of the old size.
+        Raises InvalidArgs, and what `set_size` raises.
         """
         self._device.set_block_size(size)
 
@@ -222,20 +212,19 @@ class Client:
 
         From one block to 2^63 - 1 bytes. A bound device grows at once, whoever uses it; it shrinks only while nobody
         does. That the server has so many bytes is not checked: what is beyond its end fails.
-        Raises InvalidArgs; where a device is bound: Busy, NotAttached, ConnectFailed (its link is dead), KernelError.
+        Raises InvalidArgs; on a bound device Busy, NotAttached, ConnectFailed (a connection is dead), KernelError.
         """
         self._device.set_size(size)
 
     def run(self, *, close_fds: bool = False) -> End:
         """Bind the device, serve it, and return when that is over, with the reason; the device is free then.
 
-        It ends when somebody disconnects the device (`disconnect`, or any other program), when the server dies or the
-        last link to it, or on SIGINT, SIGTERM or SIGHUP. A signal that the program handles itself or ignores is left
-        to it. To know the moment from which the device can be used, use `run_async`.
+        It ends when somebody disconnects the device (`disconnect`, or any other program), when the server or the last
+        connection to it dies, or on SIGINT, SIGTERM or SIGHUP; a signal that the program handles itself or ignores is
+        left to it. `run_async` says when the device can be used.
 
         With `close_fds` every descriptor of the process is closed first, but for 0 to 2 and what the client needs, as
-        the manual says of `run`. That is for a process that does nothing else: files that other parts of it have open
-        break. `run_async` always does so, in its child.
+        the manual wants. That is for a process that does nothing else: files that other parts of it have open break.
 
         Raises Busy, NoFreeDevice, AlreadyAttached, InvalidArgs (no socket), KernelError, TimedOut.
         """
@@ -257,7 +246,7 @@ class Client:
         1 the server died, 2 an error, 128 and the signal's number for a signal.
 
         It is a fork: call it before the program starts threads. Raises what `run` raises, as the child met it, and
-        WorkerFailed where the child was killed over it; the device is free then.
+        WorkerFailed if the child was killed meanwhile; the device is free then.
         """
         from nbdd.client.service import Service, serve  # noqa: PLC0415 - only who serves pays for them
 
@@ -272,7 +261,7 @@ class Client:
                 # It was in the kernel's hands already, and is of no more use.
                 self._device.close_sockets()
             raise
-        self._device.bound_elsewhere(*bound)
+        self._device.bound_by_child(*bound)
         self._service = service
         # A copy of this client in a forked child ends nothing.
         self._finalizer = weakref.finalize(self, service.drop)
@@ -286,12 +275,11 @@ class Client:
         Also the thing to do when the service died, or was killed by others. The sockets are gone afterwards: set new
         ones. Writes that are not yet at the server are lost, as with `disconnect(force=True)`.
 
-        Raises Busy where somebody still has the node open after 10 s: it is disconnected, and free when they leave.
+        Raises Busy if somebody still has the node open after 10 s: it is disconnected, and free when they leave.
         """
         if self._service is None:
             return
         left = self._end_service()
-        self._device.close_sockets()
         if left:
             raise Busy(f"The device is disconnected, and its node is taken until they leave: {'; '.join(left)}.")
 
@@ -368,24 +356,14 @@ class Client:
             check_socket(sock)
         node = self._device.current()
         if node is not None:
-            self._replace_dead(node, new)
+            dead = [sock for sock in self.sockets if hung_up(sock)]
+            if self._service is not None or (self.sockets and not dead):
+                raise Busy(f"{node.path} is in use with the socket that it has; disconnect it first.")
+            _replace_dead(self._device, dead, new)
             return
         if self._service is not None:
             self._end_service()
-            self._device.close_sockets()
         self._device.sockets = new
-
-    def _replace_dead(self, node: Node, new: list[Socket]) -> None:
-        dead = [sock for sock in self.sockets if hung_up(sock)]
-        if self._service is not None or (self.sockets and not dead):
-            raise Busy(f"{node.path} is in use with the socket that it has; disconnect it first.")
-        if len(new) > max(len(dead), 1):
-            raise InvalidArgs(f"{len(new)} sockets can't take the place of {max(len(dead), 1)}.")
-        # The others stay dead, for sockets that come later.
-        for sock in dead[: len(new)]:
-            self._device.drop_connection(sock)
-        if new:
-            self._device.replace_connections(new)
 
     def _prepare(self) -> None:
         """Refuse to serve what is served already, and what can't be served."""
@@ -393,19 +371,39 @@ class Client:
             raise AlreadyAttached(f"The client is bound to {bound.path} already.")
         if self._service is not None:
             self._end_service()
-            self._device.close_sockets()
         self._device.check_complete()
         if self._device.has_name and (found := find(self.backend)):
             raise Busy(f"{found[0].path} is bound as {self.backend!r} already. Take another name, or disconnect it.")
 
     def _end_service(self) -> list[str]:
-        """Kill and reap it, free its device; returns who still has that open."""
+        """Kill and reap it, free its device, close its sockets; return who still has the device open."""
         # Interrupted, it can be done again.
         left = self._service.end() if self._service is not None else []
         self._service = self._device.node = None
         if self._finalizer is not None:
             self._finalizer.detach()
+        self._device.close_sockets()
         return left
+
+
+def _socket_list(new: Socket | list[Socket] | tuple[Socket, ...] | None) -> list[Socket]:
+    if new is None:
+        return []
+    if not isinstance(new, (list, tuple)):
+        return [new]
+    if not new:
+        raise InvalidArgs("An empty list is no socket; None takes the sockets away.")
+    return list(new)
+
+
+def _replace_dead(device: KernelDevice, dead: list[Socket], new: list[Socket]) -> None:
+    """Replace as many dead connections as there are new sockets; the others stay dead, for sockets that come later."""
+    if len(new) > max(len(dead), 1):
+        raise InvalidArgs(f"{len(new)} sockets can't take the place of {max(len(dead), 1)}.")
+    for sock in dead[: len(new)]:
+        device.drop_connection(sock)
+    if new:
+        device.replace_connections(new)
 
 
 def _index_of(path: str | os.PathLike[str]) -> int:

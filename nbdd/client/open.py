@@ -9,13 +9,11 @@ from typing import Self
 
 from nbdd.config.definition import Definition
 from nbdd.errors import InvalidArgs, InvalidURI
+from nbdd.limits import MAX_CONNECTIONS
 from nbdd.protocol import Flags
 from nbdd.server.connect import Deadline
 from nbdd.server.connections import open_connections
 from nbdd.uri import URI
-
-MAX_CONNECTIONS = 16
-"""As many as a definition may have."""
 
 MAX_SECONDS = 86400.0
 """A day; who waits longer for a connection waits for ever."""

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 import click
 
 from nbdd.ctl import complete, remote
+from nbdd.limits import MAX_TIMEOUT
 from nbdd.system.stdio import complain
 from nbdd.text import printable
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from nbdd.bus.caller.device import Device
 
 T = TypeVar("T")
-
-LARGEST = 2_000_000
-"""No option and no argument takes more: 23 days, in seconds."""
 
 
 def text(value: str) -> str:
@@ -38,10 +36,10 @@ def text(value: str) -> str:
 
 
 def number(value: str | int, least: int = 0) -> int:
-    """A whole number that the bus can carry."""
+    """A whole number that the bus can carry; no option and no argument takes more than a time limit."""
     digits = str(value)
-    if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or not least <= int(digits) <= LARGEST:
-        raise click.BadParameter(f"{printable(digits)} is not a whole number from {least} to {LARGEST}.")
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or not least <= int(digits) <= MAX_TIMEOUT:
+        raise click.BadParameter(f"{printable(digits)} is not a whole number from {least} to {MAX_TIMEOUT}.")
     return int(digits)
 
 

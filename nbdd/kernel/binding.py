@@ -80,8 +80,8 @@ class KernelDevice:
         self._io_timeout = io_timeout
         if io_timeout is not None:
             check_integer("An I/O timeout", io_timeout, 1, MAX_TIMEOUT * 1000, "ms")
-        self._size = self._block_size = 0
-        self.timeout = 0  # seconds, as set; that of an adopted device is not read
+        # As set or adopted: bytes, 0 if it was never set, and seconds; the timeout of an adopted device is not read.
+        self.size = self._block_size = self.timeout = 0
         self.set_timeout(timeout)
         self.set_block_size(block_size)
         if size is not None:
@@ -160,12 +160,12 @@ class KernelDevice:
         identify(node, bound_as, diskseq, pid)
         self.node, self._bound_as = node, bound_as
         self._diskseq, self._pid = node.diskseq, node.pid
-        self._size, self._block_size = node.size, 0
+        self.size, self._block_size = node.size, 0
         self.sockets = list(sockets)
         return node
 
-    def bound_elsewhere(self, node: Node, diskseq: int | None, pid: int | None) -> None:
-        """Take note that another process has bound the device for us, with our identifier and settings."""
+    def bound_by_child(self, node: Node, diskseq: int | None, pid: int | None) -> None:
+        """Remember what a child of this process has bound, with this object's identifier and settings."""
         self.node, self._bound_as, self._diskseq, self._pid = node, self.backend, diskseq, pid
 
     def disconnect(self, *, seconds: float = END_SECONDS, force: bool = False) -> list[str]:
@@ -250,11 +250,6 @@ class KernelDevice:
         self._pace(self._bound())
 
     @property
-    def size(self) -> int:
-        """Bytes, as set or adopted; 0 if it was never set."""
-        return self._size
-
-    @property
     def block_size(self) -> int:
         """Bytes, as set or adopted."""
         # That of an adopted device is read only if somebody wants it. From Linux 6.12 on, a read below queue/ waits for
@@ -278,7 +273,7 @@ class KernelDevice:
 
         On a bound device nobody may use it. Raises InvalidArgs, and what `set_size` raises.
         """
-        self._resize(self._size, check_block_size(size))
+        self._resize(self.size, check_block_size(size))
 
     def _resize(self, size: int, block_size: int) -> None:
         """Set both; a size of 0 was never set."""
@@ -288,7 +283,7 @@ class KernelDevice:
         if self.node is not None:
             node = self._still_ours()
             change_geometry(self._kernel(), node, self._bound_as, self.sockets, size=rounded, block_size=block_size)
-        self._size, self._block_size = rounded, block_size
+        self.size, self._block_size = rounded, block_size
 
     # The steps of `bind`, for a process that serves the device while it is bound
 
@@ -298,7 +293,7 @@ class KernelDevice:
             raise InvalidArgs(
                 "There is no socket to serve; set one first, with socket(). Those of a service that has ended are gone."
             )
-        if not self._size:
+        if not self.size:
             raise InvalidArgs("The size of the device is not known; set it first, with set_size() or set_blocks().")
         for sock in self.sockets:
             check_socket(sock)
@@ -309,7 +304,7 @@ class KernelDevice:
         try:
             found = self._kernel().connect(
                 fds=[sock.fileno() for sock in self.sockets],
-                size=self._size,
+                size=self.size,
                 block_size=self.block_size,
                 server_flags=self._flags,
                 timeout=self.timeout,

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbdd.errors import NegotiationFailed
+from nbdd.limits import MAX_SIZE
 from nbdd.protocol.constants import Flags, Info
 from nbdd.protocol.text import decode
-
-MAX_SIZE = (1 << 63) - 1
-"""Bytes of an export. The protocol allows 2^64-1, but offsets in the kernel are signed."""
 
 MAX_MINIMUM_BLOCK = 1 << 16
 """Bytes: "MUST NOT be larger than 2^16" (proto.md, Size constraints)."""

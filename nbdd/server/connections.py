@@ -14,13 +14,11 @@ from typing import Self, TypeAlias
 
 from nbdd.config.definition import Definition
 from nbdd.errors import ConnectFailed, ExportChanged, NegotiationFailed, ServerError
+from nbdd.limits import MIN_BLOCK_SIZE
 from nbdd.protocol import Export, Flags
 from nbdd.protocol.transmission import DISCONNECT
 from nbdd.server.connect import Deadline, open_export
 from nbdd.uri import URI
-
-MIN_BLOCK_SIZE = 512
-"""Bytes; what the kernel can address at least."""
 
 # include/net/tcp_states.h; `struct tcp_info` of linux/tcp.h begins with the state.
 _FIN_WAIT1, _FIN_WAIT2, _CLOSED, _CLOSING = 4, 5, 7, 11

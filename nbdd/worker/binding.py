@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nbdd.kernel.node_name import node_path
 from nbdd.protocol.export import Export
 
 
@@ -149,7 +150,7 @@ class Binding:
             live=wire["live"],
             reconnects=wire["reconnects"],
             lost=wire.get("lost") or 0,
-            node=wire.get("node", ""),
+            node=wire.get("node") or node_path(wire["index"]),
             size=wire.get("size", 0),
             block_size=wire.get("block-size", 0),
             read_only=bool(wire.get("read-only")),
