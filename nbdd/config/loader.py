@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: MIT
-"""YAML files, or the options of a call, to frozen definitions; all faults at once, each with its place."""
+"""The YAML files of one directory to frozen definitions; reports all faults at once, each with its place."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
-from nbdd.config.definition import Attach, Definition, Desktop, check_name
-from nbdd.config.schema import TLS_REFUSED, Fault, Schema
+from nbdd.config.definition import Definition, check_name, fields_of
+from nbdd.config.schema import Fault, key_of, parse_uris, shipped
 from nbdd.config.source import Source
 from nbdd.config.values import Mark, Problem
-from nbdd.errors import InvalidArgs, InvalidConfig, InvalidURI, TLSFailed
+from nbdd.errors import InvalidArgs, InvalidConfig
 from nbdd.text import plural, printable, quoted
-from nbdd.uri import URI
 
 DIRECTORY = Path("/etc/nbdd")
 """Where the daemon's configuration is."""
 
 MAX_PROBLEMS = 1000
-"""More of them help nobody, and come from a file that is not a configuration at all."""
+"""How many are reported. A file with more is most likely no configuration at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +40,14 @@ def load(directory: Path = DIRECTORY, *, must_exist: bool = False) -> Configurat
     """Read nbdd.yaml, then devices.d/*.yaml in name order; each may be missing.
 
     A directory that is missing is an empty configuration unless it `must_exist`. Raises `InvalidConfig` with every
-    problem of every file, each as "file:line:column: device 'x': key 'y': what is wrong.". Where no line was read,
-    the place is the file alone.
+    problem of every file, each as "file:line:column: device 'x': key 'y': what is wrong."; the place is the file alone
+    if no line of it was read.
     """
     return _Loader(directory).load(must_exist=must_exist)
 
 
 def check(directory: Path, out: TextIO) -> int:
-    """Read `directory` as the daemon would and write what was found to `out`; 0 if all is well, 1 if not."""
+    """Read `directory` as the daemon would and write the result to `out`; return 0 if all is well, 1 if not."""
     try:
         configuration = load(directory, must_exist=True)
     except InvalidConfig as error:
@@ -60,112 +59,31 @@ def check(directory: Path, out: TextIO) -> int:
     return 0
 
 
-def definition_from_options(
-    name: str, options: Mapping[str, object], defaults: Mapping[str, object] = MappingProxyType({})
-) -> Definition:
-    """The definition of a device that no file names, from the YAML keys with plain values; `uri` is needed.
-
-    `defaults` (of `Configuration`) hold where `options` say nothing, but for `attach`, which is for files only.
-    Raises `InvalidArgs`, `InvalidURI`, or `TLSFailed` where encryption was asked for.
-    """
-    check_name(name)
-    schema = Schema()
-    uris = _checked(schema, options, set(schema.device_keys) - {"attach"}, required=("uri",))
-    settings = {key: value for key, value in defaults.items() if key != "attach"} | dict(options)
-    return Definition(name=name, uri=uris, **_fields(settings))
-
-
-def options_with(definition: Definition, options: Mapping[str, object]) -> Definition:
-    """The definition with what a call wants otherwise, this once; `uri`, `attach` and `desktop` can't be changed so.
-
-    Raises `InvalidArgs`.
-    """
-    schema = Schema()
-    _checked(schema, options, set(schema.device_keys) - {"uri", "attach", "desktop"})
-    return replace(definition, **_fields(options))
-
-
-def _checked(
-    schema: Schema, options: Mapping[str, object], allowed: set[str], required: tuple[str, ...] = ()
-) -> tuple[URI, ...]:
-    """The URIs of valid options; every fault of others, as one error of the first one's class."""
-    uris, uri_faults = _uris(options.get("uri"), ())
-    faults = list(schema.option_faults(dict(options), allowed, required))
-    if any(fault.tls for fault in [*faults, *uri_faults]):
-        raise TLSFailed(TLS_REFUSED)
-    if faults:
-        raise InvalidArgs(" ".join(f"Option {_key(fault.path)} {fault.sentence}" for fault in faults))
-    if uri_faults:
-        raise InvalidURI(" ".join(fault.sentence for fault in uri_faults))
-    return uris
-
-
-def _uris(value: object, path: tuple[str | int, ...]) -> tuple[tuple[URI, ...], list[Fault]]:
-    """The URIs in the value of a key `uri`, and what is wrong with those that are text."""
-    found: list[URI] = []
-    faults: list[Fault] = []
-    several = isinstance(value, list)
-    for index, text in enumerate(value if isinstance(value, list) else [value]):
-        if not isinstance(text, str):
-            continue  # the schema says so
-        where = (*path, index) if several else path
-        try:
-            uri = URI.parse(text)
-        except InvalidURI as error:
-            faults.append(Fault(where, str(error)))
-            continue
-        if uri.tls:
-            faults.append(Fault(where, TLS_REFUSED, tls=True))
-        found.append(uri)
-    return tuple(found), faults
-
-
-def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Valid settings as the fields of a Definition, without name and uri."""
-    fields: dict[str, Any] = {}
-    for key, value in settings.items():
-        match key:
-            case "attach":
-                fields["attach"] = Attach(value)
-            case "device":
-                fields["device"] = None if value == "auto" else int(value.rpartition("nbd")[2])
-            case "read-only":
-                fields["read_only"] = bool(value)
-            case "block-size":
-                fields["block_size"] = None if value == "auto" else int(value)
-            case "desktop":
-                fields["desktop"] = Desktop.of(value)
-            case "connections" | "timeout" | "dead-timeout" | "network-timeout":
-                # JSON schema takes 30.0 for an integer, and so do editors.
-                fields[key.replace("-", "_")] = int(value)
-    return fields
-
-
 class _Loader:
     """One reading of one directory."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.schema = Schema()
+        self.schema = shipped()
         self.problems: list[str] = []
         self.defaults: dict[str, Any] = {}
         self.devices: dict[str, Definition] = {}
         self.places: dict[str, tuple[Path, Mark]] = {}
         """Device name to where it is defined."""
         self.nodes: dict[str, str] = {}
-        """/dev/nbdX to the name of the device that has it."""
+        """Fixed device node to the name of the device that has it."""
 
     def load(self, *, must_exist: bool) -> Configuration:
         files: list[Path] = []
         for path in self.paths(must_exist=must_exist):
             if path.suffix == ".yml":
-                # Passed over in silence, the reason would be searched for long.
+                # Without a word about it, people search long for why the file has no effect.
                 self.problems.append(f"{_path(path)}: the name must end in .yaml; rename the file.")
                 continue
             files.append(path)
             reading = _File(self, path, main=len(path.parts) == len(self.directory.parts) + 1)
             reading.read()
-            self.problems += reading.told()
+            self.problems += reading.lines()
             if len(self.problems) > MAX_PROBLEMS:
                 self.problems[MAX_PROBLEMS:] = [
                     f"{_path(path)}: there are more problems; these are the first {MAX_PROBLEMS}."
@@ -176,7 +94,7 @@ class _Loader:
         return Configuration(MappingProxyType(self.devices), MappingProxyType(self.defaults), tuple(files))
 
     def paths(self, *, must_exist: bool) -> Iterator[Path]:
-        """The files to read, and those that somebody may think are read."""
+        """The files to read, and those with a name that is almost right."""
         below = self.names(self.directory, must_exist=must_exist)
         yield from (self.directory / name for name in below if name in ("nbdd.yaml", "nbdd.yml"))
         if "devices.d" in below:
@@ -208,8 +126,8 @@ class _File:
         self.problems = list(self.source.problems)
         self.faulty: set[tuple[str | int, ...]] = set()
 
-    def told(self) -> list[str]:
-        """The problems as lines, in the order of the file."""
+    def lines(self) -> list[str]:
+        """The problems as lines of text, in the order of the file."""
         where = _path(self.path)
         lines = []
         for mark, path, sentence in sorted(self.problems, key=_order):
@@ -220,12 +138,12 @@ class _File:
     def read(self) -> None:
         top = self.source.value
         faults = self.loader.schema.file_faults(top, lambda path: self.source.entry(path).written)
-        self.tell(faults)
+        self.add(faults)
         if not isinstance(top, dict):
             return
         defaults, devices = top.get("defaults"), top.get("devices")
         if not self.main and "defaults" in top:
-            self.tell([Fault(("defaults",), "belongs into nbdd.yaml, and holds for all files there.", on_key=True)])
+            self.add([Fault(("defaults",), "belongs in nbdd.yaml, where it holds for all files.", on_key=True)])
         elif isinstance(defaults, dict) and not any(path[0] == "defaults" for path in self.faulty if path):
             self.loader.defaults = dict(defaults)
         if isinstance(devices, dict):
@@ -233,14 +151,14 @@ class _File:
             for name, settings in devices.items():
                 self.device(name, settings, sound=name in sound)
 
-    def tell(self, faults: Iterable[Fault]) -> None:
-        # What the source had to say of a place comes first; the schema's view of it would only confuse.
-        spoken_for = {problem.mark for problem in self.source.problems}
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Take the faults as problems, but for places that YAML itself has a problem with: that one explains more."""
+        reported = {problem.mark for problem in self.source.problems}
         for fault in faults:
             self.faulty.add(fault.path)
             entry = self.source.entry(fault.path)
             mark = entry.key if fault.on_key else entry.value
-            if mark not in spoken_for:
+            if mark not in reported:
                 self.problems.append(Problem(mark, fault.path, fault.sentence))
 
     def device(self, name: str, settings: Any, *, sound: bool) -> None:
@@ -252,26 +170,26 @@ class _File:
             faults.append(Fault(path, str(error), on_key=True))
         first = self.loader.places.setdefault(name, (self.path, self.source.entry(path).key))
         if first[0] is not self.path:
-            sentence = f"is defined already at {_path(first[0])}:{first[1]}; a name stands for one device."
+            sentence = f"is already defined at {_path(first[0])}:{first[1]}; a name stands for one device."
             faults.append(Fault(path, sentence, on_key=True))
         if isinstance(settings, dict):
-            uris, uri_faults = _uris(settings.get("uri"), (*path, "uri"))
+            uris, uri_faults = parse_uris(settings.get("uri"), (*path, "uri"))
             faults += uri_faults
             node = settings.get("device")
             if isinstance(node, str) and node != "auto" and (*path, "device") not in self.faulty:
                 owner = self.loader.nodes.setdefault(node, name)
                 if owner != name:
-                    sentence = f"{node} is given to the device {quoted(owner)} already; choose another, or auto."
+                    sentence = f"{node} is already given to the device {quoted(owner)}; choose another, or auto."
                     faults.append(Fault((*path, "device"), sentence))
             if sound and not faults:
-                fields = _fields(self.loader.defaults | settings)
+                fields = fields_of(self.loader.defaults | settings)
                 self.loader.devices[name] = Definition(name=name, uri=uris, **fields)
         if faults:
-            self.tell(faults)
+            self.add(faults)
 
 
 def _order(problem: Problem) -> tuple[Mark, list[str]]:
-    """By place; where one place serves several devices, by their names, since jsonschema keeps no order."""
+    """By place; if one place serves several devices, by their names, since jsonschema keeps no order."""
     return problem.mark or Mark(0, 0), [str(step) for step in problem.path]
 
 
@@ -282,14 +200,9 @@ def _subject(path: tuple[str | int, ...]) -> str:
         subject, path = f"device {quoted(path[1])}: ", path[2:]
     elif path[:1] == ("defaults",) and len(path) > 1:
         subject, path = "defaults: ", path[1:]
-    return f"{subject}key {_key(path)}: " if path and isinstance(path[0], str) else subject
-
-
-def _key(path: tuple[str | int, ...]) -> str:
-    """A key of a device, as 'uri' or 'desktop.icon'; which item of a list is meant, the place tells."""
-    return quoted(".".join(step for step in path if isinstance(step, str)))
+    return f"{subject}key {key_of(path)}: " if path and isinstance(path[0], str) else subject
 
 
 def _path(path: Path) -> str:
-    """The path as text that can be printed, whatever bytes it is made of."""
+    """The path, safe to print whatever bytes it is made of."""
     return printable(str(path))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The JSON schema of the configuration, and its verdicts in sentences.
+"""The JSON schema of the configuration, and its faults in sentences.
 
 nbdd.schema.json is the one place that knows keys, types and ranges: it validates here and completes in editors. Its
 `errorMessage` keywords, which editors show too, are the first half of our sentences.
@@ -12,10 +12,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterator
 from difflib import get_close_matches
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from nbdd import data
+from nbdd.errors import InvalidURI
 from nbdd.text import quoted as quote
+from nbdd.uri import URI
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
@@ -34,7 +37,7 @@ _SEARCHED = 100
 
 
 class Fault(NamedTuple):
-    """One thing that the schema, or we beyond it, find wrong at `path`."""
+    """One thing that is wrong at `path`, by the schema or by a check beyond it."""
 
     path: Path
     sentence: str
@@ -45,7 +48,7 @@ class Fault(NamedTuple):
 
 
 class Schema:
-    """The shipped schema, ready to judge whole files and the options of one device."""
+    """The schema that nbdd ships. It checks whole files, and the options of one device; see `shipped`."""
 
     def __init__(self) -> None:
         self._whole: dict[str, Any] = _inlined(json.loads(data.read("nbdd.schema.json")))
@@ -53,11 +56,11 @@ class Schema:
         self.device_keys = tuple(self._device["properties"])
 
     def file_faults(self, value: object, written: Callable[[Path], str | None]) -> Iterator[Fault]:
-        """What is wrong with the content of one file; `written` tells how a scalar stood there."""
+        """What is wrong with the content of one file; `written` gives the text of a scalar at a path."""
         return self._faults(self._whole, value, written)
 
     def option_faults(self, options: object, allowed: Collection[str], required: Collection[str]) -> Iterator[Fault]:
-        """What is wrong with the settings of one device that a call brought."""
+        """What is wrong with the options of a call about one device."""
         properties = {key: rule for key, rule in self._device["properties"].items() if key in allowed}
         rules = self._device | {"properties": properties, "required": list(required)}
         return self._faults(rules, options, lambda _: None)
@@ -65,20 +68,20 @@ class Schema:
     def _faults(self, rules: dict[str, Any], value: object, written: Callable[[Path], str | None]) -> Iterator[Fault]:
         from jsonschema import Draft7Validator  # noqa: PLC0415 - see the module's docstring
 
-        told: set[Path] = set()
+        seen: set[Path] = set()
         for error in Draft7Validator(rules).iter_errors(value):
             path: Path = tuple(error.absolute_path)
             if "propertyNames" in error.absolute_schema_path:
-                continue  # nbdd.config.definition.check_name says it better
+                continue  # check_name of nbdd.config.definition explains it better
             if error.validator == "additionalProperties":
                 yield from self._unknown(error, path)
             elif error.validator == "required":
                 for key in set(_rules(error)["required"]) - cast("dict[str, Any]", error.instance).keys():
-                    if (*path, key) not in told:
-                        told.add((*path, key))
+                    if (*path, key) not in seen:
+                        seen.add((*path, key))
                         yield Fault((*path, key), "is missing; write for example nbd://server.example/export.")
-            elif path not in told:
-                told.add(path)
+            elif path not in seen:
+                seen.add(path)
                 yield Fault(path, f"{_expected(error)}, but {_found(error, written(path))}.")
 
     def _unknown(self, error: ValidationError, path: Path) -> Iterator[Fault]:
@@ -93,12 +96,43 @@ class Schema:
             if near is not None:
                 sentence = f"is not known; did you mean {near}?"
             elif "devices" in known:
-                sentence = "is not known here; devices stand below 'devices:', indented."
+                sentence = "is not known here; devices go below 'devices:', indented."
             elif key in self.device_keys and path[:1] in ((), ("defaults",)):
                 sentence = "can't have a default; give it to each device." if path else "can't be set here."
             else:
                 sentence = f"is not known; known are {', '.join(known)}."
             yield Fault((*path, key), sentence, on_key=True)
+
+
+def parse_uris(value: object, path: tuple[str | int, ...]) -> tuple[tuple[URI, ...], list[Fault]]:
+    """The URIs in the value of the key `uri`, and what is wrong with them; what is not text is for the schema."""
+    found: list[URI] = []
+    faults: list[Fault] = []
+    several = isinstance(value, list)
+    for index, text in enumerate(value if isinstance(value, list) else [value]):
+        if not isinstance(text, str):
+            continue  # the schema reports it
+        where = (*path, index) if several else path
+        try:
+            uri = URI.parse(text)
+        except InvalidURI as error:
+            faults.append(Fault(where, str(error)))
+            continue
+        if uri.tls:
+            faults.append(Fault(where, TLS_REFUSED, tls=True))
+        found.append(uri)
+    return tuple(found), faults
+
+
+def key_of(path: tuple[str | int, ...]) -> str:
+    """A key of a device, as 'uri' or 'desktop.icon'; the place says which item of a list."""
+    return quote(".".join(step for step in path if isinstance(step, str)))
+
+
+@cache
+def shipped() -> Schema:
+    """The schema that nbdd ships, read once."""
+    return Schema()
 
 
 def _near(key: str, known: list[str]) -> str | None:
@@ -133,7 +167,7 @@ def _expected(error: ValidationError) -> str:
 
 
 def _found(error: ValidationError, written: str | None) -> str:
-    """What stands in place of what was expected."""
+    """What was found instead of what was expected."""
     value = error.instance
     wrong_type = error.validator == "type"
     if value is None:

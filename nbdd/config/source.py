@@ -13,14 +13,14 @@ from nbdd.config.values import Entry, LocatedDict, LocatedList, Mark, Problem, U
 from nbdd.text import quoted
 
 MAX_BYTES = 16 * 1024 * 1024
-"""Of one file; 10,000 devices with every key fit into 4 MiB."""
+"""The largest file that is read; 10,000 devices with every key fit into 4 MiB."""
 
 # The complement of YAML 1.1's c-printable (section 5.1), but for the surrogates, which UTF-8 excludes anyway.
 _NOT_PRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ufeff\uff00-\ufffd\U00010000-\U0010ffff]")
 
 
 class Source:
-    """What one file holds: `value`, and the `problems` there were in reading it; it never raises for either."""
+    """The content of one file: its `value`, and the `problems` found in reading it. It raises for neither."""
 
     def __init__(self, path: Path) -> None:
         self.value: Any = None
@@ -41,7 +41,7 @@ class Source:
             elif isinstance(value, LocatedList) and isinstance(step, int):
                 inside = value.entries[step]
             if inside is None:
-                # Something is missing: the key of what it is missing from is the place to look.
+                # It is missing: point to the key of the mapping that lacks it.
                 return entry._replace(value=entry.key, written=None)
             value, entry = value[step], inside
         return entry
@@ -49,7 +49,7 @@ class Source:
 
 def _read_text(path: Path) -> str:
     try:
-        # Without O_NONBLOCK a FIFO would wait for somebody to write into it.
+        # Without O_NONBLOCK, the open of a FIFO waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             mode = os.fstat(descriptor).st_mode
@@ -63,7 +63,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and path.is_symlink():
             target = quoted(os.fsencode(path.readlink()).decode(errors="backslashreplace"))
-            raise Unusable(None, f"can't be read: it is a link to {target}, which does not exist.") from None
+            raise Unusable(None, f"can't be read: it is a symbolic link to {target}, which does not exist.") from None
         why = (error.strerror or str(error)).lower()
         raise Unusable(None, f"can't be read: {why}.") from None
     if len(data) > MAX_BYTES:

@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 
 
 class LocatedDict(dict[str, Any]):
-    """A mapping whose `entries` tell where each key was written. Keys are taken as text: 'on' and 7 are names."""
+    """A mapping whose `entries` say where each key was written. Keys are taken as text: 'on' and 7 are names."""
 
     __slots__ = ("entries",)
 
@@ -77,7 +77,7 @@ class LocatedDict(dict[str, Any]):
 
 
 class LocatedList(list[Any]):
-    """A list whose `entries` tell where each item was written."""
+    """A list whose `entries` say where each item was written."""
 
     __slots__ = ("entries",)
 

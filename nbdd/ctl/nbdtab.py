@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbdd.config.loader import definition_from_options
+from nbdd.config.options import definition_from_options
 from nbdd.errors import InvalidConfig, InvalidURI, NbddError
 from nbdd.text import printable
 from nbdd.uri import DEFAULT_PORT, URI

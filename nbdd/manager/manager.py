@@ -13,7 +13,8 @@ from itertools import count
 from typing import Any, Protocol
 
 from nbdd.config.definition import Attach, Definition, check_name
-from nbdd.config.loader import Configuration, definition_from_options, options_with
+from nbdd.config.loader import Configuration
+from nbdd.config.options import definition_from_options, options_with
 from nbdd.errors import AlreadyAttached, Busy, InvalidArgs, NbddError, NoSuchDevice, NotAttached
 from nbdd.ipc.channel import Message
 from nbdd.manager.device import Device

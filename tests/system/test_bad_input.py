@@ -201,7 +201,7 @@ FAULTY: dict[str, Faulty] = {
     "number-in-base-60": Faulty(device("timeout: 1:30"), "4:14", ("'@'", "'timeout'", "base 60")),
     "no-uri": Faulty("devices:\n  '@':\n    timeout: 5\n", "2:3", ("device '@'", "key 'uri'", "is missing")),
     "duplicate-device-in-two-files": Faulty(
-        device("timeout: 1"), "2:3", ("'@'", "is defined already at", "-before.yaml:2:3"), before=device("timeout: 2")
+        device("timeout: 1"), "2:3", ("'@'", "is already defined at", "-before.yaml:2:3"), before=device("timeout: 2")
     ),
     "duplicate-device-in-one-file": Faulty(
         device(f"timeout: 1\n  '@':\n    uri: {URI}"), "5:3", ("'@'", "given twice, first in line 2")

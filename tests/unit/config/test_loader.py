@@ -27,10 +27,9 @@ from nbdd.config.loader import (
     MAX_PROBLEMS,
     Configuration,
     check,
-    definition_from_options,
     load,
-    options_with,
 )
+from nbdd.config.options import definition_from_options, options_with
 from nbdd.config.source import MAX_BYTES
 from nbdd.config.values import MAX_DEPTH
 from nbdd.errors import InvalidArgs, InvalidConfig, InvalidURI, NbddError, TLSFailed
@@ -338,7 +337,7 @@ def test_a_wrong_setting_is_told_once_with_its_place_and_what_was_expected(
         ("nbd://h/x\n", ("nbdd.yaml:1:1: the file must be a mapping with 'devices' and perhaps 'defaults', "
                         "but 'nbd://h/x' is text.")),
         ("device: {}\n", "nbdd.yaml:1:1: key 'device': is not known; did you mean devices?"),
-        ("backup: {uri: nbd://h/x}\n", "nbdd.yaml:1:1: key 'backup': is not known here; devices stand below"),
+        ("backup: {uri: nbd://h/x}\n", "nbdd.yaml:1:1: key 'backup': is not known here; devices go below"),
         ("devices: [a]\n", "nbdd.yaml:1:10: key 'devices': must be a mapping from names to devices, but it is a list."),
         ("devices:\n  a:\n", "nbdd.yaml:2:5: device 'a': must be a mapping with a 'uri' at least, but it has no"),
         ("devices:\n  a: nbd://h/x\n", "nbdd.yaml:2:6: device 'a': must be a mapping with a 'uri' at least, but 'nbd"),
@@ -398,7 +397,7 @@ def test_a_device_that_two_files_define_is_told_with_both_places(write: Write) -
     directory = write(one, more="\n" + one)
     (found,) = problems(directory)
     assert found == (
-        "devices.d/more.yaml:3:3: device 'a': is defined already at nbdd.yaml:2:3; a name stands for one device."
+        "devices.d/more.yaml:3:3: device 'a': is already defined at nbdd.yaml:2:3; a name stands for one device."
     )
 
 
@@ -408,14 +407,14 @@ def test_two_devices_can_not_have_the_same_node(write: Write) -> None:
     )
     (found,) = problems(directory)
     assert found == (
-        "devices.d/more.yaml:1:39: device 'b': key 'device': /dev/nbd3 is given to the device 'a' already; "
+        "devices.d/more.yaml:1:39: device 'b': key 'device': /dev/nbd3 is already given to the device 'a'; "
         "choose another, or auto."
     )
 
 
 def test_defaults_of_another_file_are_refused_as_nobody_could_tell_where_they_hold(write: Write) -> None:
     (found,) = problems(write(more="defaults: {timeout: 3}\n"))
-    assert found == "devices.d/more.yaml:1:1: key 'defaults': belongs into nbdd.yaml, and holds for all files there."
+    assert found == "devices.d/more.yaml:1:1: key 'defaults': belongs in nbdd.yaml, where it holds for all files."
 
 
 def test_every_problem_of_every_file_is_told_in_the_order_of_the_lines(write: Write) -> None:
@@ -470,7 +469,8 @@ def test_a_file_with_the_wrong_ending_is_not_passed_over_in_silence(tmp_path: Pa
 
 def test_a_link_to_nothing_is_told(tmp_path: Path) -> None:
     (tmp_path / "nbdd.yaml").symlink_to("gone.yaml")
-    assert problems(tmp_path) == ["nbdd.yaml: can't be read: it is a link to 'gone.yaml', which does not exist."]
+    (found,) = problems(tmp_path)
+    assert found == "nbdd.yaml: can't be read: it is a symbolic link to 'gone.yaml', which does not exist."
 
 
 def test_a_link_to_itself_is_told(tmp_path: Path) -> None:

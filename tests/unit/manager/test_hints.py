@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdd.config.definition import Definition, Desktop
-from nbdd.config.loader import definition_from_options
+from nbdd.config.options import definition_from_options
 from nbdd.errors import InvalidArgs
 from nbdd.manager.hints import properties
 from nbdd.manager.records import Record, Records

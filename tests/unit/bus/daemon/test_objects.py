@@ -33,7 +33,7 @@ from nbdd.bus.daemon.objects import (
 from nbdd.bus.daemon.service import Caller as Asker
 from nbdd.bus.daemon.service import ServiceBus
 from nbdd.config.definition import NAME_PATTERN
-from nbdd.config.schema import Schema
+from nbdd.config.schema import shipped
 from nbdd.errors import (
     AccessDenied,
     ConnectionNotServiced,
@@ -503,7 +503,7 @@ def test_what_an_option_must_be_is_said_and_what_options_there_are() -> None:
 
 def test_the_options_are_the_keys_of_the_yaml_files() -> None:
     """What attaches by hand can be written down, under the same name."""
-    assert set(ATTACH_URI_OPTIONS) - {"name"} == set(Schema().device_keys) - {"uri", "attach", "tls"}
+    assert set(ATTACH_URI_OPTIONS) - {"name"} == set(shipped().device_keys) - {"uri", "attach", "tls"}
     assert set(ATTACH_OPTIONS) == set(ATTACH_URI_OPTIONS) - {"name", "desktop"}
 
 
