@@ -16,7 +16,7 @@ from nbdd.uri import URI
 @pytest.mark.parametrize(
     "name", ["a", "7", "backup", "A.b_c-d:e", "on", "1:30", "x" * 63, "part1", "a-part", "p-part1b"]
 )
-def test_a_name_of_the_allowed_characters_is_taken_as_it_is(name: str) -> None:
+def test_name_of_the_allowed_characters_is_taken_as_it_is(name: str) -> None:
     assert check_name(name) == name
     assert re.search(NAME_PATTERN, name)
 
@@ -51,14 +51,14 @@ def test_a_name_of_the_allowed_characters_is_taken_as_it_is(name: str) -> None:
         "\N{ARABIC-INDIC DIGIT ONE}a",
     ],
 )
-def test_any_other_name_is_refused_with_the_rule_in_the_sentence(name: str) -> None:
+def test_name_of_other_characters_is_refused_with_the_rule(name: str) -> None:
     with pytest.raises(InvalidArgs, match="1 to 63 letters, digits") as caught:
         check_name(name)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 300
 
 
-def test_a_definition_survives_the_way_to_the_worker_and_back() -> None:
+def test_definition_survives_the_way_to_the_worker_and_back() -> None:
     definition = Definition(
         name="backup",
         uri=(URI.parse("nbd://a.example/x"), URI.parse("nbd+unix:///y%20z?socket=/run/a.sock")),
@@ -74,24 +74,24 @@ def test_a_definition_survives_the_way_to_the_worker_and_back() -> None:
     assert Definition.from_wire(json.loads(json.dumps(definition.to_wire()))) == definition
 
 
-def test_a_definition_of_defaults_survives_too() -> None:
+def test_definition_of_defaults_survives_the_way_to_the_worker_and_back() -> None:
     definition = Definition(name="a", uri=(URI.parse("nbd://h/"),))
     assert Definition.from_wire(json.loads(json.dumps(definition.to_wire()))) == definition
 
 
-def test_a_record_of_an_earlier_version_is_a_definition_without_what_came_later() -> None:
+def test_definition_from_an_earlier_version_has_defaults_for_newer_keys() -> None:
     wire = Definition(name="a", uri=(URI.parse("nbd://h/"),)).to_wire()
     del wire["desktop"], wire["network-timeout"]
     assert Definition.from_wire(wire) == Definition(name="a", uri=(URI.parse("nbd://h/"),))
 
 
-def test_a_bad_uri_on_the_wire_is_an_error_with_a_name() -> None:
+def test_definition_with_a_bad_uri_on_the_wire_raises_invalid_uri() -> None:
     wire = Definition(name="a", uri=(URI.parse("nbd://h/"),)).to_wire()
     with pytest.raises(InvalidURI):
         Definition.from_wire(wire | {"uri": ["http://h/"]})
 
 
-def test_another_timeout_changes_nothing_else() -> None:
+def test_definition_with_another_timeout_is_otherwise_the_same() -> None:
     definition = Definition(name="a", uri=(URI.parse("nbd://h/"),), connections=2)
     changed = definition.with_timeout(90)
     assert changed.to_wire() == definition.to_wire() | {"timeout": 90}
