@@ -16,14 +16,14 @@ from nbdd.server.connections import open_connections
 from nbdd.uri import URI
 
 MAX_SECONDS = 86400.0
-"""A day; who waits longer for a connection waits for ever."""
+"""A day; a longer wait is as good as none at all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
     """One export of a server, open, and what the server says about it. Sizes in bytes.
 
-    The sockets are ready for `Client`, which closes them; where none takes them, leave this as a context manager.
+    The sockets are ready for `Client`, which closes them; if no client takes them, use this as a context manager.
     """
 
     sockets: tuple[socket.socket, ...]
@@ -37,7 +37,7 @@ class Connection:
     blocksize: int
     """The smallest block size that suits server and kernel, 512 at least."""
     minimum: int | None
-    """The server's own word, as the next two; None where it said nothing."""
+    """As the server said it, as are the next two; None if it said nothing."""
     preferred: int | None
     maximum: int | None
 
@@ -57,19 +57,19 @@ def connect(uri: str, *, timeout: float = 15.0, connections: int = 1) -> Connect
     """Connect to an NBD server, negotiate, and open the export that the URI names.
 
     `uri` is nbd://host[:port]/export or nbd+unix:///export?socket=/path. `timeout`: seconds for all of it.
-    `connections`: how many to open; one where the server doesn't allow more.
-    Raises InvalidURI, InvalidArgs (not 1 to 16 connections, no time at all), or the ServerError that tells which step
+    `connections`: how many to open; one if the server doesn't allow more.
+    Raises InvalidURI, InvalidArgs (not 1 to 16 connections, no time at all), or the ServerError of the step that
     failed: ConnectFailed, NegotiationFailed, NoSuchExport, TLSFailed, TimedOut.
     """
     _check(uri, timeout, connections)
-    links = open_connections(Definition("", (URI.parse(uri),), connections=connections), Deadline(timeout))
-    export = links.export
+    opened = open_connections(Definition("", (URI.parse(uri),), connections=connections), Deadline(timeout))
+    export = opened.export
     return Connection(
-        sockets=links.sockets,
+        sockets=opened.sockets,
         name=export.name,
         size=export.size,
         flags=export.flags,
-        blocksize=links.block_size,
+        blocksize=opened.block_size,
         minimum=export.minimum,
         preferred=export.preferred,
         maximum=export.maximum,

@@ -41,7 +41,7 @@ STUCK_SECONDS = 1.0
 """How long a killed child may take to be gone before something is done about it."""
 
 PATIENCE_SECONDS = 2.0
-"""How long the kernel's word about a dead link may come after the link's end itself."""
+"""How long the kernel's report of a dead connection may come after the end of the connection."""
 
 _LOOK_SECONDS = 0.02
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -53,7 +53,7 @@ class Reason(StrEnum):
     DISCONNECTED = "disconnected"
     """Somebody disconnected the device."""
     SERVER_DIED = "server died"
-    """The last link to the server broke, or was given up over a timeout."""
+    """The last connection to the server broke, or was given up after a timeout."""
     SIGNAL = "signal"
     """A signal came."""
 
@@ -64,7 +64,7 @@ class End:
 
     reason: Reason
     signal: int = 0
-    """The signal's number; 0 where there was none."""
+    """The signal's number; 0 if there was none."""
 
     def __str__(self) -> str:
         return f"{self.reason} {self.signal}" if self.signal else str(self.reason)
@@ -78,7 +78,7 @@ class End:
 
 
 class Stop:
-    """Hears those who may ask a service to end: the signals that would end the program, and the parent's channel.
+    """What may ask a service to end: the signals that would end the program, and the end of the parent process.
 
     Only in the main thread, and only signals that have their default effect: others are the program's own affair.
     """
@@ -109,7 +109,7 @@ class Stop:
         return self._reader.fileno()
 
     def end(self) -> End:
-        """What a signal, or the end of the parent, comes to."""
+        """The End that a signal, or the end of the parent, leads to."""
         return End(Reason.SIGNAL, self._caught or signal.SIGHUP)
 
     def _catch(self, number: int, _frame: object) -> None:
@@ -123,8 +123,8 @@ def watch(
 ) -> End:
     """Wait for the end of a device that was bound with these sockets; it may be bound still.
 
-    `reports` was opened before it was bound. The kernel reports a link that dies of itself, and none that a
-    disconnect takes down (nbd_mark_nsock_dead): this tells the one from the other.
+    `reports` was opened before it was bound. The kernel reports a connection that dies by itself, and none
+    that a disconnect ends (nbd_mark_nsock_dead): that distinguishes the two.
     """
     poll = select.poll()
     living = {sock.fileno() for sock in sockets}
@@ -176,7 +176,7 @@ def serve(device: KernelDevice, stop: Stop, bound: Callable[[Node], None]) -> En
 
 
 Serve = Callable[[Stop, Callable[[Node], None]], End]
-"""What a child does: bind a device, tell which, wait for its end."""
+"""What a child does: bind a device, report which, wait for its end."""
 
 
 class Service:
@@ -198,7 +198,7 @@ class Service:
 
     @classmethod
     def start(cls, backend: str, sockets: Sequence[socket.socket], serve: Serve) -> Self:
-        """Fork a child that serves; raises KernelError where there are no descriptors or processes left."""
+        """Fork a child that serves; raises KernelError if there are no descriptors or processes left."""
         others = find(backend)
         try:
             ours, theirs = Channel.pair()
@@ -223,18 +223,18 @@ class Service:
     def bound(self) -> tuple[Node, int | None, int | None]:
         """Wait until the device is bound; what it is: the node, its disk sequence number, and the thread that bound it.
 
-        Raises what the child met, WorkerFailed where it was killed, TimedOut.
+        Raises what the child met, WorkerFailed if it was killed, TimedOut.
         """
-        told = self._hear()
-        if not told:
+        report = self._first_message()
+        if not report:
             raise WorkerFailed("The service process was killed before it had bound a device.")
-        if "error" in told:
-            raise NbddError.from_wire(told)
-        self._device = Node(told["index"]), told["diskseq"], told["pid"]
+        if "error" in report:
+            raise NbddError.from_wire(report)
+        self._device = Node(report["index"]), report["diskseq"], report["pid"]
         return self._device
 
-    def _hear(self) -> Message:
-        """The child's first message; empty where there is none."""
+    def _first_message(self) -> Message:
+        """The child's first message; empty if it ended without one."""
         until = time.monotonic() + START_SECONDS
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
@@ -258,7 +258,7 @@ class Service:
     def end(self, patience: float = 0.0) -> list[str]:
         """Have the child end, free its device; returns who has that open still. To be called again if interrupted.
 
-        A child that does not end the device by itself within `patience` seconds is killed. Raises TimedOut where the
+        A child that does not end the device by itself within `patience` seconds is killed. Raises TimedOut if the
         kernel does not let it go, KernelError. Does nothing in a fork of the process that started the child.
         """
         if self._owner != os.getpid():
@@ -282,14 +282,14 @@ class Service:
         return left
 
     def drop(self) -> None:
-        """End what nobody holds any more, the sockets too."""
+        """End the service of a client that was dropped, and close its sockets."""
         if self._owner == os.getpid():
             self.end(END_SECONDS)
             for sock in self._sockets:
                 sock.close()
 
     def _free(self) -> list[str]:
-        """Free what the child had bound; a child that was killed early may not have come to tell."""
+        """Free what the child had bound; a child that was killed early may not have reported it."""
         found = [node for node in find(self._backend) if node not in self._others]
         devices = [self._device] if self._device else [(node, node.diskseq, node.pid) for node in found]
         left: list[str] = []
@@ -313,7 +313,7 @@ class Service:
 
 
 def _is_dead(pid: int) -> bool:
-    """Whether a child that nobody waited for yet has ended, all but its threads perhaps."""
+    """Whether a child that was not reaped yet has ended, all but its threads perhaps."""
     # proc_pid_stat(5): the name, in parentheses, may hold anything.
     state = (read(f"/proc/{pid}/stat") or ") X").rpartition(")")[2].split()[0]
     return state in "ZX"
@@ -336,25 +336,25 @@ def _child(channel: Channel, parents_life: int, sockets: Sequence[socket.socket]
         close_all_but(channel.fileno(), parents_life, *(sock.fileno() for sock in sockets))
 
         def bound(node: Node) -> None:
-            _tell(channel, {"index": node.index, "diskseq": node.diskseq, "pid": node.pid})
+            _report(channel, {"index": node.index, "diskseq": node.diskseq, "pid": node.pid})
 
         try:
             with Stop(channel, parents_life) as stop:
                 end = serve(stop, bound)
             status = end.status
-            # Not read where the device was usable for a while.
-            _tell(channel, ConnectFailed(f"The device ended before it could be used: {end}.").to_wire())
+            # Not read if the device was usable for a while.
+            _report(channel, ConnectFailed(f"The device ended before it could be used: {end}.").to_wire())
         except NbddError as error:
-            _tell(channel, error.to_wire())
+            _report(channel, error.to_wire())
     except BaseException as error:  # noqa: BLE001 - the last word of a process
-        _tell(channel, WorkerFailed(f"The service process failed: {error!r}.").to_wire())
+        _report(channel, WorkerFailed(f"The service process failed: {error!r}.").to_wire())
         # Whatever the parent has made of sys.stderr is not ours to use.
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(status)
 
 
-def _tell(channel: Channel, what: Message) -> None:
+def _report(channel: Channel, what: Message) -> None:
     # A parent that has gone is seen by whoever waits for the end.
     with suppress(OSError):
         channel.send(what)

@@ -2,8 +2,9 @@
 """A call into the kernel that may never come back, made so that the caller does.
 
 Opening a block device reads its partition table through the server, and a netlink command runs to its end inside
-``sendmsg``: both wait in D state where no signal and no time limit reaches. A thread is the only thing that can wait
-there on our behalf. A thread that is left behind ends when the kernel lets go of it, after a DISCONNECT at the latest.
+``sendmsg``: both wait in D state, which no signal and no time limit ends. So a thread makes the call, and the caller
+waits for the thread as long as it wants to. A thread that is left behind ends when the call does, after a DISCONNECT at
+the latest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NUDGE_SECONDS = 2.0
-"""How long a call may be stuck before it is nudged."""
+"""How long a call may be stuck before `nudge` is called."""
 
 INTERRUPT_SECONDS = 1.0
 """How long an interruption, such as Ctrl-C, is held back for the call to come to its end."""
@@ -59,7 +60,7 @@ class _Call(Generic[T]):
         return not self._left
 
     def leave(self) -> None:
-        """Nobody takes the result any more."""
+        """The caller has given up: pass a result to `late`, now or when it comes."""
         with self._lock:
             self._left = True
             left = list(self._results)
@@ -74,7 +75,7 @@ class _Call(Generic[T]):
 
 
 def _start(thread: threading.Thread) -> None:
-    """Start it; raises KernelError where the system gives no thread."""
+    """Start it; raises KernelError if the system gives no thread."""
     try:
         thread.start()
     except RuntimeError:
@@ -93,8 +94,8 @@ def bounded(
 ) -> T:
     """Return what `call` returns, or raise what it raises, or raise `TimedOut(stuck)` after `seconds`.
 
-    `nudge` is called once, after `NUDGE_SECONDS`, to set a stuck call free. `late` gets the result of a call
-    that came back when nobody waited any more, for it to be undone (it runs in the left thread).
+    `nudge` is called once, after `NUDGE_SECONDS`, to end a stuck call. `late` gets the result of a call that
+    came back after the caller had given up, to undo it; it runs in the thread that was left behind.
     """
     work = _Call(call, late)
     thread = threading.Thread(target=work.run, name="nbdd-kernel", daemon=True)
@@ -106,13 +107,13 @@ def bounded(
             seconds -= NUDGE_SECONDS
         in_time = work.wait(seconds)
     except BaseException as error:
-        # Who cleans up after it must see what it has done. A thread that could not be had does nothing.
+        # The caller that cleans up must see what the call has done. A thread that could not be started does nothing.
         if thread.ident is not None or not isinstance(error, KernelError):
             work.done.wait(INTERRUPT_SECONDS)
         work.leave()
         raise
     if not in_time:
         raise TimedOut(stuck)
-    # It has nothing left to do, and whoever forks next wants to be the only thread.
+    # It has nothing left to do, and a process that forks next should have only one thread.
     thread.join()
     return work.result()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Hear of dying links: the multicast group of the kernel's NBD driver."""
+"""LinkDeadMonitor: the kernel's reports of connections that die, from the multicast group of its NBD driver."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LinkDeadMonitor:
-    """Tells which devices lost a socket (NBD_CMD_LINK_DEAD, one message for each socket)."""
+    """Reports which devices lost a connection (NBD_CMD_LINK_DEAD, one message for each socket)."""
 
     def __init__(self, sock: socket.socket, family: int, *, sysfs_root: str = sysfs.SYSFS) -> None:
         self._socket = sock
@@ -47,7 +47,7 @@ class LinkDeadMonitor:
     def read(self) -> list[int]:
         """The indexes reported so far, in order and with repeats; never waits.
 
-        Where the kernel had to drop reports, every bound device is listed: each may be meant.
+        If the kernel had to drop reports, every bound device is listed: each may be meant.
         """
         found: list[int] = []
         while True:
@@ -56,7 +56,7 @@ class LinkDeadMonitor:
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise KernelError(
-                        f"Reports of dead links can't be read: {genl.reason(error)}.", error.errno
+                        f"Reports of dead connections can't be read: {genl.reason(error)}.", error.errno
                     ) from error
                 found += [node.index for node in sysfs.nodes(sysfs=self._sysfs) if node.bound]
                 continue

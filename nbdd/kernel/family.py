@@ -62,10 +62,3 @@ SERVER_FLAGS = int(
     | ServerFlags.SEND_WRITE_ZEROES
     | ServerFlags.CAN_MULTI_CONN
 )
-
-
-class ClientFlags(IntFlag):
-    """NBD_CFLAG_* of linux/nbd.h."""
-
-    DESTROY_ON_DISCONNECT = 1 << 0
-    DISCONNECT_ON_CLOSE = 1 << 1

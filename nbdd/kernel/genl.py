@@ -125,7 +125,7 @@ def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 def generic(payload: bytes) -> Message | None:
-    """Payload of a family's message, or None where it is too short to be one."""
+    """Payload of a family's message, or None if it is too short to be one."""
     if len(payload) < _GENL.size:
         return None
     command, _version, _reserved = _GENL.unpack_from(payload)
@@ -147,7 +147,7 @@ def open_socket() -> socket.socket:
 
 
 def receive(sock: socket.socket) -> bytes:
-    """One datagram from the kernel, without waiting; b"" where there is none or where it isn't the kernel's."""
+    """One datagram from the kernel, without waiting; b"" if there is none or it isn't the kernel's."""
     try:
         data, sender = sock.recvfrom(_RECEIVE, socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -171,7 +171,7 @@ class GenericNetlink:
         self._socket.close()
 
     def family(self, name: str, seconds: float) -> Family:
-        """The family called `name`; `OSError` ENOENT where it isn't there."""
+        """The family called `name`; `OSError` ENOENT if it isn't there."""
         payload = string(CTRL_ATTR_FAMILY_NAME, name)
         for answer in self.request(GENL_ID_CTRL, CTRL_CMD_GETFAMILY, CTRL_VERSION, payload, seconds):
             raw = answer.attributes.get(CTRL_ATTR_FAMILY_ID, b"")
@@ -201,7 +201,7 @@ class GenericNetlink:
     ) -> list[Message]:
         """Send one command, return the messages that came before its acknowledgement.
 
-        `OSError` carries the kernel's errno, with its reason as text where it gave one. `TimedOut` after `seconds`:
+        `OSError` carries the kernel's errno, with its reason as text if it gave one. `TimedOut` after `seconds`:
         the command may still take effect. `more`, the rest of the payload, is called in the thread that sends, where
         no signal handler interrupts; `sent` is called there, possibly much later, when the kernel has finished with
         the request; `nudge` after two seconds without an end, see `bounded`.
@@ -210,7 +210,7 @@ class GenericNetlink:
         self._sequence = self._sequence + 1 & 0xFFFFFFFF or 1
         sequence = self._sequence
         stuck = f"The kernel did not finish a netlink command within {seconds:g} seconds."
-        # Taken by whoever comes first: the thread that sends, or an interruption before it does.
+        # Taken by whichever comes first: the thread that sends, or an interruption before it does.
         turn = [None]
 
         def send() -> None:
@@ -218,7 +218,7 @@ class GenericNetlink:
                 turn.pop()
             except IndexError:
                 return
-            # The kernel runs the whole command in here. Only sending is left to the thread: were it to read as
+            # The kernel runs the whole command in here. Only sending is left to the thread: if it read as
             # well, one that was given up could take a later command's answer away.
             try:
                 body = _GENL.pack(command, version, 0) + payload + (more() if more is not None else b"")
@@ -269,6 +269,6 @@ def _raise_error(flags: int, content: bytes) -> None:
 
 
 def reason(error: OSError) -> str:
-    """The words for an errno, and the kernel's own where it had any."""
+    """The words for an errno, and the kernel's own if it had any."""
     words = os.strerror(error.errno) if error.errno else "unknown reason"
     return f"{words}: {error.strerror}" if error.strerror and error.strerror != words else words

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The netlink face of the kernel's NBD driver: bind, change and end a /dev/nbdX.
+"""Netlink commands to the kernel's NBD driver: bind, change and disconnect a /dev/nbdX.
 
 Source: drivers/block/nbd.c and include/uapi/linux/nbd-netlink.h. Every call is bounded in time and every errno
 becomes a sentence. The module is not loaded from here; newer kernels load it themselves when the family is asked for
@@ -66,7 +66,7 @@ class NetlinkNBD:
                     "The kernel has no NBD driver loaded; load it with 'modprobe nbd'.", error.errno
                 ) from error
             raise KernelError(
-                f"The kernel doesn't tell about its NBD driver: {genl.reason(error)}.", error.errno
+                f"The kernel doesn't say what its NBD driver offers: {genl.reason(error)}.", error.errno
             ) from error
         except BaseException:
             self._genl.close()
@@ -89,7 +89,6 @@ class NetlinkNBD:
         size: int,
         block_size: int,
         server_flags: int,
-        client_flags: int = 0,
         timeout: int,
         dead_timeout: int,
         backend: str,
@@ -114,7 +113,7 @@ class NetlinkNBD:
             + genl.u64(Attr.BLOCK_SIZE_BYTES, block_size)
             + genl.u64(Attr.SERVER_FLAGS, server_flags & SERVER_FLAGS)
             # Always there: left out, the flags of the device's last use would stay (DESTROY_ON_DISCONNECT).
-            + genl.u64(Attr.CLIENT_FLAGS, client_flags)
+            + genl.u64(Attr.CLIENT_FLAGS, 0)
             + genl.u64(Attr.DEAD_CONN_TIMEOUT, dead_timeout)
             + genl.string(Attr.BACKEND_IDENTIFIER, backend)
         )
@@ -133,7 +132,7 @@ class NetlinkNBD:
                 bound = index is not None and self._node(index).bound
                 if error.errno not in {errno.EBUSY, errno.EEXIST} or bound or time.monotonic() >= end:
                     raise self._connect_error(error, index, size, block_size) from error
-            # No event tells that the last opener of a device has gone.
+            # There is no event for the last close of a device.
             time.sleep(_BUSY_PAUSE)
         for answer in answers:
             raw = answer.attributes.get(Attr.INDEX, b"")
@@ -159,10 +158,10 @@ class NetlinkNBD:
         """Change a bound device live: new sockets for its dead ones, time limits in seconds, sizes in bytes.
 
         None leaves a thing as it is; `backend` is None for a device that was bound without one. With no dead socket
-        the kernel takes a new one and throws it away, without a word. `timeout` 0 puts `queue/io_timeout` back to
+        the kernel takes a new one and throws it away, and reports no error. `timeout` 0 puts `queue/io_timeout` back to
         30 s: write it again afterwards. Another size waits, from Linux 6.9 on, for all requests in flight
         (nbd_set_size freezes the queue) and holds up every other command for the device meanwhile: never ask for one
-        while a link is dead. Raises NotAttached (not bound, or bound as something else), KernelError, TimedOut.
+        while a connection is dead. Raises NotAttached (not bound, or bound as something else), KernelError, TimedOut.
         """
         payload = genl.u32(Attr.INDEX, index)
         if backend is not None:
@@ -181,7 +180,7 @@ class NetlinkNBD:
             raise self._reconfigure_error(error, index, backend) from error
 
     def disconnect(self, index: int, *, nudge: Callable[[], None] | None = None) -> None:
-        """End a device: every request in flight fails, the sockets are shut down. Fine where nothing is bound.
+        """End a device: every request in flight fails, the sockets are shut down. Fine if nothing is bound.
 
         There is no identity check in the kernel: look at `Node.backend` first (`release` does). With openers left
         the node stays taken until the last of them closes it.
@@ -200,7 +199,7 @@ class NetlinkNBD:
             raise KernelError(_refusal(error, f"disconnect {node.path}"), error.errno) from error
 
     def watch_connections(self) -> LinkDeadMonitor:
-        """A new monitor for sockets that die; open it before CONNECT to miss none."""
+        """A new monitor for connections that die; open it before CONNECT to miss none."""
         group = self._family.groups.get(GROUP)
         if group is None:
             raise KernelError(f"The kernel's NBD driver has no multicast group {GROUP!r}.")
@@ -212,7 +211,9 @@ class NetlinkNBD:
             sock.setsockopt(genl.SOL_NETLINK, genl.NETLINK_ADD_MEMBERSHIP, group)
         except OSError as error:
             sock.close()
-            raise KernelError(f"The kernel doesn't tell of dead links: {genl.reason(error)}.", error.errno) from error
+            raise KernelError(
+                f"The kernel doesn't report dead connections: {genl.reason(error)}.", error.errno
+            ) from error
         return LinkDeadMonitor(sock, self._family.identifier, sysfs_root=self._sysfs)
 
     def _node(self, index: int) -> sysfs.Node:
@@ -289,7 +290,7 @@ class NetlinkNBD:
 
 
 def _check_geometry(size: int, block_size: int, fds: Sequence[int], server_flags: int) -> None:
-    """Refuse what the kernel would refuse without a reason, or take and get wrong."""
+    """Raise KernelError for what the kernel would refuse without a reason, or take and get wrong."""
     if size <= 0:
         raise KernelError("The export has a size of 0 bytes; there is nothing to attach.", errno.EINVAL)
     if size > MAX_SIZE:
@@ -313,11 +314,11 @@ def _check_geometry(size: int, block_size: int, fds: Sequence[int], server_flags
 
 
 def _who(node: sysfs.Node) -> str:
-    """Who has a device, as far as anybody can tell."""
+    """Who has a device, as far as the kernel shows it."""
     if node.bound and node.backend:
         return f"it is bound as {node.backend!r}"
-    # `pid` alone proves nothing: whoever binds by netlink may end, and its number be given away. A program that
-    # binds by ioctl has the device open for as long as it is bound.
+    # `pid` alone proves nothing: a program that binds by netlink may end, and its number be given to another. A program
+    # that binds by ioctl has the device open for as long as it is bound.
     users = Usage(sysfs_root=node.sysfs).users(node)
     if node.bound and not users:
         return "it is bound by another program, which gave it no name"

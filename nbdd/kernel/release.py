@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""End a device, and know that it has ended."""
+"""Disconnect a device, and wait until it is free."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _PAUSE = 0.02
 _MIN_SETTLE = 1.0
 _QUIET = 1.0
-"""Seconds that udev gets to finish reading before the end; on a dead link it can't."""
+"""Seconds that udev gets to finish reading before the end; on a dead connection it can't."""
 
 
 def release(
@@ -41,7 +41,7 @@ def release(
     """Disconnect `node` if it is still `backend` and nobody uses it, and wait until it is free and its links are gone.
 
     Returns who still has it open when `seconds` are over, [] when the device is free; only with `force` can there be
-    anybody. Raises NotAttached (it is something else by now), Busy after `patience` seconds of being in use (never
+    any. Raises NotAttached (it is something else by now), Busy after `patience` seconds of being in use (never
     with `force`), TimedOut, KernelError. `nudge`: see `NetlinkNBD.disconnect`.
     """
     end = time.monotonic() + seconds
@@ -60,10 +60,10 @@ def release(
             return look.users(node) or [f"{node.path} is still open somewhere"]
         time.sleep(_PAUSE)
     if node.bound:
-        # Somebody was quick and has it now. Nothing of ours is left on it.
+        # Another program was quick and has it now. Nothing of ours is left on it.
         return []
     if node.io_timeout not in (0, KERNEL_IO_TIMEOUT):
-        # Whoever binds it next without a time limit would have ours.
+        # A program that binds it next without a time limit would have ours.
         with suppress(KernelError, TimedOut):
             node.set_io_timeout(KERNEL_IO_TIMEOUT)
     left = max(end - time.monotonic(), _MIN_SETTLE)
@@ -78,7 +78,7 @@ def identify(node: Node, backend: str | None, diskseq: int | None = None, pid: i
     """Raise NotAttached unless `node` is bound as `backend`, and is still the same disk and the same binding.
 
     `backend` is None for a device that was bound without an identifier.
-    `diskseq` stays when an index is bound anew, and `pid`, which is the thread that bound it, does not.
+    `diskseq` stays if the index is bound again; `pid`, which is the thread that bound it, does not.
     """
     if not node.bound:
         known = diskseq is not None or pid is not None
@@ -87,7 +87,7 @@ def identify(node: Node, backend: str | None, diskseq: int | None = None, pid: i
     if found != backend:
         raise NotAttached(f"{node.path} is bound as {found!r} and not as {backend!r}.")
     if (diskseq is not None and node.diskseq != diskseq) or (pid is not None and node.pid != pid):
-        raise NotAttached(f"{node.path} was bound anew as {backend!r} since.")
+        raise NotAttached(f"{node.path} was disconnected and bound again as {backend!r} since.")
 
 
 def let_udev_finish(node: Node, usage: Usage) -> None:

@@ -20,10 +20,10 @@ _DEAD = select.POLLRDHUP | select.POLLHUP | select.POLLERR
 
 
 def check_socket(sock: socket.socket) -> None:
-    """Raise for what the kernel's driver can't use, or would take and come to grief with.
+    """Raise for a socket that the kernel's driver can't use, or would take and then fail with.
 
-    InvalidArgs where it is no connected stream socket (nbd_get_socket refuses some of them, and which, depends on its
-    version); ConnectFailed where the other end has hung up.
+    InvalidArgs if it is no connected stream socket (nbd_get_socket refuses some of them, and which, depends on its
+    version); ConnectFailed if the other end has hung up.
     """
     if not isinstance(sock, socket.socket):
         raise InvalidArgs(
@@ -50,7 +50,7 @@ def check_socket(sock: socket.socket) -> None:
 
 
 def hung_up(sock: socket.socket) -> bool:
-    """Whether nothing comes from the other end any more. Of one that is closed on our side nobody can tell: False."""
+    """Whether nothing comes from the other end any more. False for one that is closed on our side."""
     return sock.fileno() >= 0 and dead(sock.fileno())
 
 
@@ -72,7 +72,7 @@ def shut_down(sockets: Iterable[socket.socket]) -> None:
 
 
 def unread(sock: socket.socket) -> int:
-    """How many bytes wait in a socket for somebody to read them."""
+    """How many bytes wait in a socket to be read."""
     number = array.array("i", [0])
     fcntl.ioctl(sock, termios.FIONREAD, number)
     return number[0]

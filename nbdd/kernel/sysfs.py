@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What the kernel says about its NBD devices, read from sysfs.
 
-`pid`, `size` and `backend` tell whether a device is bound. The netlink STATUS command does not: it claims
+`pid`, `size` and `backend` say whether a device is bound. The netlink STATUS command does not: it claims
 "connected" for a device that somebody merely opened (drivers/block/nbd.c, populate_nbd_status).
 """
 
@@ -23,7 +23,7 @@ WRITE_SECONDS = 2.0
 """For a write of `queue/io_timeout`, which may wait for a server."""
 
 KERNEL_IO_TIMEOUT = 30_000
-"""Milliseconds; the `queue/io_timeout` of a device to which nobody gave another."""
+"""Milliseconds; the `queue/io_timeout` of a device that was given no other."""
 
 SECTOR = 512
 """Bytes; sysfs counts sizes and I/O in sectors of this size, whatever the block size."""
@@ -39,7 +39,7 @@ _STATISTICS = (
 
 
 def read(path: str) -> str | None:
-    """The text of a sysfs or proc file without its newline, or None where it can't be read.
+    """The text of a sysfs or proc file without its newline, or None if it can't be read.
 
     A device may go while it is read: ENODEV and ENXIO mean the same as an absent file.
     """
@@ -52,13 +52,13 @@ def read(path: str) -> str | None:
 
 
 def _check(path: str, error: OSError) -> None:
-    """Raise KernelError where the failure is ours, and says nothing about what was to be read."""
+    """Raise KernelError if this process or the system lacks resources: that says nothing about the file."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise KernelError(f"{path} can't be read: {error.strerror}.", error.errno) from error
 
 
 class Node:
-    """One /dev/nbdX, bound or not. Holds no state: every property asks the kernel anew."""
+    """One /dev/nbdX, bound or not. Holds no state: every property asks the kernel again."""
 
     __slots__ = ("directory", "index", "name", "path", "sysfs")
 
@@ -90,7 +90,7 @@ class Node:
 
     @property
     def bound(self) -> bool:
-        """Whether somebody, we or another, has bound the device."""
+        """Whether some program has bound the device."""
         return self.pid is not None
 
     @property
@@ -110,7 +110,7 @@ class Node:
 
     @property
     def block_size(self) -> int:
-        """Logical block size in bytes; 0 where the device is gone."""
+        """Logical block size in bytes; 0 if the device is gone."""
         return self._number("queue/logical_block_size") or 0
 
     @property
@@ -119,17 +119,12 @@ class Node:
         return self._number("diskseq")
 
     @property
-    def in_flight(self) -> int:
-        """Requests given to the driver and not yet answered."""
-        return sum(int(word) for word in (read(f"{self.directory}/inflight") or "").split() if word.isdecimal())
-
-    @property
     def io_timeout(self) -> int:
         """Milliseconds until the kernel looks after a request that got no answer."""
         return self._number("queue/io_timeout") or 0
 
     def set_io_timeout(self, milliseconds: int) -> None:
-        """Write `queue/io_timeout`; raise KernelError where the kernel refuses. See `io_timeout`.
+        """Write `queue/io_timeout`; raise KernelError if the kernel refuses. See `io_timeout`.
 
         From Linux 6.12 on the kernel first waits for all requests under way (queue_attr_store freezes the queue), which
         with a server that doesn't answer may be for ever, and takes no new ones meanwhile: TimedOut then, after
@@ -172,15 +167,8 @@ class Node:
                 found[name] = number
         return found
 
-    def holders(self) -> list[str]:
-        """Kernel names of the devices stacked on the disk or on a partition, such as "dm-0" or "md127"."""
-        found: set[str] = set()
-        for name in (self.name, *self.partitions()):
-            found.update(listing(f"{self.block_directory(name)}/holders"))
-        return sorted(found)
-
     def statistics(self) -> dict[str, int]:
-        """I/O counters since the kernel made the device (Documentation/block/stat.rst); {} where it is gone."""
+        """I/O counters since the kernel made the device (Documentation/block/stat.rst); {} if it is gone."""
         words = (read(f"{self.directory}/stat") or "").split()
         return {key: int(word) for key, word in zip(_STATISTICS, words, strict=False)}
 
@@ -194,7 +182,7 @@ class Node:
 
 
 def listing(path: str) -> list[str]:
-    """The entries of a directory in order, [] where there is none."""
+    """The entries of a directory in order, [] if there is none."""
     try:
         return sorted(os.listdir(path))
     except OSError as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Wait until udev has done with a device: its partitions known, its links made or gone.
+"""Wait until udev has finished with a device: its partitions known, its links made or gone.
 
 How it is known: an event with a token of ours is written into the device's `uevent` file
 (Documentation/ABI/testing/sysfs-uevent). The kernel sends it to udevd, which handles the events of a disk and its
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nbdd.kernel.sysfs import Node
 
 CONTROL = "/run/udev/control"
-"""There while udevd runs."""
+"""Exists while udevd runs."""
 
 NETLINK_KOBJECT_UEVENT = 15
 GROUP_UDEV = 2
@@ -46,14 +46,14 @@ _TOKEN = b"SYNTH_UUID="
 
 _RECEIVE = 65536
 _BUFFER = 4 * 1024 * 1024
-"""Bytes; while many devices come up at once everybody hears everybody's events."""
+"""Bytes; while many devices come up at once, each process that waits receives the events of all."""
 _LOOK = 0.25
 """Seconds after which a device that has gone meanwhile is looked for, and not waited for any longer."""
 _NODE_PAUSE = 0.02
 
 
 class Monitor:
-    """Hears the events that udevd has finished."""
+    """Receives the events that udevd has finished."""
 
     def __init__(self, sock: socket.socket | None = None) -> None:
         self._socket = sock if sock is not None else self._open()
@@ -64,7 +64,7 @@ class Monitor:
         try:
             sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_KOBJECT_UEVENT)
         except OSError as error:
-            raise KernelError(f"udev can't be listened to: {error.strerror}.", error.errno) from error
+            raise KernelError(f"udev's events can't be received: {error.strerror}.", error.errno) from error
         try:
             # Only root may go beyond the system's limit; anybody else gets what there is.
             sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, _BUFFER)
@@ -74,7 +74,7 @@ class Monitor:
             sock.bind((0, GROUP_UDEV))
         except OSError as error:
             sock.close()
-            raise KernelError(f"udev can't be listened to: {error.strerror}.", error.errno) from error
+            raise KernelError(f"udev's events can't be received: {error.strerror}.", error.errno) from error
         return sock
 
     def __enter__(self) -> Self:
@@ -86,7 +86,7 @@ class Monitor:
     def tokens(self, seconds: float) -> list[str]:
         """Tokens of synthetic events that udevd has finished, [] after `seconds`.
 
-        Sets `lost` where the kernel had to drop events; those that it kept are still read.
+        Sets `lost` if the kernel had to drop events; those that it kept are still read.
         """
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
@@ -100,7 +100,7 @@ class Monitor:
                 return found
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
-                    raise KernelError(f"udev can't be listened to: {error.strerror}.", error.errno) from error
+                    raise KernelError(f"udev's events can't be received: {error.strerror}.", error.errno) from error
                 self.lost = True
                 continue
             token = synthetic_token(data)
@@ -111,7 +111,7 @@ class Monitor:
 def synthetic_token(data: bytes) -> str | None:
     """The SYNTH_UUID in one message of libudev's monitor, or None.
 
-    Who sent it is not asked: a token is 122 random bits, and nobody who doesn't see udev's events can know one.
+    Who sent it is not asked: a token is 122 random bits, and only a program that sees udev's events can know one.
     """
     if len(data) < _HEADER.size:
         return None
@@ -138,8 +138,8 @@ def settle(
     A `new` disk's node is opened once first, since the kernel looks for partitions on the first open. That reads
     through the server and may hang for good: then TimedOut is raised after `seconds`, and DISCONNECT frees the
     thread that is left waiting. `nudge` is called after two seconds of that, and again and again while udev is waited
-    for: the place to end a device whose server is gone. Returns False where udev needs longer than `seconds`, True at
-    once where no udevd runs. Raises KernelError where the device is gone or we lack the rights.
+    for: it may end a device whose server is gone. Returns False if udev needs longer than `seconds`, True at once if no
+    udevd runs. Raises KernelError if the device is gone or this process lacks the rights.
     """
     end = time.monotonic() + seconds
     if new:
@@ -170,7 +170,7 @@ def _wait(
 ) -> set[str]:
     """Wait until the tokens in `pending` are back or their devices gone.
 
-    Returns the devices still to come: at `end`, and before it where events were lost and no more arrive.
+    Returns the devices still to come: at `end`, and before it if events were lost and no more arrive.
     """
     events.lost = False
     while pending:
@@ -189,14 +189,14 @@ def _wait(
 
 
 def trigger(node: Node, name: str, token: str, action: str) -> bool:
-    """Send `add` or `change` with `token` for the disk or a partition; False where it is gone."""
+    """Send `add` or `change` with `token` for the disk or a partition; False if it is gone."""
     try:
         with open(_uevent(node, name), "r+b", buffering=0) as file:
             file.write(f"{action} {token}".encode())
     except OSError as error:
         if error.errno in {errno.ENOENT, errno.ENODEV, errno.ENXIO}:
             return False
-        raise KernelError(f"udev can't be told about {name}: {error.strerror}.", error.errno) from error
+        raise KernelError(f"no event of {name} can be sent to udev: {error.strerror}.", error.errno) from error
     return True
 
 

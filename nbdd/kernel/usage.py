@@ -22,7 +22,7 @@ OPEN_SECONDS = 10.0
 """Opening a device whose partitions are known needs no I/O; longer than this it hangs."""
 _PAUSE = 0.05
 
-# udev's workers open each device they hear of for a moment. They own nothing on it.
+# udev's workers open each new or changed device for a moment. They own nothing on it.
 _PASSING = {"systemd-udevd", "(udev-worker)"}
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _DISK = re.compile(r"nbd\d+")
@@ -35,7 +35,7 @@ class Usage:
     def __init__(self, *, proc: str = "/proc", sysfs_root: str = SYSFS) -> None:
         self._proc = proc
         self._sysfs = sysfs_root
-        # Our own descriptors count as well, but for the one by which we look.
+        # Our own descriptors count as uses as well, except this one.
         self._claim: int | None = None
 
     def users(self, node: Node) -> list[str]:
@@ -76,7 +76,7 @@ class Usage:
         return os.access(f"{self._proc}/1/fd", os.R_OK)
 
     def written(self, node: Node) -> bool:
-        """Whether a program has the disk or a partition open for writing, as mkfs does. Who mounts it does not."""
+        """Whether a program has the disk or a partition open for writing, as mkfs does. A mount does not open it."""
         return any(
             int(line.removeprefix("flags:"), 8) & os.O_ACCMODE != os.O_RDONLY
             for _, fdinfo, _ in self._open_files(self._devices(node))
@@ -90,14 +90,14 @@ class Usage:
 
     @contextmanager
     def claim(self, node: Node, *, patience: float = 0.0, seconds: float = OPEN_SECONDS) -> Iterator[int]:
-        """Hold the device exclusively, so that nobody mounts, swaps or stacks on it meanwhile; yields a descriptor.
+        """Hold the device exclusively: nothing is mounted, swapped or stacked on it meanwhile; yields a descriptor.
 
         The kernel refuses the claim (EBUSY) while the disk or a partition is mounted, swapped on or held; a process
         that merely has it open is found by looking. Raises Busy with the names after `patience` seconds, and
-        TimedOut where the open hangs for `seconds`.
+        TimedOut if the open hangs for `seconds`.
 
-        The open does no I/O on a device whose partitions were scanned. Where they were not (`settle` never ran) it
-        would read them through the server, hence the bound.
+        The open does no I/O on a device whose partitions were scanned. If they were not (`settle` never ran), it
+        would read them through the server; therefore it is bounded.
         """
         end = time.monotonic() + patience
         while True:
@@ -112,7 +112,9 @@ class Usage:
                 if fd is not None:
                     os.close(fd)
             if time.monotonic() >= end:
-                raise Busy(f"{node.path} is in use: {'; '.join(users) or 'the kernel holds it for somebody'}.")
+                raise Busy(
+                    f"{node.path} is in use: {'; '.join(users) or 'another program has claimed it'}."
+                )
             # Closing a device raises no event that others can wait for.
             time.sleep(_PAUSE)
 
@@ -124,7 +126,7 @@ class Usage:
 
     @staticmethod
     def _open_exclusively(node: Node, seconds: float) -> int | None:
-        """A descriptor, or None where the kernel says that somebody has claimed it."""
+        """A descriptor, or None if the kernel says that it is claimed already."""
         try:
             return bounded(
                 # Read-only, or udev would look at the device again when it is closed.
@@ -260,7 +262,7 @@ class Usage:
 
     @staticmethod
     def _known(path: str, devices: dict[str, str], number_of: str | None = None) -> str | None:
-        """Which of our devices `path` is, by its number, or by its name where it can't be looked at."""
+        """Which of our devices `path` is, by its number, or by its name if it can't be looked at."""
         if not path.startswith("/"):
             return None
         if path in devices.values():

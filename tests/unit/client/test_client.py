@@ -478,8 +478,8 @@ def test_what_became_another_device_is_left_alone(kernel: Kernel) -> None:
     with Client("mine", device="/dev/nbd0") as client:
         client.adopt()
         kernel.write("pid", 78)
-        refused(lambda: client.set_timeout(3), "bound anew", error=NotAttached)
-        refused(lambda: client.set_size(2 * MIB), "bound anew", error=NotAttached)
+        refused(lambda: client.set_timeout(3), "bound again", error=NotAttached)
+        refused(lambda: client.set_size(2 * MIB), "bound again", error=NotAttached)
         assert client.device() == "/dev/nbd0"
         assert kernel.asked == []
 

@@ -37,19 +37,16 @@ def test_a_bound_device_tells_all_in_bytes(tmp_path: Path) -> None:
         "backend": "backup",
         "ro": "1",
         "diskseq": "17",
-        "inflight": "       2       3",
     }
     node = make(tmp_path, 1, **files, queue__logical_block_size="4096", queue__io_timeout="30000")
     assert (node.pid, node.size, node.backend, node.read_only) == (42, 1 << 20, "backup", True)
-    assert (node.diskseq, node.in_flight, node.block_size, node.io_timeout) == (17, 5, 4096, 30000)
+    assert (node.diskseq, node.block_size, node.io_timeout) == (17, 4096, 30000)
 
 
 def test_a_device_that_is_gone_answers_with_nothing(tmp_path: Path) -> None:
     node = Node(9, sysfs=str(tmp_path))
     assert not node.exists
-    assert (node.pid, node.size, node.backend, node.partitions(), node.holders(), node.statistics()) == (
-        None, 0, None, [], [], {},
-    )  # fmt: skip
+    assert (node.pid, node.size, node.backend, node.partitions(), node.statistics()) == (None, 0, None, [], {})
 
 
 def test_io_timeout_is_written_in_milliseconds(tmp_path: Path) -> None:
@@ -72,14 +69,6 @@ def test_partitions_come_by_number(tmp_path: Path) -> None:
     (tmp_path / "block" / "nbd0" / "nbd0stray").mkdir()
     assert node.partitions() == ["nbd0p1", "nbd0p2", "nbd0p10"]
     assert node.devices() == {"nbd0": "43:0", "nbd0p1": "43:1", "nbd0p2": "43:2", "nbd0p10": "43:10"}
-
-
-def test_holders_of_partitions_count(tmp_path: Path) -> None:
-    node = make(tmp_path, 0)
-    (tmp_path / "block" / "nbd0" / "holders").mkdir()
-    (tmp_path / "block" / "nbd0" / "holders" / "md127").touch()
-    (partition(tmp_path, 0, 1) / "holders" / "dm-0").touch()
-    assert node.holders() == ["dm-0", "md127"]
 
 
 def test_statistics_have_the_kernels_names_and_order(tmp_path: Path) -> None:
