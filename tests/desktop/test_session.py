@@ -30,7 +30,7 @@ def lines(picture: Picture) -> int:
     return sum(len(set(row)) > 1 for row in picture.rows)
 
 
-def test_a_disk_in_trouble_is_on_the_screen_until_it_is_well(session: Session) -> None:
+def test_screen_shows_a_disk_in_trouble_until_it_is_well(session: Session) -> None:
     empty = session.screen.picture()
     assert empty.colours == 1
     session.nbdd.change("photos", **lost())
@@ -47,14 +47,14 @@ def test_a_disk_in_trouble_is_on_the_screen_until_it_is_well(session: Session) -
     session.nbdd.remove("photos")
 
 
-def test_what_was_shown_goes_with_the_disk(session: Session) -> None:
+def test_screen_is_empty_when_the_disk_is_gone(session: Session) -> None:
     session.nbdd.change("photos", **lost())
     session.picture("Photos has lost its server")
     session.nbdd.remove("photos")
     session.screen.wait_until(lambda picture: picture.colours == 1)
 
 
-def test_a_press_on_the_button_detaches_and_a_disk_in_use_asks_again(session: Session) -> None:
+def test_button_detaches_and_a_disk_in_use_asks_again(session: Session) -> None:
     session.nbdd.errors["Detach"] = BUSY
     session.nbdd.change("photos", **lost())
     session.picture("Photos has lost its server")
@@ -69,14 +69,14 @@ def test_a_press_on_the_button_detaches_and_a_disk_in_use_asks_again(session: Se
     assert options["force"].value is True
 
 
-def test_a_dunst_that_died_is_followed_by_one_that_shows_the_same(session: Session) -> None:
+def test_dunst_that_died_is_followed_by_one_that_shows_the_same(session: Session) -> None:
     session.nbdd.change("photos", **lost())
     session.picture("Photos has lost its server")
     session.renew()
     session.picture("Photos has lost its server")
 
 
-def test_a_bad_link_is_a_sentence_on_the_screen(session: Session) -> None:
+def test_link_that_is_bad_is_a_sentence_on_the_screen(session: Session) -> None:
     assert session.click("nbd://eve:secret@storage.example/photos") == 1
     session.picture("The network disk can't be opened")
     assert "a password must not stand in a URI" in session.dunst.shown[-1].body

@@ -87,7 +87,7 @@ SHELLS = [pytest.param("bash", marks=needs("bash")), pytest.param("zsh", marks=n
 
 
 @pytest.mark.parametrize("shell", SHELLS, indirect=True)
-def test_tab_completes_commands_options_and_the_names_of_devices(shell: Shell) -> None:
+def test_completion_offers_commands_options_and_device_names(shell: Shell) -> None:
     # Each word is told from its beginning by what Tab puts behind it.
     for begun, whole in (("det", "detach "), ("bac", "backup "), ("--fo", "--force ")):
         shell.type(("nbdctl " if begun == "det" else "") + begun + "\t")
@@ -95,7 +95,7 @@ def test_tab_completes_commands_options_and_the_names_of_devices(shell: Shell) -
 
 
 @pytest.mark.parametrize("shell", SHELLS, indirect=True)
-def test_tab_completes_again_after_the_first_time(shell: Shell) -> None:
+def test_completion_works_again_after_the_first_time(shell: Shell) -> None:
     shell.type("nbdctl sta\t")
     shell.wait_for("status ")
     shell.type("bare\t")
@@ -114,14 +114,14 @@ def fish(line: str) -> dict[str, str]:
 
 @needs("fish")
 @pytest.mark.usefixtures("path")
-def test_fish_completes_with_descriptions() -> None:
+def test_completion_in_fish_has_descriptions() -> None:
     assert fish("nbdctl status b") == {"backup": "attached", "bare-metal": "detached"}
     assert fish("nbdctl status /dev/") == {"/dev/nbd0": "backup"}
     assert "--force" in fish("nbdctl detach --")
     assert {"status", "list"} <= fish("nbdctl ").keys()
 
 
-def test_each_shell_finds_its_file_in_the_package() -> None:
+def test_completion_files_are_where_each_shell_looks() -> None:
     project = tomllib.loads((TREE / "pyproject.toml").read_text())
     shared = project["tool"]["hatch"]["build"]["targets"]["wheel"]["shared-data"]
     # The places are those of bash-completion, and of Debian's zsh and fish.

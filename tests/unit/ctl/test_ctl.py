@@ -47,19 +47,19 @@ def options(fake: FakeManager, member: str) -> dict[str, tuple[str, Any]]:
     ("name", "label"),
     [("backup", "backup"), ("a-b.c", "a_2db_2ec"), ("1st", "_31st"), ("a_b", "a_5fb"), ("é", "_c3_a9"), ("", "_")],
 )
-def test_object_paths_are_escaped_as_systemd_does_it(name: str, label: str) -> None:
+def test_object_path_is_escaped_as_systemd_does_it(name: str, label: str) -> None:
     assert device_path(name) == "/org/nbdd1/device/" + label
 
 
 @given(st.text())
-def test_every_name_survives_the_way_into_a_path_and_back(name: str) -> None:
+def test_object_path_gives_back_every_name(name: str) -> None:
     assert device_name(device_path(name)) == name
 
 
 @pytest.mark.parametrize(
     "path", ["/org/nbdd1", "/org/nbdd1/device/a/b", "/org/nbdd1/device/a_zz", "/org/nbdd1/device/_ff"]
 )
-def test_a_path_that_is_no_device_has_no_name(path: str) -> None:
+def test_object_path_of_no_device_has_no_name(path: str) -> None:
     assert device_name(path) is None
 
 
@@ -68,21 +68,21 @@ def test_a_path_that_is_no_device_has_no_name(path: str) -> None:
     [("backup", False), ("a:b", False), ("nbd", False), ("nbd://h/x", True), ("nbd:x", True), ("http://h/", True),
      ("nbd+unix:///x?socket=/s", True), ("NBDS://h", True)],
 )  # fmt: skip
-def test_a_target_with_a_scheme_is_a_uri_and_a_lone_word_a_name(target: str, uri: bool) -> None:
+def test_target_with_a_scheme_is_a_uri_and_a_lone_word_a_name(target: str, uri: bool) -> None:
     assert is_uri(target) is uri
 
 
 # attach
 
 
-def test_attach_says_where_the_device_is(fake: FakeManager, run: Run) -> None:
+def test_attach_prints_the_node(fake: FakeManager, run: Run) -> None:
     assert run("attach", "backup") == (0, "backup is /dev/nbd0, 10 GiB, from nbd://storage.example/backup\n", "")
     call = fake.wait_for("Attach")
     assert call.body == ["backup", {}]
     assert call.flags == INTERACTIVE
 
 
-def test_attach_sends_only_the_options_that_were_given_each_with_its_type(fake: FakeManager, run: Run) -> None:
+def test_attach_sends_only_given_options_each_with_its_type(fake: FakeManager, run: Run) -> None:
     arguments = "--device /dev/nbd3 --read-only --connections 2 --timeout 0 --dead-timeout 9 --block-size 4096"
     assert run("attach", "backup", *arguments.split())[0] == 0
     assert options(fake, "Attach") == {
@@ -91,14 +91,14 @@ def test_attach_sends_only_the_options_that_were_given_each_with_its_type(fake: 
     }  # fmt: skip
 
 
-def test_attach_of_a_uri_prints_a_small_document(fake: FakeManager, run: Run) -> None:
+def test_attach_of_uri_prints_a_json_document(fake: FakeManager, run: Run) -> None:
     fake.devices["copy"] = PRESENT | {"Name": "copy", "ReadOnly": True}
     status, out, err = run("attach", "nbd://storage.example/backup", "--name", "copy", "--json")
     assert (status, json.loads(out), err) == (0, {"name": "copy", "node": "/dev/nbd0", "size": 10 << 30}, "")
     assert options(fake, "AttachURI") == {"name": ("s", "copy")}
 
 
-def test_attach_if_needed_is_content_with_a_device_that_is_attached(fake: FakeManager, run: Run) -> None:
+def test_attach_if_needed_accepts_attached_device(fake: FakeManager, run: Run) -> None:
     fake.errors["Attach"] = ("org.nbdd1.Error.AlreadyAttached", "backup is attached already.")
     assert run("attach", "backup") == (1, "", "nbdctl: backup is attached already.\n")
     assert run("attach", "--if-needed", "backup")[:2] == (
@@ -106,21 +106,21 @@ def test_attach_if_needed_is_content_with_a_device_that_is_attached(fake: FakeMa
     )  # fmt: skip
 
 
-def test_attach_if_needed_is_not_content_with_a_device_that_is_attached_otherwise(fake: FakeManager, run: Run) -> None:
+def test_attach_if_needed_refuses_device_attached_with_other_options(fake: FakeManager, run: Run) -> None:
     fake.errors["Attach"] = ("org.nbdd1.Error.AlreadyAttached", "backup is attached already.")
     code, _, told = run("attach", "--if-needed", "backup", "--read-only")
     assert code == 1
     assert "attached already, as /dev/nbd0, but not with --read-only" in told
 
 
-def test_attach_if_needed_of_a_uri_is_not_content_with_another_export_of_that_name(fake: FakeManager, run: Run) -> None:
+def test_attach_if_needed_of_uri_refuses_another_export_of_that_name(fake: FakeManager, run: Run) -> None:
     fake.errors["AttachURI"] = ("org.nbdd1.Error.AlreadyAttached", "backup is attached already.")
     assert run("attach", "--if-needed", "NBD://Storage.Example:10809/backup", "--name", "backup")[0] == 0
     assert run("attach", "--if-needed", "nbd://storage.example/other", "--name", "backup")[0] == 1
     assert run("attach", "--if-needed", "nbd://storage.example/backup", "--name", "other")[0] == 1
 
 
-def test_attach_with_wait_asks_again_for_a_server_that_can_not_be_had(fake: FakeManager, run: Run) -> None:
+def test_attach_with_wait_retries_an_unreachable_server(fake: FakeManager, run: Run) -> None:
     fake.errors["Attach"] = ("org.nbdd1.Error.ConnectFailed", "Connection refused.")
     assert run("attach", "--wait=1", "backup") == (1, "", "nbdctl: Connection refused.\n")
     assert len([call for call in fake.calls if call.member == "Attach"]) == 2
@@ -136,7 +136,7 @@ def test_attach_with_wait_asks_again_for_a_server_that_can_not_be_had(fake: Fake
     assert (process.returncode, out, err) == (0, "backup is /dev/nbd0, 10 GiB, from nbd://storage.example/backup\n", "")
 
 
-def test_interrupting_an_attach_says_that_the_service_goes_on(fake: FakeManager) -> None:
+def test_attach_interrupted_says_that_the_service_goes_on(fake: FakeManager) -> None:
     fake.held.add("Attach")
     with subprocess.Popen([*NBDCTL, "attach", "backup"], stdout=-1, stderr=-1, text=True) as process:
         fake.wait_for("Attach")
@@ -146,7 +146,7 @@ def test_interrupting_an_attach_says_that_the_service_goes_on(fake: FakeManager)
     assert err == "nbdctl: Stopped waiting; nbdd goes on attaching backup. To end that: nbdctl detach backup\n"
 
 
-def test_an_attach_that_takes_long_tells_on_a_terminal_what_it_waits_for(fake: FakeManager) -> None:
+def test_attach_that_takes_long_shows_progress_on_a_terminal(fake: FakeManager) -> None:
     fake.devices["backup"] = ABSENT | {"Name": "backup"}
     fake.held.add("Attach")
     with Terminal("attach", "backup") as terminal:
@@ -163,7 +163,7 @@ def test_an_attach_that_takes_long_tells_on_a_terminal_what_it_waits_for(fake: F
     assert all(len(line) < 80 for line in text.split("\r\x1b[K"))
 
 
-def test_an_attach_that_joins_another_tells_how_that_one_goes(fake: FakeManager) -> None:
+def test_attach_that_joins_another_shows_its_progress(fake: FakeManager) -> None:
     failure = ["org.nbdd1.Error.ConnectFailed", "no route"]
     fake.devices["backup"] = ABSENT | {"Name": "backup", "State": "connecting", "LastError": failure}
     fake.held.add("Attach")
@@ -172,7 +172,7 @@ def test_an_attach_that_joins_another_tells_how_that_one_goes(fake: FakeManager)
         assert "backup: connecting for " in terminal.text
 
 
-def test_an_attach_by_uri_learns_its_name_from_the_service(fake: FakeManager) -> None:
+def test_attach_by_uri_learns_its_name_from_the_service(fake: FakeManager) -> None:
     fake.devices.clear()
     fake.held.add("AttachURI")
     with Terminal("attach", "nbd://STORAGE.example/backup") as terminal:
@@ -195,7 +195,7 @@ def test_an_attach_by_uri_learns_its_name_from_the_service(fake: FakeManager) ->
         ({"URI": "nbd://storage.example/another"}, ""),
     ],
 )
-def test_an_export_that_is_writable_twice_is_attached_with_a_warning(
+def test_attach_of_export_that_is_writable_twice_warns(
     fake: FakeManager, run: Run, other: dict[str, Any], told: str
 ) -> None:
     fake.devices["other"] = PRESENT | {"Name": "other", "Node": "/dev/nbd7"} | other
@@ -207,26 +207,26 @@ def test_an_export_that_is_writable_twice_is_attached_with_a_warning(
 # detach, set-timeout, reload
 
 
-def test_detach_sends_what_was_asked_for(fake: FakeManager, run: Run) -> None:
+def test_detach_sends_its_options(fake: FakeManager, run: Run) -> None:
     assert run("detach", "backup", "--force", "--wait", "5") == (0, "backup is detached\n", "")
     assert fake.wait_for("Detach").body[0] == "backup"
     assert options(fake, "Detach") == {"force": ("b", True), "wait": ("u", 5)}
 
 
-def test_detach_if_needed_is_content_with_a_device_that_is_not_attached(fake: FakeManager, run: Run) -> None:
+def test_detach_if_needed_accepts_detached_device(fake: FakeManager, run: Run) -> None:
     fake.errors["Detach"] = ("org.nbdd1.Error.NotAttached", "backup is not attached.")
     assert run("detach", "backup") == (1, "", "nbdctl: backup is not attached.\n")
     assert run("detach", "--if-needed", "backup") == (0, "backup was not attached\n", "")
     assert json.loads(run("detach", "--if-needed", "--json", "backup")[1]) == {"name": "backup", "detached": False}
 
 
-def test_detach_if_needed_is_content_with_a_device_that_is_gone(fake: FakeManager, run: Run) -> None:
+def test_detach_if_needed_accepts_unknown_device(fake: FakeManager, run: Run) -> None:
     # A unit of nbdd-attach@ that is stopped after a reload took its definition away has nothing left to do.
     fake.errors["Detach"] = ("org.nbdd1.Error.NoSuchDevice", "No device is named backup.")
     assert run("detach", "--if-needed", "backup")[0] == 0
 
 
-def test_reconnect_and_resize_say_what_was_done(fake: FakeManager, run: Run) -> None:
+def test_reconnect_and_resize_print_what_was_done(fake: FakeManager, run: Run) -> None:
     assert run("reconnect", "backup") == (0, "backup is connected again\n", "")
     assert fake.wait_for("Reconnect").body == ["backup", {}]
     assert json.loads(run("reconnect", "backup", "--json")[1]) == {"name": "backup", "reconnected": True}
@@ -241,7 +241,7 @@ def test_set_timeout_sends_seconds(fake: FakeManager, run: Run) -> None:
     assert json.loads(run("set-timeout", "backup", "0", "--json")[1]) == {"name": "backup", "timeout": 0}
 
 
-def test_reload_tells_what_it_did(fake: FakeManager, run: Run) -> None:
+def test_reload_prints_what_it_did(fake: FakeManager, run: Run) -> None:
     fake.replies["Reload"] = ("asasas", [["d10", "d9"], [], ["old"]])
     assert run("reload") == (0, "added: d9, d10\nremoved: old\n", "")
     assert json.loads(run("reload", "--json")[1]) == {"added": ["d10", "d9"], "changed": [], "removed": ["old"]}
@@ -249,7 +249,7 @@ def test_reload_tells_what_it_did(fake: FakeManager, run: Run) -> None:
     assert run("reload")[1] == "Nothing changed.\n"
 
 
-def test_reload_of_bad_files_gives_each_fault_its_line(fake: FakeManager, run: Run) -> None:
+def test_reload_of_bad_files_prints_a_line_for_each_fault(fake: FakeManager, run: Run) -> None:
     fake.errors["Reload"] = ("org.nbdd1.Error.InvalidConfig", "a.yaml:1:2: one\nb.yaml:3:4: two")
     assert run("reload") == (1, "", "nbdctl: a.yaml:1:2: one\nnbdctl: b.yaml:3:4: two\nnbdctl: Nothing is changed.\n")
 
@@ -257,7 +257,7 @@ def test_reload_of_bad_files_gives_each_fault_its_line(fake: FakeManager, run: R
 # list, status, exports
 
 
-def test_list_is_a_table_in_the_order_a_person_expects(fake: FakeManager, run: Run) -> None:
+def test_list_is_a_table_in_natural_order(fake: FakeManager, run: Run) -> None:
     long = "nbd://[2001:db8::1]:10809/" + "x" * 200
     fake.devices["disk10"] = ABSENT | {"Name": "disk10", "URI": long}
     fake.devices["disk9"] = PRESENT | {
@@ -274,7 +274,7 @@ def test_list_is_a_table_in_the_order_a_person_expects(fake: FakeManager, run: R
     ]
 
 
-def test_list_on_a_terminal_has_colours_no_wrapped_line_and_the_reason_of_what_failed(fake: FakeManager) -> None:
+def test_list_on_a_terminal_has_colours_no_wrapped_line_and_reasons_of_failures(fake: FakeManager) -> None:
     fake.devices["bad"] = ABSENT | {
         "Name": "bad", "State": "failed", "LastError": ["org.nbdd1.Error.ConnectFailed", "storage.example refuses."],
     }  # fmt: skip
@@ -290,7 +290,7 @@ def test_list_on_a_terminal_has_colours_no_wrapped_line_and_the_reason_of_what_f
     assert all(len(line) <= 60 for line in text.splitlines())
 
 
-def test_list_of_nothing_prints_no_table_and_says_what_to_do(fake: FakeManager, run: Run) -> None:
+def test_list_without_devices_prints_no_table_and_says_what_to_do(fake: FakeManager, run: Run) -> None:
     fake.devices.clear()
     status, out, err = run("list")
     assert (status, out) == (0, "")
@@ -322,7 +322,7 @@ def test_list_as_json_has_keys_that_scripts_can_rely_on(fake: FakeManager, run: 
     assert found["last-error"] == {"name": "org.nbdd1.Error.TimedOut", "message": "slow"}
 
 
-def test_status_shows_everything_and_what_the_kernel_counted(fake: FakeManager, run: Run) -> None:
+def test_status_shows_every_property_and_the_counters(fake: FakeManager, run: Run) -> None:
     fake.replies["GetStatistics"] = ("a{st}", [{"reads": 3, "read-bytes": 3 << 20, "writes": 0, "flushes": 2}])
     fake.devices["backup"]["LastError"] = ["org.nbdd1.Error.TimedOut", "slow"]
     fake.devices["backup"]["URIs"] = ["nbd://storage.example/backup", "nbd://two.example/backup"]
@@ -340,7 +340,7 @@ def test_status_shows_everything_and_what_the_kernel_counted(fake: FakeManager, 
     assert found["statistics"] == {"reads": 3, "read-bytes": 3 << 20, "writes": 0, "flushes": 2}
 
 
-def test_status_of_a_detached_device_has_no_statistics(fake: FakeManager, run: Run) -> None:
+def test_status_of_detached_device_has_no_statistics(fake: FakeManager, run: Run) -> None:
     fake.devices["backup"] = ABSENT | {"Name": "backup"}
     fake.errors["GetStatistics"] = ("org.nbdd1.Error.NotAttached", "no")
     status, out, _ = run("status", "backup")
@@ -351,7 +351,7 @@ def test_status_of_a_detached_device_has_no_statistics(fake: FakeManager, run: R
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("name", ["nobody", "a b", "ü", "x" * 300, "a\nb\x1b[2J"])
-def test_status_of_a_name_that_is_nobodys_is_one_sentence(run: Run, name: str) -> None:
+def test_status_of_unknown_name_is_one_sentence(run: Run, name: str) -> None:
     status, out, err = run("status", name)
     assert (status, out) == (1, "")
     assert err.startswith("nbdctl: No device is named ")
@@ -359,7 +359,7 @@ def test_status_of_a_name_that_is_nobodys_is_one_sentence(run: Run, name: str) -
     assert "\x1b" not in err
 
 
-def test_exports_are_a_table_and_a_document(fake: FakeManager, run: Run) -> None:
+def test_exports_prints_a_table_or_a_document(fake: FakeManager, run: Run) -> None:
     fake.replies["ListExports"] = ("aa{sv}", [[
         {"name": Variant("s", ""), "description": Variant("s", ""), "size": Variant("t", 0), "flags": Variant("u", 3)},
         {"name": Variant("s", "data"), "description": Variant("s", "日本 disk"), "size": Variant("t", (1 << 40) - 1),
@@ -381,7 +381,7 @@ def test_exports_are_a_table_and_a_document(fake: FakeManager, run: Run) -> None
 EVIL = "a\x1b]0;title\x07\r\n\x9b31m\u202ez\x7f"
 
 
-def test_what_a_server_says_can_not_reach_the_terminal_raw(fake: FakeManager, run: Run) -> None:
+def test_output_of_hostile_server_text_is_escaped(fake: FakeManager, run: Run) -> None:
     fake.replies["ListExports"] = ("aa{sv}", [[
         {"name": Variant("s", EVIL), "description": Variant("s", EVIL), "size": Variant("t", 1),
          "flags": Variant("u", 1)},
@@ -399,9 +399,7 @@ def test_what_a_server_says_can_not_reach_the_terminal_raw(fake: FakeManager, ru
 
 
 @pytest.mark.parametrize("kind", [kind for kind in _classes(NbddError) if "dbus_name" in vars(kind)])
-def test_every_error_of_the_service_is_one_line_and_status_1(
-    fake: FakeManager, run: Run, kind: type[NbddError]
-) -> None:
+def test_error_of_the_service_is_one_line_and_status_1(fake: FakeManager, run: Run, kind: type[NbddError]) -> None:
     fake.errors["Attach"] = (kind.dbus_name, "Something went wrong\nwith backup.")
     status, out, err = run("attach", "backup")
     expected = "Something went wrong with backup."
@@ -422,14 +420,14 @@ def test_every_error_of_the_service_is_one_line_and_status_1(
         ("org.freedesktop.DBus.Error.Spawn.ChildExited", "could not be started (text)"),
     ],
 )
-def test_errors_that_are_not_of_nbdd_are_sentences_too(fake: FakeManager, run: Run, name: str, said: str) -> None:
+def test_error_that_is_not_of_nbdd_is_a_sentence_too(fake: FakeManager, run: Run, name: str, said: str) -> None:
     fake.errors["Attach"] = (name, "text.")
     status, out, err = run("attach", "backup")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert said in err
 
 
-def test_an_answer_of_another_version_is_a_sentence(fake: FakeManager, run: Run) -> None:
+def test_answer_of_another_version_is_a_sentence(fake: FakeManager, run: Run) -> None:
     fake.replies["Attach"] = ("s", ["x"])
     status, _, err = run("attach", "backup")
     assert status == 1
@@ -438,7 +436,7 @@ def test_an_answer_of_another_version_is_a_sentence(fake: FakeManager, run: Run)
 
 @pytest.mark.usefixtures("no_service")
 @pytest.mark.parametrize("command", ["list", "status backup", "attach backup", "exports nbd://h", "reload"])
-def test_without_the_service_every_command_says_where_to_look(run: Run, command: str) -> None:
+def test_command_without_the_service_says_where_to_look(run: Run, command: str) -> None:
     status, out, err = run(*command.split())
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "nbdd is not running" in err
@@ -446,7 +444,7 @@ def test_without_the_service_every_command_says_where_to_look(run: Run, command:
 
 
 @pytest.mark.parametrize("bus", ["unix:path=/nonexistent/bus", "nonsense", "unix:path=/dev/null", ""])
-def test_without_a_bus_it_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, bus: str) -> None:
+def test_command_without_a_bus_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, bus: str) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus)
     status, out, err = run("list")
     assert (status, out, err.count("\n")) == (1, "", 1)
@@ -454,7 +452,7 @@ def test_without_a_bus_it_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, bus
 
 
 @pytest.mark.parametrize("greeting", [b"", b"OK", b"REJECTED EXTERNAL\r\n", b"OK 1234deadbeef\r\n", b"\xff\xff\r\n"])
-def test_a_bus_that_hangs_up_at_once_is_a_sentence(
+def test_bus_that_hangs_up_at_once_is_a_sentence(
     run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, greeting: bytes
 ) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/bus")
@@ -477,7 +475,7 @@ def test_a_bus_that_hangs_up_at_once_is_a_sentence(
     assert err.startswith("nbdctl: The system bus can't be reached (")
 
 
-def test_a_service_that_dies_midway_is_a_sentence(fake: FakeManager, run: Run) -> None:
+def test_service_that_dies_midway_is_a_sentence(fake: FakeManager, run: Run) -> None:
     fake.held.add("Attach")
 
     def die() -> None:
@@ -494,7 +492,7 @@ def test_a_service_that_dies_midway_is_a_sentence(fake: FakeManager, run: Run) -
 
 
 @pytest.mark.parametrize("command", ["attach backup", "monitor"])
-def test_a_bus_that_dies_midway_is_a_sentence(tmp_path: Path, command: str) -> None:
+def test_bus_that_dies_midway_is_a_sentence(tmp_path: Path, command: str) -> None:
     with private_bus(tmp_path) as (address, daemon), FakeManager(address) as fake:
         fake.held.add("Attach")
         # On a terminal, where attach listens to events as well.
@@ -512,20 +510,17 @@ def test_a_bus_that_dies_midway_is_a_sentence(tmp_path: Path, command: str) -> N
     assert "Traceback" not in text
 
 
-def test_a_call_to_a_bus_that_is_gone_does_not_wait_for_ever(
+async def test_call_to_a_bus_that_is_gone_does_not_wait_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def calls(daemon: subprocess.Popen[str]) -> None:
+    with private_bus(tmp_path) as (address, daemon):
+        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
         async with asyncio.timeout(DEADLINE), Client() as client:
             daemon.kill()
             daemon.wait()
             for _ in range(2):  # one that finds it out, and one that comes later
                 with pytest.raises(NbddError, match="connection to the system bus was lost"):
                     await client.devices()
-
-    with private_bus(tmp_path) as (address, daemon):
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        asyncio.run(calls(daemon))
     gc.collect()
     assert caplog.records == []
 
@@ -538,7 +533,7 @@ def test_a_call_to_a_bus_that_is_gone_does_not_wait_for_ever(
      ["set-timeout", "a", "-1"], ["set-timeout", "a", "1.5"], ["detach", "a", "--wait", "\u0663"], ["list", "--yaml"],
      ["detach", "a", "--wait", ""], ["attach", "\udcff"], ["status", "\udcff"], ["exports", "nbd://h/\udcff"]],
 )  # fmt: skip
-def test_wrong_usage_is_status_2_and_asks_nobody(
+def test_usage_error_is_status_2_and_calls_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent")
@@ -547,7 +542,7 @@ def test_wrong_usage_is_status_2_and_asks_nobody(
     assert err.startswith("Usage: nbdctl")
 
 
-def test_arguments_that_are_not_utf_8_are_wrong_usage() -> None:
+def test_arguments_that_are_not_utf_8_are_usage_errors() -> None:
     done = subprocess.run([*NBDCTL, "status", b"\xff\xfe"], capture_output=True, check=False)
     assert done.returncode == 2
     assert b"not valid UTF-8" in done.stderr
@@ -557,7 +552,7 @@ def test_arguments_that_are_not_utf_8_are_wrong_usage() -> None:
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_reader_that_left_ends_it_silently() -> None:
+def test_output_to_a_closed_pipe_ends_silently() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*NBDCTL, "list"], stdout=writer, stderr=-1, check=False)
@@ -567,7 +562,7 @@ def test_a_reader_that_left_ends_it_silently() -> None:
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_files_are_no_reason_to_fail(closed: str) -> None:
+def test_output_to_closed_files_does_not_fail(closed: str) -> None:
     command = f"{sys.executable} -m nbdd.ctl attach backup {closed}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
     expected = b"" if closed != "2>&-" else b"backup is /dev/nbd0, 10 GiB, from nbd://storage.example/backup\n"
@@ -575,13 +570,13 @@ def test_closed_files_are_no_reason_to_fail(closed: str) -> None:
 
 
 @pytest.mark.usefixtures("fake")
-def test_a_full_disk_is_a_sentence() -> None:
+def test_output_to_a_full_disk_is_a_sentence() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run([*NBDCTL, "list"], stdout=full, stderr=-1, check=False)
     assert (done.returncode, done.stderr) == (1, b"nbdctl: The output can't be written: No space left on device.\n")
 
 
-def test_a_stderr_that_is_full_leaves_the_status(fake: FakeManager) -> None:
+def test_stderr_that_is_full_leaves_the_status(fake: FakeManager) -> None:
     fake.devices.clear()
     with Path("/dev/full").open("w") as full:
         assert subprocess.run([*NBDCTL, "frobnicate"], stderr=full, check=False).returncode == 2
@@ -590,13 +585,13 @@ def test_a_stderr_that_is_full_leaves_the_status(fake: FakeManager) -> None:
         assert subprocess.run([*NBDCTL, "list"], stderr=full, check=False, env=environment).returncode == 1
 
 
-def test_what_libraries_log_is_not_shown() -> None:
+def test_logs_of_libraries_are_not_shown() -> None:
     code = "import logging, nbdd.ctl.__main__ as m; m.main(['--version']); logging.error('noise')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_terminal_without_unicode_gets_escapes(fake: FakeManager) -> None:
+def test_output_to_a_terminal_without_unicode_is_escaped(fake: FakeManager) -> None:
     fake.devices["backup"]["URI"] = "nbd://h/ü"
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([*NBDCTL, "list"], capture_output=True, check=True, env=environment)
@@ -653,7 +648,7 @@ def test_monitor_sees_the_service_come_and_does_not_start_it(address: str, no_se
     assert "nbdd started" in terminal.text
 
 
-def test_monitor_believes_nobody_but_the_service(address: str, fake: FakeManager) -> None:
+def test_monitor_ignores_signals_of_strangers(address: str, fake: FakeManager) -> None:
     with Watching() as terminal, FakeManager(address) as liar:  # the name is taken, so this one only waits for it
         liar.devices["backup"] = dict(PRESENT)
         for connection in liar.connections():
@@ -681,7 +676,7 @@ def complete(line: str) -> list[str]:
     return [row.partition(",")[2] for row in done.stdout.splitlines() if row]
 
 
-def test_the_shell_completes_names_that_make_sense(fake: FakeManager) -> None:
+def test_completion_offers_names_that_make_sense(fake: FakeManager) -> None:
     fake.devices["bare"] = ABSENT | {"Name": "bare"}
     assert complete("nbdctl status b") == ["backup", "bare"]
     assert complete("nbdctl attach b") == ["bare"]
@@ -690,7 +685,7 @@ def test_the_shell_completes_names_that_make_sense(fake: FakeManager) -> None:
 
 
 @pytest.mark.usefixtures("no_service")
-def test_the_shell_completes_nothing_silently_without_the_service() -> None:
+def test_completion_without_the_service_is_empty_and_silent() -> None:
     assert complete("nbdctl status b") == []
 
 
@@ -701,7 +696,7 @@ def test_help_and_usage_need_no_bus_library() -> None:
     assert "NAME|URI" in done.stdout
 
 
-def test_only_the_bus_package_knows_the_bus_library() -> None:
+def test_bus_library_is_imported_by_the_bus_package_only() -> None:
     for module in Path(show.__file__).parent.glob("*.py"):
         assert "import dbus_next" not in module.read_text()
         assert "from dbus_next" not in module.read_text()
@@ -715,7 +710,7 @@ def test_version_is_one_line(run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", ["", *cli.commands])
-def test_every_command_has_help_and_json(run: Run, command: str) -> None:
+def test_command_has_help_and_json(run: Run, command: str) -> None:
     status, out, _ = run(*command.split(), "--help")
     assert status == 0
     assert ("--json" in out) == bool(command)
@@ -729,7 +724,7 @@ def test_every_command_has_help_and_json(run: Run, command: str) -> None:
     [(0, "0 B"), (1, "1 B"), (1023, "1023 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (10 << 30, "10 GiB"),
      ((10 << 30) + 512, "10.0 GiB"), ((1 << 40) - 1, "1.0 TiB"), (1 << 63, "8 EiB"), ((1 << 64) - 1, "16.0 EiB")],
 )  # fmt: skip
-def test_sizes_are_in_binary_units(count: int, text: str) -> None:
+def test_size_is_in_binary_units(count: int, text: str) -> None:
     assert size(count) == text
 
 
@@ -737,16 +732,16 @@ def test_sizes_are_in_binary_units(count: int, text: str) -> None:
     ("seconds", "text"),
     [(0, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "119 min"), (9000, "2 h 30 min"), (90000, "1 d 1 h")],
 )
-def test_durations_read_well(seconds: int, text: str) -> None:
+def test_duration_reads_well(seconds: int, text: str) -> None:
     assert duration(seconds) == text
 
 
 @given(st.text(), st.integers(min_value=1, max_value=40))
-def test_what_is_cut_fits(text: str, columns: int) -> None:
+def test_fit_text_is_within_its_columns(text: str, columns: int) -> None:
     assert show.width(show.fit(printable(text), columns)) <= columns
 
 
-def test_json_knows_every_property_of_the_reference() -> None:
+def test_json_has_every_property_of_the_reference() -> None:
     assert set(_FIELDS) == set(properties("org.nbdd1.Device"))
 
 

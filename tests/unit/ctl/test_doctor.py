@@ -58,7 +58,7 @@ def machine(tmp_path: Path) -> Machine:
 # The kernel
 
 
-def test_a_driver_that_is_not_loaded_is_told_from_one_that_is_not_there(machine: Machine) -> None:
+def test_kernel_module_not_loaded_differs_from_not_there(machine: Machine) -> None:
     assert told(checks.kernel_module(machine.root, "6.1"), FAULT, "modprobe nbd")
     machine.file("lib/modules/6.1/modules.dep", "kernel/drivers/block/loop.ko:\n")
     assert told(checks.kernel_module(machine.root, "6.1"), FAULT, "this kernel (6.1) has no NBD driver")
@@ -68,7 +68,7 @@ def test_a_driver_that_is_not_loaded_is_told_from_one_that_is_not_there(machine:
     assert checks.kernel_module(machine.root, "6.1").verdict is OK
 
 
-def test_the_family_is_not_asked_for_while_that_could_load_the_driver(
+def test_netlink_family_is_not_asked_while_that_could_load_the_driver(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -86,7 +86,7 @@ def test_the_family_is_not_asked_for_while_that_could_load_the_driver(
     assert asked
 
 
-def test_a_device_without_its_node_is_a_fault(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_nodes_missing_are_a_fault(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("nbd0", "nbd1", "sda"):
         (machine.path / "sys/block" / name).mkdir(parents=True)
     machine.file("sys/block/nbd0/pid", "12\n")
@@ -114,21 +114,21 @@ def test_a_device_without_its_node_is_a_fault(machine: Machine, monkeypatch: pyt
         ("", FAULT, "systemd does not run"),
     ],
 )
-def test_what_systemd_says_of_the_unit_becomes_what_to_do(shown: str, verdict: Verdict, says: str) -> None:
+def test_systemd_unit_state_becomes_what_to_do(shown: str, verdict: Verdict, says: str) -> None:
     assert told(checks.systemd_unit(lambda: shown), verdict, says)
 
 
 @pytest.mark.parametrize(
     "problem", [FileNotFoundError(2, "No such file"), subprocess.TimeoutExpired("systemctl", 5), OSError("no\nbus")]
 )
-def test_a_machine_without_systemd_gets_a_warning(problem: Exception) -> None:
+def test_systemd_unit_without_systemd_is_a_warning(problem: Exception) -> None:
     def show() -> str:
         raise problem
 
     assert told(checks.systemd_unit(show), WARNING, "systemd can't be asked")
 
 
-def test_the_rules_of_udev_are_looked_for_where_udev_looks(machine: Machine) -> None:
+def test_udev_rules_are_looked_for_where_udev_looks(machine: Machine) -> None:
     assert told(checks.udev_rules(machine.root), FAULT, "not installed")
     rules = machine.file("usr/lib/udev/rules.d/60-nbdd.rules")
     assert told(checks.udev_rules(machine.root), FAULT, "udevd does not run")
@@ -143,7 +143,7 @@ def test_the_rules_of_udev_are_looked_for_where_udev_looks(machine: Machine) -> 
     assert checks.udev_rules(machine.root).verdict is FAULT
 
 
-def test_polkit_is_there_or_can_be_started_or_only_root_may_do_things(machine: Machine) -> None:
+def test_polkit_is_there_or_can_be_started_or_only_root_may_act(machine: Machine) -> None:
     assert told(checks.polkit([], [], machine.root), WARNING, "only root", "install polkitd")
     assert told(checks.polkit([], [checks.POLKIT], machine.root), WARNING, "actions are not installed")
     machine.file("usr/share/polkit-1/actions/org.nbdd1.policy")
@@ -151,7 +151,7 @@ def test_polkit_is_there_or_can_be_started_or_only_root_may_do_things(machine: M
     assert checks.polkit([checks.POLKIT], [], machine.root).verdict is OK
 
 
-def test_users_are_told_what_they_may_do() -> None:
+def test_permissions_say_what_the_user_may_do() -> None:
     assert told(checks.permissions(0), OK, "root may do everything")
     assert told(checks.permissions(1000), OK, "polkit asks")
 
@@ -163,7 +163,7 @@ def device(**properties: object) -> Device:
     return Device.of(PRESENT | {"Name": "backup"} | properties)
 
 
-def test_a_device_that_is_well_is_not_mentioned() -> None:
+def test_states_omit_a_device_without_trouble() -> None:
     assert not list(checks.states([device(), Device.of(ABSENT), device(State="connecting")]))
 
 
@@ -177,14 +177,14 @@ def test_a_device_that_is_well_is_not_mentioned() -> None:
         ({"State": "connecting", "Node": ""}, WARNING, "connecting: gone"),
     ],
 )
-def test_a_device_that_is_not_well_is_told_with_its_last_error(
+def test_states_of_a_device_in_trouble_have_its_last_error(
     properties: dict[str, object], verdict: Verdict, says: str
 ) -> None:
     [finding] = checks.states([device(**properties, LastError=["x.Y", "gone."])])
     assert told(finding, verdict, says)
 
 
-def test_an_attached_device_without_its_link_is_a_fault(machine: Machine) -> None:
+def test_links_of_attached_device_missing_are_a_fault(machine: Machine) -> None:
     [finding] = checks.links([device()], machine.root)
     assert told(finding, FAULT, "by-nbd/backup does not lead to /dev/nbd0")
     link = machine.path / "dev/disk/by-nbd/backup"
@@ -196,7 +196,7 @@ def test_an_attached_device_without_its_link_is_a_fault(machine: Machine) -> Non
 # The configuration and the servers
 
 
-def test_each_fault_of_the_configuration_is_a_line(machine: Machine) -> None:
+def test_configuration_faults_are_a_line_each(machine: Machine) -> None:
     machine.file("nbdd.yaml", "devices:\n  a:\n    uri: nbd://h/\n    tiemout: 3\n  b: {}\n")
     found, findings = checks.configuration(machine.path)
     assert found is None
@@ -204,7 +204,7 @@ def test_each_fault_of_the_configuration_is_a_line(machine: Machine) -> None:
     assert told(findings[0], FAULT, "nbdd.yaml:4:5: device 'a'", "did you mean timeout?")
 
 
-def test_a_configuration_that_others_can_change_is_a_warning(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_that_others_can_change_is_a_warning(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     path = machine.file("nbdd.yaml", "devices:\n  a:\n    uri: nbd://h/\n")
     machine.path.chmod(0o755)
     path.chmod(0o644)
@@ -220,7 +220,7 @@ def test_a_configuration_that_others_can_change_is_a_warning(machine: Machine, m
     assert told(checks.configuration(machine.path)[1][-1], WARNING, "belongs to user 1000", "chown root:")
 
 
-def test_what_only_root_may_read_is_told_as_that(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration_that_only_root_may_read_is_a_warning(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_path: object) -> list[str]:
         raise PermissionError(13, "Permission denied")
 
@@ -230,13 +230,13 @@ def test_what_only_root_may_read_is_told_as_that(machine: Machine, monkeypatch: 
     assert told(finding, WARNING, "only root can see")
 
 
-def test_a_server_that_has_the_export_is_told_with_its_size_and_not_opened() -> None:
+def test_server_with_the_export_is_ok_with_its_size_and_not_opened() -> None:
     with Server(offers({b"disk": 5 * MIB})) as server:
         assert told(checks.server("x", server.uri("disk")), OK, "has it, 5 MiB")
         assert told(checks.server("x", server.uri("other")), FAULT, "no export called 'other'")
 
 
-def test_an_old_server_is_asked_for_its_list() -> None:
+def test_server_of_old_style_is_asked_for_its_list() -> None:
     def serve(conn: socket.socket) -> None:
         conn.sendall(greeting())
         receive(conn, 4)
@@ -251,25 +251,25 @@ def test_an_old_server_is_asked_for_its_list() -> None:
         assert told(checks.server("x", server.uri("other")), FAULT, "too old to describe")
 
 
-def test_what_is_no_nbd_server_is_a_fault() -> None:
+def test_server_that_is_no_nbd_server_is_a_fault() -> None:
     with Server(says_and_closes(b"SSH-2.0-OpenSSH_9.2 Debian and so on\r\n")) as server:
         assert checks.server("x", server.uri("disk")).verdict is FAULT
 
 
-def test_a_server_that_says_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_is_silent_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SERVER_SECONDS", 0.2)
     with Server(lambda conn: (conn.recv(1), None)[1]) as server:
         assert told(checks.server("x", server.uri("disk")), FAULT, "within 0.2 s")
 
 
-def test_a_server_that_is_not_there_is_a_fault() -> None:
+def test_server_that_is_not_there_is_a_fault() -> None:
     with Server(lambda _conn: None) as server:
         uri = server.uri("disk")
     assert told(checks.server("x", uri), FAULT, "connection refused")
     assert told(checks.server("x", URI.parse("nbd+unix:///?socket=/nonexistent/s")), FAULT, "Can't connect")
 
 
-def test_a_socket_that_belongs_to_another_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_socket_of_another_user_is_not_called_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda _path, _mode: False)
     with Server(offers({b"": MIB}), socket.AF_UNIX) as server:
         assert told(checks.server("x", server.uri()), WARNING, "only root, or its owner, may connect")
@@ -299,7 +299,7 @@ def configured(directory: Path, **uris: URI) -> None:
     (directory / "nbdd.yaml").write_text(text)
 
 
-def test_a_sound_machine_has_no_fault_and_status_0(fake: FakeManager, sound: Path, run: Run) -> None:
+def test_doctor_of_a_sound_machine_has_no_fault_and_status_0(fake: FakeManager, sound: Path, run: Run) -> None:
     fake.replies["Get"] = ("v", [Variant("s", __version__)])
     with Server(offers({b"disk": MIB})) as server:
         configured(sound, backup=server.uri("unused"), other=server.uri("disk"))
@@ -313,7 +313,7 @@ def test_a_sound_machine_has_no_fault_and_status_0(fake: FakeManager, sound: Pat
     assert {call.flags for call in fake.calls} == {MessageFlag.NO_AUTOSTART}
 
 
-def test_a_fault_is_status_1_and_a_document(fake: FakeManager, sound: Path, run: Run) -> None:
+def test_doctor_with_a_fault_is_status_1_and_a_document(fake: FakeManager, sound: Path, run: Run) -> None:
     fake.replies["Get"] = ("v", [Variant("s", "0.0.1")])
     with Server(offers({b"disk": MIB})) as server:
         configured(sound, a=server.uri("none"), b=server.uri("disk"))
@@ -328,7 +328,7 @@ def test_a_fault_is_status_1_and_a_document(fake: FakeManager, sound: Path, run:
     assert "systemctl restart nbdd" in by_subject["nbdd"]["text"]
 
 
-def test_with_a_faulty_configuration_the_servers_that_nbdd_knows_are_still_asked(
+def test_doctor_with_a_faulty_configuration_still_asks_the_servers_that_nbdd_knows(
     fake: FakeManager, sound: Path, run: Run
 ) -> None:
     (sound / "nbdd.yaml").write_text("devices: 5\n")
@@ -341,20 +341,20 @@ def test_with_a_faulty_configuration_the_servers_that_nbdd_knows_are_still_asked
 
 
 @pytest.mark.usefixtures("no_service", "sound")
-def test_it_starts_no_service(run: Run) -> None:
+def test_doctor_starts_no_service(run: Run) -> None:
     status, out, _ = run("doctor")
     assert (status, lines(out)["nbdd"], lines(out)["activation"]) == (0, "warning", "warning")
 
 
 @pytest.mark.usefixtures("sound")
-def test_without_a_bus_the_rest_is_still_looked_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_without_a_bus_still_checks_the_rest(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/nonexistent/bus")
     status, out, err = run("doctor")
     assert (status, err) == (1, "")
     assert (lines(out)["system bus"], lines(out)["configuration"]) == ("fault", "ok")
 
 
-def test_a_service_that_does_not_answer_is_a_fault(
+def test_doctor_calls_a_service_that_does_not_answer_a_fault(
     fake: FakeManager, sound: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.held.add("Get")
@@ -366,7 +366,7 @@ def test_a_service_that_does_not_answer_is_a_fault(
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_every_user_may_run_it() -> None:
+def test_doctor_may_be_run_by_every_user() -> None:
     # Loaded while still root: another user may not be able to read the interpreter's own files.
     code = (
         "import os, sys, nbdd.bus.caller.client, nbdd.config.loader, jsonschema, json; from nbdd.ctl import checks;"

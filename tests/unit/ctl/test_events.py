@@ -32,7 +32,7 @@ class Told:
         return self.formatter.format(Event(Kind.CHANGED, "backup", changes)).removeprefix("backup: ")
 
 
-def test_a_server_that_goes_and_comes_back_is_a_story_in_two_sentences() -> None:
+def test_events_of_a_server_that_goes_and_comes_back_are_two_sentences() -> None:
     told = Told()
     clock = time.strftime("%H:%M:%S", time.localtime(AT / 1e6))
     assert told.change(State="reconnecting", LiveConnections=0, LastError=LOST, FailsAt=AT) == (
@@ -43,12 +43,12 @@ def test_a_server_that_goes_and_comes_back_is_a_story_in_two_sentences() -> None
     )
 
 
-def test_an_attempt_that_fails_while_the_server_is_away_is_told_with_its_reason() -> None:
+def test_event_of_a_failed_attempt_has_its_reason() -> None:
     told = Told(State="reconnecting", LiveConnections=0)
     assert told.change(LastError=REFUSED) == "can't connect to one.example:10809: Connection refused; trying again"
 
 
-def test_a_server_that_stays_away_ends_in_failing_io_and_may_still_come_back() -> None:
+def test_events_of_a_server_that_stays_away_end_in_failing_io_and_its_return() -> None:
     told = Told()
     told.change(State="reconnecting", LiveConnections=0, LastError=LOST)
     assert told.change(300, State="failed", LastError=["x.y", "No server came back within 300 s."]) == (
@@ -57,14 +57,14 @@ def test_a_server_that_stays_away_ends_in_failing_io_and_may_still_come_back() -
     assert told.change(300, State="attached", LiveConnections=1) == "attached again after 10 min"
 
 
-def test_io_that_waits_for_a_server_with_something_else_is_not_called_failing() -> None:
+def test_event_of_io_that_waits_for_a_changed_export_does_not_say_failing() -> None:
     later = (int(time.time()) + 100) * 1_000_000
     told = Told().change(State="failed", LiveConnections=0, LastError=["x.y", "It has other data."], FailsAt=later)
     clock = time.strftime("%H:%M:%S", time.localtime(later / 1e6))
     assert told == f"it has other data; I/O waits until {clock}"
 
 
-def test_an_attach_is_told_from_its_beginning_to_its_end() -> None:
+def test_events_of_an_attach_go_from_its_beginning_to_its_end() -> None:
     told = Told(**ABSENT | {"Name": "backup"})
     assert told.change(State="connecting") == "connecting to nbd://storage.example/backup"
     assert told.change(LastError=REFUSED) == "can't connect to one.example:10809: Connection refused; trying again"
@@ -73,21 +73,21 @@ def test_an_attach_is_told_from_its_beginning_to_its_end() -> None:
                        AttachedSince=AT) == "attached as /dev/nbd3, 10 GiB, after 1.2 s"  # fmt: skip
 
 
-def test_an_attach_that_fails_says_why_and_that_it_is_over() -> None:
+def test_event_of_a_failed_attach_says_why_and_that_it_is_over() -> None:
     told = Told(**ABSENT | {"Name": "backup", "State": "connecting"})
     assert told.change(State="failed", LastError=REFUSED) == (
         "can't connect to one.example:10809: Connection refused; not attached, given up"
     )
 
 
-def test_an_attach_that_a_detach_ends_is_no_detach() -> None:
+def test_event_of_an_attach_that_a_detach_ends_is_no_detach() -> None:
     assert (
         Told(**ABSENT | {"Name": "backup", "State": "connecting"}).change(State="detached")
         == "the attach was cancelled"
     )
 
 
-def test_a_detach_is_told_and_one_that_is_refused_too() -> None:
+def test_event_of_a_detach_and_of_a_refused_one() -> None:
     told = Told()
     assert told.change(State="detaching") == "detaching"
     assert told.change(State="attached") == "not detached; it stays attached as /dev/nbd0"
@@ -95,7 +95,7 @@ def test_a_detach_is_told_and_one_that_is_refused_too() -> None:
     assert told.change(State="detached", Node="", Size=0) == "detached"
 
 
-def test_one_link_of_several_is_told_as_one() -> None:
+def test_event_of_one_lost_connection_of_several_counts_the_rest() -> None:
     told = Told(Connections=4, LiveConnections=4)
     assert told.change(State="degraded", LiveConnections=3, LastError=LOST) == (
         "a connection to nbd://one.example/ ended: the server closed it; 3 of 4 connections left; mending"
@@ -104,7 +104,7 @@ def test_one_link_of_several_is_told_as_one() -> None:
     assert told.change(1, State="attached", LiveConnections=4) == "all 4 connections are back after 2.0 s"
 
 
-def test_links_that_come_back_one_by_one_are_told_so() -> None:
+def test_events_of_connections_that_come_back_one_by_one() -> None:
     told = Told(Connections=2, LiveConnections=2)
     exchanged = told.change(State="reconnecting", LiveConnections=0)
     assert exchanged == "replacing all connections; reconnecting"
@@ -112,12 +112,12 @@ def test_links_that_come_back_one_by_one_are_told_so() -> None:
     assert told.change(1, State="attached", LiveConnections=2) == "all 2 connections are back after 2.0 s"
 
 
-def test_a_device_without_links_that_a_new_nbdd_takes_up_is_not_called_exchanged() -> None:
+def test_event_of_an_adopted_device_without_connections_does_not_say_replaced() -> None:
     told = Told(State="connecting", LiveConnections=0)
     assert told.change(State="reconnecting") == "reconnecting"
 
 
-def test_a_device_that_a_new_nbdd_takes_up_is_not_called_new() -> None:
+def test_event_of_an_adopted_device_does_not_say_new() -> None:
     told = Told()
     assert told.formatter.format(Event(Kind.STOPPED)).startswith("nbdd stopped; attached devices stay attached")
     assert told.formatter.format(Event(Kind.STARTED)) == "nbdd started"
@@ -129,14 +129,14 @@ def test_a_device_that_a_new_nbdd_takes_up_is_not_called_new() -> None:
     assert told.change(State="attached") == "adopted as /dev/nbd0"
 
 
-def test_a_device_that_was_not_heard_of_is_not_said_to_be_back() -> None:
+def test_event_of_an_unknown_device_does_not_say_back() -> None:
     assert (
         EventFormatter().format(Event(Kind.CHANGED, "new", {"State": "attached", "Node": "/dev/nbd1"}))
         == "new: attached"
     )
 
 
-def test_a_worker_that_is_replaced_is_told() -> None:
+def test_event_of_a_replaced_worker() -> None:
     assert Told().change(WorkerPID=4712) == "a new worker runs, PID 4712"
 
 
@@ -157,11 +157,11 @@ def test_a_worker_that_is_replaced_is_told() -> None:
         ({"Size": None}, ""),
     ],
 )
-def test_what_changes_beside_the_state_is_a_sentence_or_nothing(changes: dict[str, Any], sentence: str) -> None:
+def test_event_of_a_property_is_a_sentence_or_nothing(changes: dict[str, Any], sentence: str) -> None:
     assert Told().change(**changes) == sentence
 
 
-def test_a_device_comes_and_goes() -> None:
+def test_events_of_a_device_that_comes_and_goes() -> None:
     formatter = EventFormatter()
     made = ABSENT | {"Name": "copy", "Configured": False, "State": "connecting"}
     assert formatter.format(Event(Kind.ADDED, "copy", made)) == (
@@ -175,7 +175,7 @@ STATES = st.sampled_from(["detached", "connecting", "attached", "degraded", "rec
 
 
 @given(st.lists(st.tuples(STATES, st.text(max_size=9), st.integers(0, 9), st.booleans()), max_size=12))
-def test_no_order_of_events_upsets_it(events: list[tuple[str, str, int, bool]]) -> None:
+def test_events_in_any_order_give_printable_lines(events: list[tuple[str, str, int, bool]]) -> None:
     formatter = EventFormatter()
     for state, text, number, added in events:
         changes = {"State": state, "LastError": [text, text], "LiveConnections": number, "Node": text, "URI": text}

@@ -45,7 +45,7 @@ def imported(run: Run, tab: Path, text: str) -> dict[str, Definition]:
     return dict(load(tab.parent).devices)
 
 
-def test_the_example_of_the_manual_becomes_definitions(run: Run, tab: Path) -> None:
+def test_import_of_the_example_of_the_manual_gives_definitions(run: Run, tab: Path) -> None:
     found = imported(run, tab, MANUAL)
     assert {name: str(each.uri[0]) for name, each in found.items()} == {
         "nbd0": "nbd://nbdserver.example.com/swapexport",
@@ -71,12 +71,12 @@ def test_the_example_of_the_manual_becomes_definitions(run: Run, tab: Path) -> N
         ("nbd0 h a\u00a0b\r", "nbd://h/a%C2%A0b"),
     ],
 )
-def test_host_port_and_export_become_a_uri(run: Run, tab: Path, line: str, uri: str) -> None:
+def test_import_makes_a_uri_of_host_port_and_export(run: Run, tab: Path, line: str, uri: str) -> None:
     [found] = imported(run, tab, line).values()
     assert str(found.uri[0]) == uri
 
 
-def test_numbers_keep_their_meaning(run: Run, tab: Path) -> None:
+def test_import_keeps_the_meaning_of_numbers(run: Run, tab: Path) -> None:
     [found] = imported(run, tab, "nbd7 h x bs=4096,timeout=30,dead-timeout=60,conns=4\n").values()
     assert (found.device, found.block_size, found.timeout, found.dead_timeout, found.connections) == (
         7,
@@ -105,7 +105,7 @@ def test_numbers_keep_their_meaning(run: Run, tab: Path) -> None:
         ("timeout=soon", "it is no number"),
     ],
 )
-def test_an_option_without_a_meaning_becomes_a_comment_with_the_reason(
+def test_import_makes_a_comment_with_the_reason_of_an_option_without_a_meaning(
     run: Run, tab: Path, option: str, reason: str
 ) -> None:
     assert len(imported(run, tab, f"nbd0 h x {option}\n")) == 1
@@ -114,13 +114,13 @@ def test_an_option_without_a_meaning_becomes_a_comment_with_the_reason(
     assert reason in comment
 
 
-def test_of_two_lines_for_a_device_the_first_counts_as_it_does_for_nbd_client(run: Run, tab: Path) -> None:
+def test_import_takes_the_first_of_two_lines_as_nbd_client_does(run: Run, tab: Path) -> None:
     found = imported(run, tab, "nbd0 h first\nnbd0 h second\n/dev/nbd0 h third certfile=/x\n")
     assert [str(each.uri[0]) for each in found.values()] == ["nbd://h/first"]
 
 
 @pytest.mark.parametrize("option", ["tls", "certfile=/a", "keyfile=/a", "cacertfile=/a", "tlshostname=h", "preinit"])
-def test_a_device_that_nbdd_can_not_have_becomes_a_comment_and_status_1(run: Run, tab: Path, option: str) -> None:
+def test_import_of_device_that_nbdd_can_not_have_is_a_comment_and_status_1(run: Run, tab: Path, option: str) -> None:
     tab.write_text(f"nbd0 h secret {option}\nnbd1 h data\n")
     status, out, err = run("import", str(tab))
     assert status == 1
@@ -147,7 +147,7 @@ def test_a_device_that_nbdd_can_not_have_becomes_a_comment_and_status_1(run: Run
         ("nbd0 s x unix", "must be absolute"),
     ],
 )
-def test_a_line_that_can_not_be_read_is_told_with_file_and_line(run: Run, tab: Path, line: str, problem: str) -> None:
+def test_import_names_file_and_line_of_what_it_can_not_read(run: Run, tab: Path, line: str, problem: str) -> None:
     tab.write_text(f"# one\n\n{line}\nnbd9 h x\nnbd9\n")
     status, out, err = run("import", str(tab))
     assert (status, out) == (1, "")
@@ -157,22 +157,22 @@ def test_a_line_that_can_not_be_read_is_told_with_file_and_line(run: Run, tab: P
     assert second.startswith(f"nbdctl: {tab}:5: a line has 3 or 4 fields")
 
 
-def test_a_file_that_can_not_be_read_is_a_sentence(run: Run, tab: Path) -> None:
+def test_import_of_unreadable_file_is_a_sentence(run: Run, tab: Path) -> None:
     assert run("import", str(tab)) == (1, "", f"nbdctl: {tab} can't be read: No such file or directory.\n")
     tab.write_bytes(b"\nnbd0 h \xff\n")
     assert run("import", str(tab)) == (1, "", f"nbdctl: {tab}:2: it is not valid UTF-8.\n")
 
 
-def test_an_empty_file_gives_no_devices(run: Run, tab: Path) -> None:
+def test_import_of_empty_file_gives_no_devices(run: Run, tab: Path) -> None:
     assert imported(run, tab, "# nothing\n") == {}
 
 
-def test_standard_input_is_a_dash() -> None:
+def test_import_of_a_dash_reads_standard_input() -> None:
     done = subprocess.run([*NBDCTL, "import", "-"], input=MANUAL, capture_output=True, text=True, check=True)
     assert "  nbd1:\n" in done.stdout
 
 
-def test_as_json_it_is_a_document(run: Run, tab: Path) -> None:
+def test_import_as_json_is_a_document(run: Run, tab: Path) -> None:
     tab.write_text("nbd0 h x persist,bs=512\nnbd1 h y tls\n")
     status, out, _ = run("import", "--json", str(tab))
     first, second = json.loads(out)["devices"]
@@ -188,7 +188,7 @@ WORDS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=12) | st.sa
 
 
 @given(st.lists(st.lists(WORDS, max_size=5), max_size=5))
-def test_whatever_stands_in_the_file_the_result_is_one_that_nbdd_takes(
+def test_import_of_any_file_gives_what_nbdd_takes(
     tmp_path_factory: pytest.TempPathFactory, lines: list[list[str]]
 ) -> None:
     text = "\n".join(" ".join(words) for words in lines)

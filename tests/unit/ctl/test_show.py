@@ -34,11 +34,11 @@ def photos(fake: FakeManager, monkeypatch: pytest.MonkeyPatch) -> FakeManager:
     [("nbd5", 5), ("/dev/nbd5", 5), ("/dev/nbd5p2", 5), ("nbd0", 0), ("nbd", None), ("nbd05", None), ("backup", None),
      ("/dev/sda", None), ("nbd5\n", None), ("/dev/nbd", None), ("nbd999999", None)],
 )  # fmt: skip
-def test_a_node_is_told_from_a_name(target: str, index: int | None) -> None:
+def test_target_node_differs_from_a_name(target: str, index: int | None) -> None:
     assert find.index_of(target) == index
 
 
-def test_a_link_is_followed_to_its_node(tmp_path: Path) -> None:
+def test_target_link_is_followed_to_its_node(tmp_path: Path) -> None:
     link = tmp_path / "photos"
     link.symlink_to("/dev/nbd5")
     assert find.index_of(str(link)) == 5
@@ -59,7 +59,7 @@ BY_NODE = ["nbd5", "/dev/nbd5p1", "nbd://one.example/photos", "NBD://One.Example
     ("command", "member"),
     [("detach", "Detach"), ("reconnect", "Reconnect"), ("resize", "Resize"), ("set-timeout", "SetTimeout")],
 )
-def test_whatever_is_done_to_a_device_it_is_told_by_name_node_or_uri(
+def test_target_of_each_command_is_a_name_node_or_uri(
     photos: FakeManager, run: Run, command: str, member: str, target: str
 ) -> None:
     status, out, err = run(command, target, *(["5"] if command == "set-timeout" else []))
@@ -77,7 +77,7 @@ def test_whatever_is_done_to_a_device_it_is_told_by_name_node_or_uri(
         ("nbd://one.example/none", "No device has nbd://one.example/none; `nbdctl list` shows the servers of all."),
     ],
 )
-def test_what_is_no_device_is_told_in_its_own_words(run: Run, command: str, target: str, told: str) -> None:
+def test_target_that_is_no_device_is_refused_with_its_reason(run: Run, command: str, target: str, told: str) -> None:
     status, out, err = run(command, target)
     assert (status, out) == (1, "")
     assert err.startswith(f"nbdctl: {told}")
@@ -85,7 +85,7 @@ def test_what_is_no_device_is_told_in_its_own_words(run: Run, command: str, targ
         assert run(command, target, "--if-needed")[:2] == (0, f"{target} was not attached\n")
 
 
-def test_a_uri_that_several_have_is_not_guessed_at_and_one_that_is_not_attached_does_not_count(
+def test_target_uri_of_several_devices_is_not_guessed_at_and_detached_ones_do_not_count(
     photos: FakeManager, run: Run
 ) -> None:
     uri = photos.devices["photos"]["URI"]
@@ -96,16 +96,14 @@ def test_a_uri_that_several_have_is_not_guessed_at_and_one_that_is_not_attached_
     assert (status, err) == (1, f"nbdctl: Several devices have {uri}: copy, photos; say which by its name.\n")
 
 
-def test_a_device_that_is_named_like_a_node_is_found_by_its_name_and_the_node_by_its_path(
-    photos: FakeManager, run: Run
-) -> None:
+def test_target_named_like_a_node_is_found_by_its_name_and_the_node_by_its_path(photos: FakeManager, run: Run) -> None:
     photos.devices["nbd5"] = ABSENT | {"Name": "nbd5"}
     assert json.loads(run("status", "nbd5", "--json")[1])["name"] == "nbd5"
     assert json.loads(run("status", "/dev/nbd5", "--json")[1])["name"] == "photos"
 
 
 @pytest.mark.usefixtures("photos")
-def test_a_node_that_nobody_has_and_one_that_another_program_has_are_told_apart(
+def test_target_node_that_is_free_differs_from_one_of_another_program(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run("status", "/dev/nbd77") == (
@@ -119,7 +117,7 @@ def test_a_node_that_nobody_has_and_one_that_another_program_has_are_told_apart(
 
 
 @pytest.mark.usefixtures("photos")
-def test_status_names_who_uses_the_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_names_what_uses_the_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Usage, "sees_all", lambda _self: True)
     lines = run("status", "photos")[1].splitlines()
     first = next(number for number, line in enumerate(lines) if "Used by" in line)
@@ -140,7 +138,7 @@ def test_status_says_what_its_caller_may_not_see(run: Run, monkeypatch: pytest.M
 
 
 @pytest.mark.usefixtures("photos")
-def test_who_detaches_by_force_is_told_what_is_mounted_still(run: Run) -> None:
+def test_detach_by_force_says_what_is_mounted_still(run: Run) -> None:
     status, out, err = run("detach", "--force", "photos")
     assert (status, out) == (0, "photos is detached\n")
     assert err.splitlines() == [
@@ -157,7 +155,7 @@ def test_status_of_a_device_without_a_node_has_no_users(photos: FakeManager, run
 
 
 @pytest.mark.usefixtures("photos")
-def test_list_tells_what_each_device_is_used_for(run: Run) -> None:
+def test_list_shows_what_each_device_is_used_for(run: Run) -> None:
     lines = run("list")[1].splitlines()
     last = lines[0].index("USE")
     assert [line[last:] for line in lines] == ["USE", "-", "mounted on /srv/photos, used as swap"]
@@ -174,7 +172,7 @@ HEAD = ("NAME", "NODE", "STATE", "SIZE", "MODE", "CONNS", "SERVER", "USE")
 
 
 @pytest.mark.parametrize("columns", [50, 60, 80, 100, 132, 200])
-def test_a_table_fits_its_terminal(columns: int) -> None:
+def test_table_fits_its_terminal(columns: int) -> None:
     look = show.Look(width=columns, terminal=True)
     flexible, spare = ("NAME", "SERVER", "USE"), ("CONNS", "MODE", "SIZE")
     text = show.table(HEAD, ROWS, look, right=("SIZE",), flexible=flexible, spare=spare)
@@ -188,7 +186,7 @@ def test_a_table_fits_its_terminal(columns: int) -> None:
 @pytest.mark.parametrize(
     "text", ["nbd://storage.example/photos", "nbd://storage.example/\u5199\u771f\u5199\u771f", "x"]
 )
-def test_of_a_server_that_is_cut_both_ends_are_seen(text: str, columns: int) -> None:
+def test_table_shows_both_ends_of_a_server_that_is_cut(text: str, columns: int) -> None:
     cut = show.squeeze(text, columns)
     assert show.width(cut) <= columns
     assert (cut == text) == (show.width(text) <= columns)
@@ -197,7 +195,7 @@ def test_of_a_server_that_is_cut_both_ends_are_seen(text: str, columns: int) -> 
         assert cut.endswith(text[-4:])
 
 
-def test_a_table_that_is_no_terminals_is_cut_nowhere() -> None:
+def test_table_without_a_terminal_is_not_cut() -> None:
     text = show.table(HEAD, ROWS, show.Look(), flexible=("NAME", "SERVER", "USE"), spare=("CONNS", "MODE", "SIZE"))
     for row in ROWS:
         assert all(cell in text for cell in row)
@@ -216,11 +214,11 @@ def heavy(*arguments: str) -> set[str]:
 @pytest.mark.parametrize(
     ("arguments", "needed"), [(["list"], {"asyncio", "dbus_next"}), (["--help"], set()), (["attach", "--help"], set())]
 )
-def test_a_command_loads_no_library_that_it_does_not_need(arguments: Sequence[str], needed: set[str]) -> None:
+def test_command_loads_no_library_that_it_does_not_need(arguments: Sequence[str], needed: set[str]) -> None:
     assert heavy(*arguments) == needed
 
 
-def test_list_looks_at_the_machine_once_however_many_devices_there_are(
+def test_list_reads_the_machine_once_for_any_number_of_devices(
     fake: FakeManager, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[int] = []

@@ -29,7 +29,7 @@ def later(**more: int) -> dict[str, int]:
     return {key: count + more.get(key.replace("-", "_"), 0) for key, count in COUNTS.items()}
 
 
-def test_rates_are_for_a_second_and_latencies_for_a_request() -> None:
+def test_rates_are_per_second_and_latencies_per_request() -> None:
     now = later(
         reads=400, read_bytes=8_000_000, read_time=200, writes=2, written_bytes=8192, write_time=10, io_time=1000
     )
@@ -39,20 +39,20 @@ def test_rates_are_for_a_second_and_latencies_for_a_request() -> None:
     )  # fmt: skip
 
 
-def test_without_requests_there_is_no_latency() -> None:
+def test_rates_without_requests_have_no_latency() -> None:
     rates = between(Sample(1.0, COUNTS), Sample(2.0, COUNTS))
     assert rates is not None
     assert (rates.read_latency, rates.write_latency, rates.reads, rates.busy) == (None, None, 0, 0)
 
 
-def test_an_nbdd_that_tells_no_times_costs_only_the_latency() -> None:
+def test_rates_of_an_nbdd_without_times_lack_only_the_latency() -> None:
     old = {key: value for key, value in COUNTS.items() if not key.endswith("-time")}
     rates = between(Sample(1.0, old), Sample(2.0, old | {"reads": 200}))
     assert rates is not None
     assert (rates.reads, rates.read_latency) == (100, None)
 
 
-def test_a_device_that_was_attached_anew_begins_anew() -> None:
+def test_rates_begin_again_with_a_new_attach() -> None:
     assert between(Sample(1.0, COUNTS), Sample(2.0, dict.fromkeys(COUNTS, 0))) is None
     assert between(None, Sample(2.0, COUNTS)) is None
 
@@ -117,7 +117,7 @@ async def test_sampler_waits_for_a_restart_of_nbdd_but_not_for_ever() -> None:
         await sampler.sample()
 
 
-def test_without_a_terminal_it_is_a_table_for_each_look(fake: FakeManager, run: Run) -> None:
+def test_top_without_a_terminal_prints_a_table_for_each_update(fake: FakeManager, run: Run) -> None:
     fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
     status, out, err = run("top", "-n", "2", "-d", "0.1")
     assert (status, err) == (0, "")
@@ -131,7 +131,7 @@ def test_without_a_terminal_it_is_a_table_for_each_look(fake: FakeManager, run: 
         assert row.split() == ["backup", "/dev/nbd0", "attached", "1/1", "0.0", "0.0", "0", "0", "-", "-", "3", "0%"]
 
 
-def test_as_json_it_is_an_object_a_line(fake: FakeManager, run: Run) -> None:
+def test_top_as_json_prints_an_object_per_line(fake: FakeManager, run: Run) -> None:
     fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
     status, out, _ = run("top", "--json", "-n", "1", "-d", "0.1")
     [device] = json.loads(out)["devices"]
@@ -144,7 +144,7 @@ def test_as_json_it_is_an_object_a_line(fake: FakeManager, run: Run) -> None:
 
 
 @pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_on_a_terminal_it_fits_and_ends_with_ctrl_c(fake: FakeManager, environment: dict[str, str]) -> None:
+def test_top_on_a_terminal_fits_and_ends_with_ctrl_c(fake: FakeManager, environment: dict[str, str]) -> None:
     fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
     fake.devices["evil[red]"] = PRESENT | {"Name": "evil[red]", "State": "reconnecting"}
     with Terminal("top", "-d", "0.1", **environment) as terminal:
@@ -161,7 +161,7 @@ def test_on_a_terminal_it_fits_and_ends_with_ctrl_c(fake: FakeManager, environme
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_however_it_is_ended_the_terminal_is_as_it_was(fake: FakeManager, number: signal.Signals) -> None:
+def test_top_restores_the_terminal_however_it_ends(fake: FakeManager, number: signal.Signals) -> None:
     fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
     with Terminal("top", "-d", "0.1") as terminal:
         terminal.wait_for("w_await")
@@ -170,25 +170,25 @@ def test_however_it_is_ended_the_terminal_is_as_it_was(fake: FakeManager, number
     assert (status, text.rpartition("\x1b[?1049")[2][:1], "Traceback" in text) == (128 + number, "l", False)
 
 
-def test_a_frame_tells_that_nothing_is_attached() -> None:
+def test_frame_says_that_nothing_is_attached() -> None:
     assert Frame(1.0).sum() == "nothing is attached, reading 0.0 MB/s, writing 0.0 MB/s"
     assert list(Frame(1.0).cells()) == []
     assert len(HEAD) == len(set(HEAD))
 
 
 @pytest.mark.parametrize("arguments", ["-d 0", "-d soon", "-d inf", "-d nan", "-n 0", "-n -1", "-d 3601"])
-def test_a_delay_or_a_count_that_makes_no_sense_is_wrong_usage(run: Run, arguments: str) -> None:
+def test_top_with_a_senseless_delay_or_count_is_a_usage_error(run: Run, arguments: str) -> None:
     assert run("top", *arguments.split())[0] == 2
 
 
 @pytest.mark.usefixtures("no_service")
-def test_it_starts_no_service(run: Run) -> None:
+def test_top_starts_no_service(run: Run) -> None:
     status, out, err = run("top", "-n", "1")
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert "nbdd is not running" in err
 
 
-def test_rich_is_loaded_for_its_screen_only(fake: FakeManager) -> None:
+def test_top_loads_rich_for_its_screen_only(fake: FakeManager) -> None:
     fake.replies["GetStatistics"] = ("a{st}", [COUNTS])
     command = [sys.executable, "-X", "importtime", *NBDCTL[1:], "top", "-n", "1", "-d", "0.1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -56,16 +56,16 @@ def kind(device: Device, *, was_bound: bool = True) -> NoticeKind | None:
         (replace(PHOTOS, state="connecting", node=""), NoticeKind.GONE),
     ],
 )
-def test_what_is_said_is_what_is_so(device: Device, expected: NoticeKind | None) -> None:
+def test_verdict_follows_the_properties(device: Device, expected: NoticeKind | None) -> None:
     assert kind(device) == expected
 
 
-def test_an_attach_that_failed_is_told_to_whoever_asked_and_to_nobody_else() -> None:
+def test_verdict_of_a_failed_attach_is_no_notice() -> None:
     assert kind(replace(PHOTOS, state="failed", node=""), was_bound=False) is None
 
 
 @pytest.mark.parametrize(("state", "node"), [("connecting", "/dev/nbd0"), ("detaching", "/dev/nbd0"), ("unknown", "")])
-def test_while_it_is_open_what_becomes_of_a_device_what_was_said_stands(state: str, node: str) -> None:
+def test_verdict_while_the_device_changes_is_undecided(state: str, node: str) -> None:
     assert not verdict(replace(PHOTOS, state=state, node=node)).decided
 
 
@@ -73,7 +73,7 @@ def test_while_it_is_open_what_becomes_of_a_device_what_was_said_stands(state: s
     ("device", "after"),
     [(lost(1), GRACE - 1), (lost(100), 300 - WARNING - 100), (lost(9, dead_timeout=20), 1), (lost(299), None)],
 )
-def test_the_next_look_is_when_the_clock_changes_something(device: Device, after: float | None) -> None:
+def test_verdict_names_the_time_when_the_clock_changes_it(device: Device, after: float | None) -> None:
     look_at = verdict(device).look_at
     assert look_at == (None if after is None else pytest.approx(NOW + after, abs=0.01))
     if look_at is not None:
@@ -81,7 +81,7 @@ def test_the_next_look_is_when_the_clock_changes_something(device: Device, after
         assert changed.notice != verdict(device).notice
 
 
-def test_a_service_that_does_not_tell_when_it_fails_is_no_reason_to_be_silent() -> None:
+def test_verdict_without_fails_at_is_still_lost() -> None:
     assert judge(PHOTOS, now=NOW + GRACE - 0.1, lost_since=NOW, was_bound=True) == Verdict(look_at=NOW + GRACE)
     found = judge(PHOTOS, now=NOW + GRACE, lost_since=NOW, was_bound=True).notice
     assert found is not None
@@ -89,7 +89,7 @@ def test_a_service_that_does_not_tell_when_it_fails_is_no_reason_to_be_silent() 
     assert " until " not in found.notification.body
 
 
-def test_the_end_of_the_waiting_is_told_as_a_time_of_day() -> None:
+def test_notice_gives_the_end_of_the_waiting_as_a_time_of_day() -> None:
     device = lost(200)
     found = verdict(device).notice
     assert found is not None
@@ -109,7 +109,7 @@ def test_the_end_of_the_waiting_is_told_as_a_time_of_day() -> None:
         (replace(PHOTOS, state="connecting", node=""), Urgency.CRITICAL, []),
     ],
 )
-def test_urgency_and_actions_are_those_that_help(device: Device, urgency: Urgency, actions: list[str]) -> None:
+def test_notice_has_the_urgency_and_actions_that_help(device: Device, urgency: Urgency, actions: list[str]) -> None:
     found = verdict(device).notice
     assert found is not None
     shown = found.notification
@@ -118,7 +118,7 @@ def test_urgency_and_actions_are_those_that_help(device: Device, urgency: Urgenc
     assert shown.body.endswith(".")
 
 
-def test_that_nothing_was_lost_is_said_only_where_that_is_so() -> None:
+def test_notice_says_nothing_was_lost_only_if_that_is_so() -> None:
     attached = replace(PHOTOS, state="attached")
     assert "nothing was lost" in notice.back(attached, NoticeKind.LOST).notification.body
     assert "nothing was lost" in notice.back(attached, NoticeKind.FAILING).notification.body
@@ -127,7 +127,7 @@ def test_that_nothing_was_lost_is_said_only_where_that_is_so() -> None:
     assert not notice.back(attached, NoticeKind.LOST).notification.lasting
 
 
-def test_a_disk_whose_server_has_something_else_now_waits_first_and_fails_later() -> None:
+def test_notice_of_a_changed_export_waits_first_and_fails_later() -> None:
     device = replace(lost(100), state="failed")
     waiting = verdict(device)
     assert waiting.notice is not None
@@ -138,7 +138,7 @@ def test_a_disk_whose_server_has_something_else_now_waits_first_and_fails_later(
     assert failing.notice.notification.body.startswith("Reading and writing fails until the server is back.")
 
 
-def test_an_error_that_a_server_wrote_is_one_short_line_without_tricks() -> None:
+def test_notice_shows_an_error_of_a_server_as_one_short_printable_line() -> None:
     failure = Failure("org.nbdd1.Error.NegotiationFailed", "no\n\x1b[2J" + "\u202eevil " * 100)
     found = verdict(replace(PHOTOS, state="failed", last_error=failure)).notice
     assert found is not None
@@ -148,7 +148,7 @@ def test_an_error_that_a_server_wrote_is_one_short_line_without_tricks() -> None
     assert body.endswith("…")
 
 
-def test_a_refusal_offers_what_is_left() -> None:
+def test_notice_of_a_refusal_offers_what_is_left() -> None:
     busy = notice.refused(PHOTOS, notice.DETACH, "'photos' is in use: it is mounted at /mnt.", in_use=True).notification
     assert busy.actions == (("detach-anyway", "Detach anyway"),)
     assert "loses what was not written" in busy.body

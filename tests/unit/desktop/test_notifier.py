@@ -101,7 +101,7 @@ def running(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> It
         yield program
 
 
-def test_a_lost_server_is_told_and_its_return_in_the_same_place(
+def test_notifier_shows_a_lost_server_and_its_return_in_the_same_place(
     running: Notifier, nbdd: FakeManager, shower: FakeShower
 ) -> None:
     nbdd.change("photos", **lost())
@@ -115,7 +115,7 @@ def test_a_lost_server_is_told_and_its_return_in_the_same_place(
     assert running.end()[0] == 0
 
 
-def test_a_blip_is_not_told(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_does_not_show_a_blip(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
     nbdd.add("other", PHOTOS | {"DisplayName": "Other"})
     nbdd.change("photos", **lost(299.9))
     nbdd.change("photos", **BACK)
@@ -125,9 +125,7 @@ def test_a_blip_is_not_told(running: Notifier, nbdd: FakeManager, shower: FakeSh
     assert shower.history.summaries == ["Other has lost its server"]
 
 
-def test_the_clock_alone_brings_the_word_that_it_is_about_to_fail(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
-) -> None:
+def test_notifier_shows_failing_by_the_clock_alone(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
     nbdd.change("photos", **lost(61.5))
     first = shower.wait_for_summary("has lost")
     then = shower.wait_for_summary("Photos is about to fail")
@@ -139,7 +137,7 @@ def test_the_clock_alone_brings_the_word_that_it_is_about_to_fail(
     assert running.process.poll() is None
 
 
-def test_a_loss_is_told_when_it_has_lasted(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_shows_a_loss_when_it_has_lasted(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
     before = time.monotonic()
     nbdd.change("photos", **lost(296.5))  # 3.5 s of 5 are over
     shower.wait_for_summary("has lost")
@@ -147,7 +145,7 @@ def test_a_loss_is_told_when_it_has_lasted(running: Notifier, nbdd: FakeManager,
     assert running.process.poll() is None
 
 
-def test_a_device_without_the_key_desktop_is_told_of_only_where_everything_is(
+def test_notifier_shows_a_device_without_the_key_desktop_only_with_all(
     buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower
 ) -> None:
     nbdd.devices["server"] = PRESENT | {"Name": "server"} | lost()
@@ -160,7 +158,7 @@ def test_a_device_without_the_key_desktop_is_told_of_only_where_everything_is(
         shower.wait_for_summary("server has lost")
 
 
-def test_what_is_no_longer_true_is_closed(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_closes_what_is_no_longer_true(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
     nbdd.change("photos", **lost())
     shower.wait_for_summary("has lost")
     nbdd.change("photos", State="detaching")
@@ -173,7 +171,7 @@ def test_what_is_no_longer_true_is_closed(running: Notifier, nbdd: FakeManager, 
     assert running.process.poll() is None
 
 
-def test_what_the_person_closed_stays_closed_until_it_is_worse(
+def test_notifier_keeps_closed_what_the_user_closed_until_it_is_worse(
     running: Notifier, nbdd: FakeManager, shower: FakeShower
 ) -> None:
     nbdd.change("photos", **lost())
@@ -187,7 +185,7 @@ def test_what_the_person_closed_stays_closed_until_it_is_worse(
     assert running.process.poll() is None
 
 
-def test_a_restart_of_nbdd_changes_nothing_that_is_shown_and_what_is_new_is_told(
+def test_notifier_keeps_what_is_shown_over_a_restart_of_nbdd_and_shows_what_is_new(
     buses: tuple[str, str], shower: FakeShower
 ) -> None:
     with contextlib.ExitStack() as stack:
@@ -208,7 +206,7 @@ def test_a_restart_of_nbdd_changes_nothing_that_is_shown_and_what_is_new_is_told
         assert running.process.poll() is None
 
 
-def test_nbdd_is_never_started(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_never_starts_nbdd(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> None:
     nbdd.devices["photos"] |= lost()
     with notifier(buses) as program:
         shower.wait_for_summary("has lost")
@@ -216,7 +214,7 @@ def test_nbdd_is_never_started(buses: tuple[str, str], nbdd: FakeManager, shower
     assert {call.flags for call in nbdd.calls} == {NO_AUTOSTART}
 
 
-def test_it_waits_for_an_nbdd_that_does_not_run(buses: tuple[str, str], shower: FakeShower) -> None:
+def test_notifier_waits_for_an_nbdd_that_does_not_run(buses: tuple[str, str], shower: FakeShower) -> None:
     with notifier(buses) as program:
         with FakeManager(buses[0]) as nbdd:
             nbdd.devices["photos"] = PHOTOS | {"Name": "photos"} | lost()
@@ -224,9 +222,7 @@ def test_it_waits_for_an_nbdd_that_does_not_run(buses: tuple[str, str], shower: 
         assert program.process.poll() is None
 
 
-def test_whoever_shows_notifications_may_be_replaced_and_is_told_what_is_true_then(
-    buses: tuple[str, str], nbdd: FakeManager
-) -> None:
+def test_notification_server_that_is_new_gets_what_is_true_then(buses: tuple[str, str], nbdd: FakeManager) -> None:
     nbdd.devices["music"] = PHOTOS | {"Name": "music", "DisplayName": "Music"} | lost()
     nbdd.devices["films"] = PHOTOS | {"Name": "films", "DisplayName": "Films"} | lost()
     nbdd.devices["photos"] |= lost()
@@ -245,7 +241,9 @@ def test_whoever_shows_notifications_may_be_replaced_and_is_told_what_is_true_th
         assert program.end()[0] == 0
 
 
-def test_what_nobody_showed_is_shown_when_somebody_does(buses: tuple[str, str], nbdd: FakeManager) -> None:
+def test_notification_server_that_comes_later_gets_what_was_not_shown(
+    buses: tuple[str, str], nbdd: FakeManager
+) -> None:
     nbdd.devices["photos"] |= lost()
     with notifier(buses) as program:
         assert program.process.stderr is not None
@@ -254,7 +252,7 @@ def test_what_nobody_showed_is_shown_when_somebody_does(buses: tuple[str, str], 
             shower.wait_for_summary("Photos has lost")
 
 
-def test_a_shower_that_the_bus_starts_for_a_notification_shows_it_once(
+def test_notification_server_that_the_bus_starts_shows_it_once(
     buses: tuple[str, str], nbdd: FakeManager, tmp_path: Path
 ) -> None:
     with private_bus(tmp_path) as (session, _):
@@ -277,7 +275,9 @@ def wait_for_line(path: Path, line: str) -> None:
         time.sleep(0.02)
 
 
-def test_a_shower_that_refuses_is_no_end(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notification_server_that_refuses_does_not_end_the_notifier(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
     shower.errors["Notify"] = ("org.freedesktop.DBus.Error.LimitsExceeded", "Too many")
     nbdd.change("photos", **lost())
     shower.wait_for("Notify")
@@ -288,7 +288,7 @@ def test_a_shower_that_refuses_is_no_end(running: Notifier, nbdd: FakeManager, s
     shower.wait_for_summary("has failed")
 
 
-def test_a_press_on_detach_detaches_and_the_rest_follows_from_the_device(
+def test_action_detach_detaches_and_the_rest_follows_from_the_device(
     running: Notifier, nbdd: FakeManager, shower: FakeShower
 ) -> None:
     nbdd.change("photos", **lost())
@@ -299,7 +299,7 @@ def test_a_press_on_detach_detaches_and_the_rest_follows_from_the_device(
     assert running.process.poll() is None
 
 
-def test_a_disk_in_use_is_detached_only_when_that_is_said_twice(
+def test_action_detach_of_a_disk_in_use_must_be_given_twice(
     running: Notifier, nbdd: FakeManager, shower: FakeShower
 ) -> None:
     nbdd.errors["Detach"] = ("org.nbdd1.Error.Busy", "'photos' is in use: it is mounted at /media/eve/<Photos>.")
@@ -319,7 +319,7 @@ def test_a_disk_in_use_is_detached_only_when_that_is_said_twice(
     assert running.process.poll() is None
 
 
-def test_closing_what_is_being_replaced_does_not_close_the_replacement(
+def test_notifier_closing_what_is_being_replaced_does_not_close_the_replacement(
     running: Notifier, nbdd: FakeManager, shower: FakeShower
 ) -> None:
     nbdd.change("photos", **lost())
@@ -333,7 +333,9 @@ def test_closing_what_is_being_replaced_does_not_close_the_replacement(
     assert running.process.poll() is None
 
 
-def test_a_refusal_goes_when_the_trouble_does(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_closes_a_refusal_when_the_trouble_ends(
+    running: Notifier, nbdd: FakeManager, shower: FakeShower
+) -> None:
     nbdd.errors["Detach"] = ("org.freedesktop.DBus.Error.AccessDenied", "You are not allowed to do this.")
     nbdd.change("photos", **lost())
     shower.invoke(shower.wait_for_summary("has lost").number, "detach")
@@ -344,7 +346,7 @@ def test_a_refusal_goes_when_the_trouble_does(running: Notifier, nbdd: FakeManag
     assert running.process.poll() is None
 
 
-def test_a_device_that_is_gone_can_be_attached_again(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_action_attach_attaches_a_device_that_is_gone(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
     nbdd.change("photos", **GONE)
     gone = shower.wait_for_summary("Photos is gone")
     assert "It went." in gone.body
@@ -355,7 +357,7 @@ def test_a_device_that_is_gone_can_be_attached_again(running: Notifier, nbdd: Fa
     assert running.process.poll() is None
 
 
-def test_signals_of_strangers_are_no_presses(
+def test_action_signals_of_strangers_are_ignored(
     running: Notifier, nbdd: FakeManager, shower: FakeShower, buses: tuple[str, str]
 ) -> None:
     nbdd.change("photos", **lost())
@@ -377,7 +379,7 @@ class FakeManagerElsewhere(FakeManager):
     NAME = "org.example.Stranger"
 
 
-def test_a_shower_without_markup_and_buttons_gets_plain_text_and_none(
+def test_notification_server_without_markup_and_buttons_gets_plain_text_and_none(
     buses: tuple[str, str], nbdd: FakeManager
 ) -> None:
     nbdd.devices["photos"] |= GONE | {"State": "reconnecting", "Node": "/dev/nbd0"} | lost()
@@ -387,13 +389,13 @@ def test_a_shower_without_markup_and_buttons_gets_plain_text_and_none(
         assert shower.wait_for_summary("has failed").body.endswith("a <b> & c")
 
 
-def test_one_in_a_session_is_enough(running: Notifier, buses: tuple[str, str]) -> None:
+def test_notifier_that_is_the_second_in_a_session_ends(running: Notifier, buses: tuple[str, str]) -> None:
     with notifier(buses) as second:
         assert second.wait() == (0, "another instance runs in this session already\n")
     assert running.process.poll() is None
 
 
-def test_at_its_end_it_takes_its_words_back(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_closes_its_notifications_at_its_end(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
     nbdd.change("photos", **lost())
     shower.wait_for_summary("has lost")
     assert running.end()[0] == 0
@@ -401,7 +403,7 @@ def test_at_its_end_it_takes_its_words_back(running: Notifier, nbdd: FakeManager
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_bus_that_ends_is_an_end_with_a_sentence(tmp_path: Path, buses: tuple[str, str], which: int) -> None:
+def test_notifier_ends_with_a_sentence_when_a_bus_ends(tmp_path: Path, buses: tuple[str, str], which: int) -> None:
     with private_bus(tmp_path) as (address, daemon):
         chosen = (address, buses[1]) if which == 0 else (buses[0], address)
         with FakeShower(chosen[1]) as shower, FakeManager(chosen[0]) as nbdd, notifier(chosen) as program:
@@ -415,7 +417,7 @@ def test_a_bus_that_ends_is_an_end_with_a_sentence(tmp_path: Path, buses: tuple[
             del shower
 
 
-def test_without_a_session_it_says_so(buses: tuple[str, str]) -> None:
+def test_notifier_without_a_session_says_so(buses: tuple[str, str]) -> None:
     with notifier((buses[0], "unix:path=/nonexistent")) as program:
         status, told = program.wait()
         assert (status, told.count("\n")) == (1, 1)

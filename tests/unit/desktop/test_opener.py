@@ -109,7 +109,7 @@ def attached_by_link(world: World, *blocks: FakeBlock) -> None:
     threading.Thread(target=known, daemon=True).start()
 
 
-def test_a_link_becomes_a_folder_in_the_file_manager(world: World) -> None:
+def test_link_becomes_a_folder_in_the_file_manager(world: World) -> None:
     attached_by_link(world)
     assert world.run(LINK) == (0, "/media/eve/nbd0\n", "")
     uri, options = world.nbdd.wait_for("AttachURI").body
@@ -132,7 +132,7 @@ def test_udisks_may_take_a_moment_to_know_the_disk(world: World) -> None:
     assert out == "/media/eve/nbd0\n"
 
 
-def test_every_filesystem_is_mounted_and_the_largest_is_shown(world: World) -> None:
+def test_mount_of_every_filesystem_shows_the_largest(world: World) -> None:
     parts = [FakeBlock(f"/dev/nbd0p{number}", size=size, table="/dev/nbd0") for number, size in enumerate((9, 99, 5))]
     hidden = FakeBlock("/dev/nbd0p7", ignored=True, table="/dev/nbd0")
     other = FakeBlock("/dev/nbd1p1", size=999, table="/dev/nbd1")
@@ -143,14 +143,14 @@ def test_every_filesystem_is_mounted_and_the_largest_is_shown(world: World) -> N
 
 
 @pytest.mark.parametrize("uri", [LINK, "NBD://Storage.Example:10809/photos"])
-def test_an_export_that_is_attached_is_never_attached_twice(world: World, uri: str) -> None:
+def test_link_to_an_attached_export_does_not_attach_it_twice(world: World, uri: str) -> None:
     world.nbdd.devices["backup"] = FOUND | {"Name": "backup"}
     world.udisks.know(FakeBlock("/dev/nbd0", mount_points=["/srv/photos"]))
     assert world.run(uri) == (0, "/srv/photos\n", "")
     assert world.asked(world.nbdd, "AttachURI") == world.asked(world.udisks, "Mount") == []
 
 
-def test_an_export_with_a_definition_is_attached_as_that_says(world: World) -> None:
+def test_link_to_a_defined_export_attaches_as_the_definition_says(world: World) -> None:
     idle = {"State": "detached", "Node": "", "Configured": True}
     world.nbdd.devices["backup"] = FOUND | {"Name": "backup"} | idle
 
@@ -169,7 +169,7 @@ def test_an_export_with_a_definition_is_attached_as_that_says(world: World) -> N
     assert world.asked(world.nbdd, "AttachURI") == []
 
 
-def test_two_clicks_on_one_link_are_one_disk(world: World) -> None:
+def test_link_clicked_twice_attaches_one_disk(world: World) -> None:
     world.nbdd.held.add("AttachURI")
     first = world.start(LINK)
     world.nbdd.wait_for("AttachURI")
@@ -206,7 +206,7 @@ def wait_until_open(pid: int, file: Path) -> None:
         ("nbd://<b>&/", "must be written %3C"),
     ],
 )
-def test_a_link_that_is_bad_or_not_to_be_trusted_is_refused_unasked(world: World, uri: str, sentence: str) -> None:
+def test_link_that_is_bad_or_not_to_be_trusted_is_refused_unasked(world: World, uri: str, sentence: str) -> None:
     told = world.fails(uri)
     assert sentence in told
     assert "secret" not in told
@@ -222,7 +222,7 @@ def test_a_link_that_is_bad_or_not_to_be_trusted_is_refused_unasked(world: World
         (("org.x.Y", "two\nlines \x1b[2J \u202e."), "two lines [2J ."),
     ],
 )
-def test_what_nbdd_says_is_what_the_person_reads(world: World, error: tuple[str, str], sentence: str) -> None:
+def test_error_of_nbdd_is_what_the_user_reads(world: World, error: tuple[str, str], sentence: str) -> None:
     world.nbdd.errors["AttachURI"] = error
     assert sentence in world.fails(LINK)
 
@@ -234,24 +234,24 @@ def test_what_nbdd_says_is_what_the_person_reads(world: World, error: tuple[str,
         (FakeBlock("/dev/nbd0", ignored=True), "has no filesystem that could be opened; 'nbdd-open --detach photos'"),
     ],
 )
-def test_a_disk_without_a_filesystem_to_open_is_told(world: World, block: FakeBlock, sentence: str) -> None:
+def test_mount_without_a_filesystem_is_a_sentence(world: World, block: FakeBlock, sentence: str) -> None:
     attached_by_link(world, block)
     assert sentence in world.fails(LINK)
 
 
-def test_a_disk_whose_server_is_away_is_not_mounted_as_that_would_hang(world: World) -> None:
+def test_mount_of_a_disk_whose_server_is_away_is_refused_as_it_would_hang(world: World) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos", "State": "reconnecting"}
     assert "is attached as /dev/nbd0, but storage.example does not answer" in world.fails(LINK)
     assert world.udisks.calls == []
 
 
 @pytest.mark.parametrize("state", ["detaching", "connecting"])
-def test_a_disk_that_is_on_its_way_is_not_called_dead(world: World, state: str) -> None:
+def test_link_to_a_disk_in_a_short_state_says_try_again(world: World, state: str) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos", "State": state}
     assert world.fails(LINK).endswith("; try again in a moment.")
 
 
-def test_a_disk_is_known_by_each_of_its_servers(world: World) -> None:
+def test_link_to_any_server_of_a_disk_finds_it(world: World) -> None:
     uris = ["nbd://one.example/photos", LINK]
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos", "URI": uris[0], "URIs": uris}
     world.udisks.know(FakeBlock("/dev/nbd0"))
@@ -260,7 +260,7 @@ def test_a_disk_is_known_by_each_of_its_servers(world: World) -> None:
     assert world.run("--detach", LINK) == (0, "photos is detached\n", "")
 
 
-def test_a_filesystem_that_is_mounted_from_another_device_is_not_mounted_twice(world: World) -> None:
+def test_mount_of_a_filesystem_mounted_from_another_device_is_refused(world: World) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos", "Node": "/dev/nbd1"}
     block = FakeBlock("/dev/nbd1", uuid="3D1A")
     world.udisks.know(FakeBlock("/dev/nbd0", uuid="3D1A", mount_points=["/media/eve/a"]), block)
@@ -271,12 +271,12 @@ def test_a_filesystem_that_is_mounted_from_another_device_is_not_mounted_twice(w
     assert world.run(LINK)[:2] == (0, "/media/eve/b\n")
 
 
-def test_an_empty_name_is_not_all_disks(world: World) -> None:
+def test_detach_of_an_empty_name_is_not_all_disks(world: World) -> None:
     assert world.run("--detach", "")[0] == 2
     assert world.nbdd.calls == []
 
 
-def test_one_filesystem_that_can_not_be_mounted_does_not_hide_the_others(world: World) -> None:
+def test_mount_of_one_filesystem_that_fails_does_not_hide_the_others(world: World) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     parts = [FakeBlock(f"/dev/nbd0p{number}", table="/dev/nbd0", size=number << 20) for number in (1, 2)]
     world.udisks.know(FakeBlock("/dev/nbd0", usage=""), *parts)
@@ -297,13 +297,13 @@ def test_one_filesystem_that_can_not_be_mounted_does_not_hide_the_others(world: 
         ),
     ],
 )
-def test_a_mount_that_fails_is_told(world: World, error: tuple[str, str], sentence: str) -> None:
+def test_mount_that_fails_is_a_sentence(world: World, error: tuple[str, str], sentence: str) -> None:
     attached_by_link(world)
     world.udisks.refuses["/dev/nbd0"] = (f"{UDISKS}.{error[0]}", error[1])
     assert sentence in world.fails(LINK)
 
 
-def test_a_disk_that_the_desktop_mounts_meanwhile_is_shown_where_that_put_it(world: World) -> None:
+def test_mount_by_the_desktop_meanwhile_is_shown_where_it_is(world: World) -> None:
     block = FakeBlock("/dev/nbd0")
     attached_by_link(world, block)
     world.udisks.held.add("Mount")
@@ -320,14 +320,14 @@ def test_udisks_that_does_not_answer_is_not_waited_for(world: World) -> None:
     assert world.fails(LINK) == "UDisks does not answer within 5 s."
 
 
-def test_a_machine_without_udisks_is_told_what_is_missing(buses: tuple[str, str], world: World) -> None:
+def test_udisks_that_is_missing_is_a_sentence(buses: tuple[str, str], world: World) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     world.udisks.leave()
     assert world.fails(LINK) == "UDisks, which mounts for people, is not there; install udisks2."
     assert buses
 
 
-def test_without_a_file_manager_on_the_bus_xdg_open_is_asked(world: World, tmp_path: Path) -> None:
+def test_file_manager_missing_on_the_bus_means_xdg_open(world: World, tmp_path: Path) -> None:
     world.files.leave()
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     world.udisks.know(FakeBlock("/dev/nbd0", mount_points=["/media/eve/a b"]))
@@ -343,7 +343,7 @@ def test_without_a_file_manager_on_the_bus_xdg_open_is_asked(world: World, tmp_p
     )  # fmt: skip
 
 
-def test_a_server_that_takes_its_time_is_told_and_that_word_goes_when_it_answers(world: World) -> None:
+def test_feedback_on_a_slow_server_goes_when_it_answers(world: World) -> None:
     world.nbdd.held.add("AttachURI")
     process = world.start(LINK)
     shown = world.shower.wait_for_summary("Opening a network disk")
@@ -355,7 +355,7 @@ def test_a_server_that_takes_its_time_is_told_and_that_word_goes_when_it_answers
     assert world.shower.history.visible == []
 
 
-def test_an_interrupted_wait_says_that_nbdd_goes_on(world: World) -> None:
+def test_opener_interrupted_says_that_nbdd_goes_on(world: World) -> None:
     world.nbdd.held.add("AttachURI")
     process = world.start(LINK)
     world.nbdd.wait_for("AttachURI")
@@ -365,7 +365,7 @@ def test_an_interrupted_wait_says_that_nbdd_goes_on(world: World) -> None:
     assert err == "nbdd-open: Stopped waiting; nbdd goes on with what it was asked for.\n"
 
 
-def test_on_a_terminal_the_sentence_is_there_and_nowhere_else(world: World) -> None:
+def test_feedback_on_a_terminal_is_there_and_nowhere_else(world: World) -> None:
     ours, its = pty.openpty()
     process = subprocess.Popen([*OPEN, "nbd:///"], env=world.environment, stdin=its, stdout=its, stderr=its)
     os.close(its)
@@ -375,7 +375,7 @@ def test_on_a_terminal_the_sentence_is_there_and_nowhere_else(world: World) -> N
     assert world.shower.history.all == []
 
 
-def test_without_a_session_a_link_is_opened_all_the_same(world: World, tmp_path: Path) -> None:
+def test_link_without_a_session_is_opened_all_the_same(world: World, tmp_path: Path) -> None:
     world.environment["DBUS_SESSION_BUS_ADDRESS"] = "unix:path=/nonexistent"
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     world.udisks.know(FakeBlock("/dev/nbd0"))
@@ -402,7 +402,7 @@ def opened(world: World, *names: str) -> list[FakeBlock]:
 @pytest.mark.parametrize(
     "target", ["photos", "nbd://storage.example/photos", "/dev/nbd1", "/media/eve/photos", "/media/eve/../eve/photos"]
 )
-def test_a_disk_is_unmounted_and_then_detached_whatever_it_is_called_by(world: World, target: str) -> None:
+def test_detach_unmounts_first_whatever_the_disk_is_called_by(world: World, target: str) -> None:
     music, photos = opened(world, "music", "photos")
     assert world.run("--detach", target) == (0, "photos is detached\n", "")
     assert (photos.mount_points, music.mount_points) == ([], ["/media/eve/music"])
@@ -411,7 +411,7 @@ def test_a_disk_is_unmounted_and_then_detached_whatever_it_is_called_by(world: W
     assert world.shower.wait_for_summary("photos is detached").hints["transient"]
 
 
-def test_partitions_are_unmounted_too(world: World) -> None:
+def test_detach_unmounts_partitions_too(world: World) -> None:
     (disk,) = opened(world, "photos")
     disk.usage, disk.mount_points = "", []
     part = FakeBlock("/dev/nbd0p1", table="/dev/nbd0", mount_points=["/media/eve/a", "/mnt"])
@@ -420,7 +420,7 @@ def test_partitions_are_unmounted_too(world: World) -> None:
     assert part.mount_points == []
 
 
-def test_without_a_target_all_goes_that_this_person_attached_for_the_desktop_and_nothing_else(world: World) -> None:
+def test_detach_without_a_target_detaches_all_that_this_user_attached_and_nothing_else(world: World) -> None:
     opened(world, "music", "photos", "backup", "server")
     world.nbdd.devices["photos"]["Configured"] = True
     world.nbdd.devices["backup"]["AttachedBy"] = EVE + 1
@@ -429,24 +429,24 @@ def test_without_a_target_all_goes_that_this_person_attached_for_the_desktop_and
     assert [name for name, _ in world.asked(world.nbdd, "Detach")] == ["music", "photos"]
 
 
-def test_nothing_to_detach_is_no_fault(world: World) -> None:
+def test_detach_of_nothing_is_no_error(world: World) -> None:
     assert world.run("--detach") == (0, "Nothing to detach: no network disk is yours\n", "")
     world.shower.wait_for_summary("Nothing to detach")
 
 
-def test_without_a_folder_for_the_session_a_disk_is_detached_all_the_same(world: World) -> None:
+def test_detach_without_a_session_folder_works(world: World) -> None:
     world.environment["XDG_RUNTIME_DIR"] = "/nowhere/at/all"
     assert world.run("--detach")[0] == 0
 
 
-def test_a_disk_in_use_stays_attached_and_the_person_reads_why(world: World) -> None:
+def test_detach_of_a_disk_in_use_is_refused_and_the_user_reads_why(world: World) -> None:
     opened(world, "photos")
     world.udisks.refuses["/dev/nbd0"] = (f"{UDISKS}.Error.DeviceBusy", "target is busy")
     assert world.fails("--detach", "photos") == "Somebody still uses it: target is busy."
     assert world.asked(world.nbdd, "Detach") == []
 
 
-def test_a_target_that_is_no_disk_is_told(world: World) -> None:
+def test_detach_of_what_is_no_disk_is_a_sentence(world: World) -> None:
     opened(world, "photos")
     assert world.fails("--detach", "/media/eve") == (
         "/media/eve is no network disk that is attached; 'nbdctl list' shows them."
@@ -454,7 +454,7 @@ def test_a_target_that_is_no_disk_is_told(world: World) -> None:
 
 
 @pytest.mark.parametrize("arguments", [(), ("a", "b"), ("--eject",)])
-def test_wrong_usage_is_status_2(world: World, arguments: tuple[str, ...]) -> None:
+def test_opener_usage_error_is_status_2(world: World, arguments: tuple[str, ...]) -> None:
     status, out, err = world.run(*arguments)
     assert (status, out) == (2, "")
     assert err.startswith("usage: nbdd-open")

@@ -100,14 +100,14 @@ def world(buses: tuple[str, str], tmp_path: Path) -> Iterator[World]:
                 process.kill()
 
 
-def test_what_this_person_attached_is_detached_after_the_unmount_and_that_is_told(world: World) -> None:
+def test_unmount_detaches_what_this_user_attached_and_shows_it(world: World) -> None:
     world.udisks.unmount(world.disk)
     assert world.shower.wait_for_summary("photos is detached").hints["transient"]
     assert world.detached == ["photos"]
     assert "photos was unmounted, and is detached" in world.end()
 
 
-def test_it_is_detached_only_when_the_last_of_it_is_unmounted(world: World) -> None:
+def test_unmount_detaches_only_after_the_last_filesystem(world: World) -> None:
     part = FakeBlock("/dev/nbd0p1", table="/dev/nbd0", mount_points=["/media/eve/a", "/mnt"])
     world.udisks.know(part)
     for block in (world.disk, part):
@@ -120,7 +120,7 @@ def test_it_is_detached_only_when_the_last_of_it_is_unmounted(world: World) -> N
 @pytest.mark.parametrize(
     "whose", [{"AttachedBy": EVE + 1}, {"Desktop": False}], ids=["another's", "no disk of the desktop"]
 )
-def test_other_disks_are_left_alone(world: World, whose: dict[str, Any]) -> None:
+def test_unmount_of_other_disks_does_not_detach(world: World, whose: dict[str, Any]) -> None:
     other = FakeBlock("/dev/nbd1", mount_points=["/media/eve/other"])
     world.nbdd.devices["other"] = OWN | whose | {"Name": "other", "Node": "/dev/nbd1"}
     world.udisks.know(other)
@@ -130,7 +130,7 @@ def test_other_disks_are_left_alone(world: World, whose: dict[str, Any]) -> None
     assert world.detached == ["photos"]
 
 
-def test_one_that_was_never_mounted_stays(world: World) -> None:
+def test_unmount_needs_a_mount_before(world: World) -> None:
     world.nbdd.devices["new"] = OWN | {"Name": "new", "Node": "/dev/nbd1"}
     world.udisks.know(FakeBlock("/dev/nbd1"))
     world.udisks.unmount(world.disk)
@@ -138,7 +138,7 @@ def test_one_that_was_never_mounted_stays(world: World) -> None:
     assert world.detached == ["photos"]
 
 
-def test_one_that_is_opened_again_at_once_stays(world: World) -> None:
+def test_unmount_followed_by_a_mount_does_not_detach(world: World) -> None:
     lock = os.open(world.runtime / "nbdd-open.lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)  # as nbdd-open has it, which is at work
     world.look(lambda: world.udisks.unmount(world.disk))
@@ -151,7 +151,7 @@ def test_one_that_is_opened_again_at_once_stays(world: World) -> None:
     assert world.detached == ["photos"]
 
 
-def test_one_that_is_in_use_stays_and_the_journal_says_so(world: World) -> None:
+def test_unmount_of_a_disk_in_use_keeps_it_and_logs_that(world: World) -> None:
     world.nbdd.errors["Detach"] = ("org.nbdd1.Error.Busy", "/dev/nbd0 is opened by dd (PID 7).")
     world.udisks.unmount(world.disk)
     world.nbdd.wait_for("Detach")
@@ -164,7 +164,7 @@ def test_one_that_is_in_use_stays_and_the_journal_says_so(world: World) -> None:
     assert "photos was unmounted, and stays attached: /dev/nbd0 is opened by dd (PID 7)." in told
 
 
-def test_nobody_is_asked_for_a_password_and_nothing_is_started(world: World) -> None:
+def test_unmount_asks_for_no_password_and_starts_nothing(world: World) -> None:
     world.udisks.unmount(world.disk)
     world.shower.wait_for_summary("photos is detached")
     no_autostart = 2
@@ -172,7 +172,7 @@ def test_nobody_is_asked_for_a_password_and_nothing_is_started(world: World) -> 
     assert not any(call.member == "Unmount" for call in world.udisks.calls)
 
 
-def test_to_root_nothing_is_its_own_as_the_configuration_attaches_as_root_too(world: World) -> None:
+def test_unmount_by_root_detaches_nothing_as_the_configuration_attaches_as_root_too(world: World) -> None:
     world.end()
     world.nbdd.devices["photos"] |= {"AttachedBy": 0, "State": "failed"}
     before = world.looks

@@ -68,7 +68,7 @@ def device(**told: Any) -> Device:
 # What is gathered
 
 
-def test_everything_nbdd_tells_of_a_device_is_there(fake: FakeManager) -> None:
+def test_metrics_have_every_property_of_a_device(fake: FakeManager) -> None:
     fake.change("backup", Connections=4, LiveConnections=3, Reconnects=7, State="degraded", Size=(1 << 63) + 1)
     found = samples(run(gather()))
     assert found["nbdd_up"] == [({}, 1)]
@@ -94,31 +94,31 @@ def test_everything_nbdd_tells_of_a_device_is_there(fake: FakeManager) -> None:
     assert len(states) == 7
 
 
-def test_a_scrape_never_starts_nbdd(fake: FakeManager) -> None:
+def test_gather_never_starts_nbdd(fake: FakeManager) -> None:
     run(gather())
     assert {call.member for call in fake.calls} == {"Get", "GetManagedObjects", "GetStatistics"}
     assert all(call.flags.value & NO_AUTOSTART for call in fake.calls)
 
 
 @pytest.mark.usefixtures("no_service")
-def test_nbdd_that_does_not_run_is_down_and_nothing_else_is_told() -> None:
+def test_gather_without_nbdd_gives_down_and_nothing_else() -> None:
     snapshot = run(gather())
     assert snapshot.problem == "nbdd is not running. See `systemctl status nbdd`."
     assert samples(snapshot) == {"nbdd_up": [({}, 0)]}
 
 
-def test_without_a_bus_nbdd_is_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_gather_without_a_bus_gives_down(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={tmp_path}/none")
     assert not run(gather()).up
 
 
 @pytest.mark.parametrize("member", ["Get", "GetManagedObjects"])
-def test_nbdd_that_hangs_is_down(fake: FakeManager, member: str) -> None:
+def test_gather_from_nbdd_that_hangs_gives_down(fake: FakeManager, member: str) -> None:
     fake.held.add(member)
     assert run(gather(list_seconds=0.2)).problem == "nbdd did not answer within 0.2 seconds."
 
 
-def test_a_bus_that_hangs_is_given_up_and_its_connection_closed(
+def test_gather_gives_up_a_bus_that_hangs_and_closes_its_connection(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with socket.socket(socket.AF_UNIX) as bus:
@@ -134,7 +134,7 @@ def test_a_bus_that_hangs_is_given_up_and_its_connection_closed(
     gc.collect()
 
 
-def test_a_device_that_hangs_keeps_its_counters_and_no_others(fake: FakeManager) -> None:
+def test_gather_lacks_only_the_counters_of_a_device_that_hangs(fake: FakeManager) -> None:
     # More hang than dbus-daemon lets one connection wait for.
     hung = {f"hung{number}" for number in range(150)}
     for name in hung | {"well", "zzz"}:
@@ -147,14 +147,14 @@ def test_a_device_that_hangs_keeps_its_counters_and_no_others(fake: FakeManager)
     assert len(found["nbdd_device_size_bytes"]) == len(fake.devices)
 
 
-def test_a_device_that_is_detached_meanwhile_has_no_counters(fake: FakeManager) -> None:
+def test_gather_lacks_the_counters_of_a_device_detached_meanwhile(fake: FakeManager) -> None:
     fake.errors["GetStatistics"] = ("org.nbdd1.Error.NotAttached", "gone")
     found = samples(run(gather()))
     assert found["nbdd_device_statistics_up"] == [(LABELS, 0)]
     assert "nbdd_device_read_bytes_total" not in found
 
 
-def test_a_device_that_is_not_attached_is_not_asked_and_tells_what_it_is(fake: FakeManager) -> None:
+def test_gather_does_not_ask_a_detached_device_for_counters(fake: FakeManager) -> None:
     fake.devices["backup"] = ABSENT | {"Name": "backup"}
     found = samples(run(gather()))
     assert all(call.member != "GetStatistics" for call in fake.calls)
@@ -163,7 +163,7 @@ def test_a_device_that_is_not_attached_is_not_asked_and_tells_what_it_is(fake: F
     assert found["nbdd_device_size_bytes"] == [(LABELS, 0)]
 
 
-def test_two_hundred_devices_are_told_together(fake: FakeManager) -> None:
+async def test_gather_asks_two_hundred_devices_at_the_same_time(fake: FakeManager) -> None:
     for number in range(200):
         fake.devices[f"disk{number}"] = PRESENT | {"Name": f"disk{number}"}
     # All are asked before any answers: one after the other, none would ever.
@@ -179,17 +179,14 @@ def test_two_hundred_devices_are_told_together(fake: FakeManager) -> None:
             if call.member == "GetStatistics":
                 fake._loop.call_soon_threadsafe(fake.bus.send, fake._answer(call))
 
-    async def both() -> Snapshot:
-        found, _ = await asyncio.gather(gather(DEADLINE, DEADLINE), asyncio.to_thread(answer_all))
-        return found
-
-    assert len(run(both()).counts) == 201
+    found, _ = await asyncio.gather(gather(DEADLINE, DEADLINE), asyncio.to_thread(answer_all))
+    assert len(found.counts) == 201
 
 
 # What is made of it
 
 
-def test_how_long_there_is_no_link_and_when_io_fails_is_told_until_the_link_is_back() -> None:
+def test_metrics_of_a_lost_connection_last_until_it_is_back() -> None:
     lost = device(State="reconnecting", LiveConnections=0, FailsAt=1_000_000_000, DeadTimeout=300)
     found = samples(Snapshot(at=760.5, devices=(lost,)))
     assert found["nbdd_device_without_link_seconds"] == [(LABELS, 60.5)]
@@ -199,18 +196,18 @@ def test_how_long_there_is_no_link_and_when_io_fails_is_told_until_the_link_is_b
     assert "nbdd_device_io_fails_timestamp_seconds" not in found
 
 
-def test_a_clock_that_was_put_back_makes_no_negative_time() -> None:
+def test_metrics_with_a_clock_that_was_put_back_have_no_negative_time() -> None:
     lost = device(FailsAt=1_000_000_000, DeadTimeout=300)
     assert samples(Snapshot(at=1, devices=(lost,)))["nbdd_device_without_link_seconds"] == [(LABELS, 0)]
 
 
-def test_the_state_of_a_newer_nbdd_is_told_too() -> None:
+def test_metrics_have_the_state_of_a_newer_nbdd_too() -> None:
     found = samples(Snapshot(at=1, devices=(device(State="dreaming"), device(Name="other"))))
     dreaming = [labels for labels, value in found["nbdd_device_state"] if labels["device"] == "backup" and value]
     assert [labels["nbdd_device_state"] for labels in dreaming] == ["dreaming"]
 
 
-def test_types_and_units_are_those_of_openmetrics() -> None:
+def test_metrics_have_the_types_and_units_of_openmetrics() -> None:
     types = {name: family.type for name, family in families(Snapshot(at=1, devices=(device(),))).items()}
     assert types["nbdd_device_state"] == "stateset"
     assert types["nbdd_device"] == types["nbdd_build"] == "info"
@@ -219,7 +216,7 @@ def test_types_and_units_are_those_of_openmetrics() -> None:
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])), st.text(st.characters(exclude_categories=["Cs"])))
-def test_no_text_of_a_server_breaks_the_format(uri: str, name: str) -> None:
+def test_metrics_with_any_text_of_a_server_keep_the_format(uri: str, name: str) -> None:
     snapshot = Snapshot(at=1, devices=(device(URI=uri, Name=name),), counts={name: COUNTS})
     (labels, _) = samples(snapshot)["nbdd_device_info"][0]
     assert (labels["uri"], labels["device"]) == (uri, name)
@@ -269,35 +266,30 @@ async def nothing() -> Snapshot:
     return Snapshot(at=1)
 
 
-def request(said: bytes, look: Callable[[], Awaitable[Snapshot]] = nothing, **limits: Any) -> tuple[str, bytes, bytes]:
+async def request(said: bytes, **limits: float) -> tuple[str, bytes, bytes]:
     """The status line, the head and the body of the answer."""
-    hang_up = limits.pop("hang_up", False)
-
-    async def ask() -> bytes:
-        async with Served(look, **limits) as served:
-            return await served.talk(said, hang_up=hang_up)
-
-    head, _, body = run(ask()).partition(b"\r\n\r\n")
+    async with Served(nothing, **limits) as served:
+        head, _, body = (await served.talk(said)).partition(b"\r\n\r\n")
     return head.partition(b"\r\n")[0].decode(), head, body
 
 
-def test_a_scrape_is_answered_in_the_format_that_was_asked_for() -> None:
+async def test_server_answers_in_the_format_that_was_asked_for() -> None:
     wanted = (
         b"GET /metrics HTTP/1.1\r\nHost: x\r\naccept: application/openmetrics-text;version=1.0.0,text/plain\r\n\r\n"
     )
-    status, head, body = request(wanted)
+    status, head, body = await request(wanted)
     assert status == "HTTP/1.1 200 OK"
     assert f"Content-Type: {OPENMETRICS}\r\n".encode() in head
     assert f"Content-Length: {len(body)}\r\n".encode() in head
     assert body.endswith(b"# EOF\n")
-    status, head, body = request(b"GET http://x/metrics?a=b HTTP/1.0\r\n\r\n")
+    status, head, body = await request(b"GET http://x/metrics?a=b HTTP/1.0\r\n\r\n")
     assert status == "HTTP/1.1 200 OK"
     assert f"Content-Type: {PLAIN}\r\n".encode() in head
     assert body == text(Snapshot(at=1))
 
 
-def test_head_gets_the_head_alone() -> None:
-    status, head, body = request(b"HEAD /metrics HTTP/1.1\r\n\r\n")
+async def test_server_answers_head_with_the_head_alone() -> None:
+    status, head, body = await request(b"HEAD /metrics HTTP/1.1\r\n\r\n")
     assert (status, body) == ("HTTP/1.1 200 OK", b"")
     assert f"Content-Length: {len(text(Snapshot(at=1)))}\r\n".encode() in head
 
@@ -318,67 +310,62 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("said", "status"), OTHERS.values(), ids=OTHERS)
-def test_any_other_request_gets_its_status_and_a_sentence(said: bytes, status: int) -> None:
-    first, _, body = request(said)
+async def test_server_answers_any_other_request_with_its_status_and_a_sentence(said: bytes, status: int) -> None:
+    first, _, body = await request(said)
     assert int(first.split()[1]) == status
     assert body.endswith(b".\n")
     assert body.count(b"\n") == 1
 
 
-def test_a_client_that_listens_only_when_all_is_said_gets_its_answer_and_no_reset() -> None:
-    async def ask() -> bytes:
-        async with Served(nothing) as served:
+async def test_server_sends_no_reset_to_a_client_that_reads_last() -> None:
+    async with Served(nothing) as served:
 
-            def talk() -> bytes:
-                with socket.create_connection(("127.0.0.1", served.port), timeout=DEADLINE) as client:
-                    client.sendall(b"POST /metrics HTTP/1.1\r\n\r\n" + bytes(8 << 20))
-                    return client.recv(1 << 16)
+        def talk() -> bytes:
+            with socket.create_connection(("127.0.0.1", served.port), timeout=DEADLINE) as client:
+                client.sendall(b"POST /metrics HTTP/1.1\r\n\r\n" + bytes(8 << 20))
+                return client.recv(1 << 16)
 
-            return await asyncio.to_thread(talk)
-
-    assert run(ask()).startswith(b"HTTP/1.1 405 ")
+        assert (await asyncio.to_thread(talk)).startswith(b"HTTP/1.1 405 ")
 
 
-def test_the_method_that_is_not_allowed_is_told_which_are() -> None:
-    assert b"\r\nAllow: GET, HEAD\r\n" in request(b"PUT /metrics HTTP/1.1\r\n\r\n")[1]
+async def test_server_names_the_allowed_methods() -> None:
+    assert b"\r\nAllow: GET, HEAD\r\n" in (await request(b"PUT /metrics HTTP/1.1\r\n\r\n"))[1]
+
+
+async def answers(said: list[bytes]) -> list[bytes]:
+    async with Served(nothing) as served:
+        return [await served.talk(one, hang_up=True) for one in said]
 
 
 @settings(max_examples=30)
 @given(st.lists(st.binary(max_size=300), max_size=20))
-def test_garbage_never_ends_it_and_gets_no_traceback(said: list[bytes]) -> None:
-    async def ask() -> list[bytes]:
-        async with Served(nothing) as served:
-            return [await served.talk(one, hang_up=True) for one in said]
-
-    for answer in run(ask()):
+def test_server_survives_garbage_and_sends_no_traceback(said: list[bytes]) -> None:
+    for answer in run(answers(said)):
         assert b"Traceback" not in answer
         assert b"journal" not in answer
         assert not answer or answer.startswith(b"HTTP/1.1 ")
 
 
-def test_a_client_that_says_nothing_is_told_so_and_let_go() -> None:
-    assert request(b"GET /metr", head_seconds=0.05)[0] == "HTTP/1.1 408 Request Timeout"
+async def test_server_times_out_a_client_that_sends_nothing() -> None:
+    assert (await request(b"GET /metr", head_seconds=0.05))[0] == "HTTP/1.1 408 Request Timeout"
 
 
-def test_a_client_that_does_not_listen_is_let_go() -> None:
+async def test_server_gives_up_a_client_that_does_not_read() -> None:
     big = Snapshot(at=1, devices=tuple(device(Name=f"disk{number}") for number in range(5000)))
 
     async def look() -> Snapshot:
         return big
 
-    async def stall() -> None:
-        # The server ends when it has served nobody for a moment: so this client is given up.
-        async with Served(look, answer_seconds=0.1, idle_seconds=0.5) as served:
-            _, writer = await served.connect()
-            writer.transport.pause_reading()  # type: ignore[attr-defined]
-            writer.write(SCRAPE)
-            await served.end
-            writer.transport.abort()
-
-    run(stall())
+    # The server ends when it has had no client for a moment: so this one is given up.
+    async with Served(look, answer_seconds=0.1, idle_seconds=0.5) as served:
+        _, writer = await served.connect()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(SCRAPE)
+        await served.end
+        writer.transport.abort()
 
 
-async def test_more_clients_than_it_serves_are_turned_away_and_others_are_served_after() -> None:
+async def test_server_refuses_clients_over_its_limit_and_serves_later_ones() -> None:
     async with Served(nothing) as served:
         slow = [await served.connect() for _ in range(MAX_CLIENTS)]
         assert (await served.talk(b"")).startswith(b"HTTP/1.1 503 ")
@@ -393,7 +380,7 @@ async def test_more_clients_than_it_serves_are_turned_away_and_others_are_served
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
-def test_scrapes_at_the_same_time_cost_nbdd_one_look() -> None:
+async def test_server_asks_nbdd_once_for_scrapes_at_the_same_time() -> None:
     looks = 0
     begun, go_on = asyncio.Event(), asyncio.Event()
 
@@ -404,27 +391,24 @@ def test_scrapes_at_the_same_time_cost_nbdd_one_look() -> None:
         await go_on.wait()
         return Snapshot(at=1)
 
-    async def together() -> None:
-        async with Served(look) as served:
-            two = [asyncio.ensure_future(served.talk(SCRAPE)) for _ in range(2)]
-            _, writer = await served.connect()
-            writer.write(SCRAPE)
-            await writer.drain()
-            writer.close()  # one that leaves takes nothing from the others
-            await begun.wait()
-            while served.server._clients < 3:  # noqa: ASYNC110 - nothing tells that
-                await asyncio.sleep(0)
-            go_on.set()
-            for answer in await asyncio.gather(*two):
-                assert answer.startswith(b"HTTP/1.1 200 ")
-            assert looks == 1
-            await served.talk(SCRAPE)
-            assert looks == 2
-
-    run(together())
+    async with Served(look) as served:
+        two = [asyncio.ensure_future(served.talk(SCRAPE)) for _ in range(2)]
+        _, writer = await served.connect()
+        writer.write(SCRAPE)
+        await writer.drain()
+        writer.close()  # one that leaves takes nothing from the others
+        await begun.wait()
+        while served.server._clients < 3:  # noqa: ASYNC110 - nothing tells that
+            await asyncio.sleep(0)
+        go_on.set()
+        for answer in await asyncio.gather(*two):
+            assert answer.startswith(b"HTTP/1.1 200 ")
+        assert looks == 1
+        await served.talk(SCRAPE)
+        assert looks == 2
 
 
-def test_a_mistake_is_told_in_a_sentence_and_the_next_scrape_is_served(caplog: pytest.LogCaptureFixture) -> None:
+async def test_server_logs_a_bug_as_a_sentence_and_serves_the_next_scrape(caplog: pytest.LogCaptureFixture) -> None:
     looks = iter([ValueError("oops")])
 
     async def look() -> Snapshot:
@@ -432,48 +416,39 @@ def test_a_mistake_is_told_in_a_sentence_and_the_next_scrape_is_served(caplog: p
             raise problem
         return Snapshot(at=1)
 
-    async def twice() -> None:
-        async with Served(look) as served:
-            assert (await served.talk(SCRAPE)).startswith(b"HTTP/1.1 500 ")
-            assert (await served.talk(SCRAPE)).startswith(b"HTTP/1.1 200 ")
-
-    run(twice())
+    async with Served(look) as served:
+        assert (await served.talk(SCRAPE)).startswith(b"HTTP/1.1 500 ")
+        assert (await served.talk(SCRAPE)).startswith(b"HTTP/1.1 200 ")
     assert caplog.messages == ["This is a bug in nbdd-metrics, please report it: ValueError: oops"]
 
 
-def test_the_journal_has_one_line_when_nbdd_goes_and_one_when_it_comes(caplog: pytest.LogCaptureFixture) -> None:
+async def test_server_logs_one_line_when_nbdd_goes_and_one_when_it_comes(caplog: pytest.LogCaptureFixture) -> None:
     problems = iter(["It is away.", "It is away.", "", ""])
 
     async def look() -> Snapshot:
         return Snapshot(1, next(problems))
 
-    async def four() -> None:
-        async with Served(look) as served:
-            for _ in range(4):
-                await served.talk(SCRAPE)
-
-    run(four())
+    async with Served(look) as served:
+        for _ in range(4):
+            await served.talk(SCRAPE)
     assert caplog.messages == ["It is away.", "nbdd answers again."]
 
 
-def test_it_ends_when_nobody_comes_and_not_while_somebody_is_served() -> None:
+async def test_server_ends_when_idle_and_not_while_it_serves() -> None:
     go_on = asyncio.Event()
 
     async def look() -> Snapshot:
         await go_on.wait()
         return Snapshot(at=1)
 
-    async def wait() -> None:
-        async with Served(look, idle_seconds=0.1) as served:
-            client = asyncio.ensure_future(served.talk(SCRAPE))
-            done, _ = await asyncio.wait({served.end}, timeout=0.5)
-            assert not done
-            assert (await served.talk(b"\r\n\r\n")).startswith(b"HTTP/1.1 400 ")  # and others are let in
-            go_on.set()
-            assert (await client).startswith(b"HTTP/1.1 200 ")
-            await served.end
-
-    run(wait())
+    async with Served(look, idle_seconds=0.1) as served:
+        client = asyncio.ensure_future(served.talk(SCRAPE))
+        done, _ = await asyncio.wait({served.end}, timeout=0.5)
+        assert not done
+        assert (await served.talk(b"\r\n\r\n")).startswith(b"HTTP/1.1 400 ")  # and others are let in
+        go_on.set()
+        assert (await client).startswith(b"HTTP/1.1 200 ")
+        await served.end
 
 
 # The command
@@ -485,7 +460,7 @@ def command(*arguments: str, **more: Any) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_without_an_option_the_metrics_are_printed(fake: FakeManager, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_without_an_option_prints_the_metrics(fake: FakeManager, capsys: pytest.CaptureFixture[str]) -> None:
     assert fake.devices
     assert main([]) == 0
     out, err = capsys.readouterr()
@@ -494,7 +469,7 @@ def test_without_an_option_the_metrics_are_printed(fake: FakeManager, capsys: py
 
 
 @pytest.mark.usefixtures("no_service")
-def test_the_textfile_of_an_nbdd_that_does_not_run_says_so_and_the_timer_does_not_fail(
+def test_textfile_without_nbdd_says_down_and_the_timer_does_not_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "nbdd.prom"
@@ -503,7 +478,7 @@ def test_the_textfile_of_an_nbdd_that_does_not_run_says_so_and_the_timer_does_no
     assert capsys.readouterr().err == "nbdd-metrics: nbdd is not running. See `systemctl status nbdd`.\n"
 
 
-def test_the_textfile_is_replaced_as_a_whole_and_others_may_read_it(tmp_path: Path) -> None:
+def test_textfile_is_replaced_as_a_whole_and_others_may_read_it(tmp_path: Path) -> None:
     path = tmp_path / "nbdd.prom"
     path.write_text("old")
     with path.open() as reader:
@@ -514,7 +489,7 @@ def test_the_textfile_is_replaced_as_a_whole_and_others_may_read_it(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_can_not_be_written_leaves_the_old_file_and_nothing_beside_it(
+def test_textfile_that_can_not_be_written_leaves_the_old_one_and_nothing_beside_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "nbdd.prom"
@@ -535,14 +510,14 @@ def test_what_can_not_be_written_leaves_the_old_file_and_nothing_beside_it(
     ("path", "reason"),
     [("nbdd.txt", "does not end in .prom"), ("no/nbdd.prom", "can't be written: No such file or directory")],
 )
-def test_a_bad_place_for_the_textfile_is_told_in_a_sentence(
+def test_textfile_in_a_bad_place_is_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], path: str, reason: str
 ) -> None:
     assert main(["--textfile", str(tmp_path / path)]) == 1
     assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_without_sockets_serve_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_serve_without_sockets_says_what_it_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--serve"]) == 1
     assert capsys.readouterr().err == (
         "nbdd-metrics: systemd passed no listening socket; --serve is for nbdd-metrics.socket.\n"
@@ -550,7 +525,7 @@ def test_without_sockets_serve_says_what_it_is_for(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("no_service")
-def test_without_the_library_it_says_which_package_to_install(tmp_path: Path) -> None:
+def test_command_without_the_library_says_which_package_to_install(tmp_path: Path) -> None:
     (tmp_path / "prometheus_client.py").write_text("raise ModuleNotFoundError(name='prometheus_client')")
     with command(env=os.environ | {"PYTHONPATH": str(tmp_path)}) as process:
         _, err = process.communicate(timeout=DEADLINE)
@@ -559,7 +534,7 @@ def test_without_the_library_it_says_which_package_to_install(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("no_service")
-def test_an_output_that_nobody_reads_is_no_traceback() -> None:
+def test_output_to_a_closed_pipe_or_a_full_disk_is_no_traceback() -> None:
     with Path("/dev/full").open("w") as full, command() as lost:
         assert lost.communicate(timeout=DEADLINE)
         done = subprocess.run(
@@ -571,7 +546,7 @@ def test_an_output_that_nobody_reads_is_no_traceback() -> None:
 
 
 @pytest.mark.usefixtures("no_service")
-def test_without_an_output_it_is_a_sentence() -> None:
+def test_output_that_is_closed_is_a_sentence() -> None:
     run = ["sh", "-c", '"$0" -m nbdd.metrics >&-', sys.executable]
     done = subprocess.run(run, stderr=-1, text=True, check=False, timeout=DEADLINE)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
@@ -579,7 +554,7 @@ def test_without_an_output_it_is_a_sentence() -> None:
     )  # fmt: skip
 
 
-def test_it_serves_on_the_sockets_that_systemd_passes(fake: FakeManager) -> None:
+def test_command_serves_on_the_sockets_that_systemd_passes(fake: FakeManager) -> None:
     # LISTEN_PID is the program's own, which only a child between fork and exec knows: so a shell is that child.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
