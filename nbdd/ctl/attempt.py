@@ -7,11 +7,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import IO, Any
 
-from nbdd.bus.caller.client import Client, Event, Kind
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.client import EventKind, ManagerEvent, ManagerProxy
+from nbdd.bus.caller.device import DeviceView
 from nbdd.ctl.find import is_uri
 from nbdd.ctl.show import Look, fit
 from nbdd.errors import AlreadyAttached, NbddError, NoSuchDevice, ServerError
@@ -60,7 +59,7 @@ class Attempt:
         self._shown = False
         self._quiet = quiet
         self._started = time.monotonic()
-        self._device = Device()
+        self._device = DeviceView()
         self.name = str(self._options.get("name", "")) if self._uri else target
         """The device's name; "" until the service has given it one."""
         self._asked = False
@@ -72,7 +71,7 @@ class Attempt:
         """Whether the service continues without us: the call was sent, and polkit waits for no password."""
         return self._asked and not self._quiet
 
-    async def run(self, client: Client) -> Device:
+    async def run(self, client: ManagerProxy) -> DeviceView:
         """Attach and return the device."""
         if self._terminal is not None:
             await client.subscribe()
@@ -93,26 +92,25 @@ class Attempt:
             self._clear_line()
         device = await self._attached_device(client, path)
         if not device.read_only:
-            others = map(Device.of, await client.devices())
+            others = await client.devices()
             self.twins = [each.name for each in others if _writes(each) and _shared(each, device)]
             self.twins.remove(device.name)
         return device
 
-    async def existing(self, client: Client) -> Device | None:
+    async def existing(self, client: ManagerProxy) -> DeviceView | None:
         """The device that is attached already; None if that is another one.
 
         Raises AlreadyAttached if it does not match the options.
         """
         if not self._uri:
-            return self._as_wanted(Device.of(await client.device(self.name)))
-        for properties in await client.devices():
-            device = Device.of(properties)
+            return self._as_wanted(await client.device(self.name))
+        for device in await client.devices():
             # A name that is taken by another export must not pass for success.
             if device.node and device.is_at(self._target) and self.name in {"", device.name}:
                 return self._as_wanted(device)
         return None
 
-    def _as_wanted(self, device: Device) -> Device:
+    def _as_wanted(self, device: DeviceView) -> DeviceView:
         for key, wanted in self._options.items():
             field = _FIELDS_OF_OPTIONS.get(key)
             if field is not None and getattr(device, field) != wanted:
@@ -122,7 +120,7 @@ class Attempt:
                 )
         return device
 
-    async def _attach(self, client: Client) -> str:
+    async def _attach(self, client: ManagerProxy) -> str:
         end = self._started + self._wait
         while True:
             try:
@@ -134,20 +132,20 @@ class Attempt:
                 self._waited = True
                 await asyncio.sleep(min(left, RETRY))
 
-    async def _call_attach(self, client: Client) -> str:
+    async def _call_attach(self, client: ManagerProxy) -> str:
         if self._uri:
             return await client.attach_uri(self._target, self._options)
         return await client.attach(self._target, self._options)
 
-    async def _attached_device(self, client: Client, path: str) -> Device:
+    async def _attached_device(self, client: ManagerProxy, path: str) -> DeviceView:
         try:
-            return Device.of(await client.device_at(path))
+            return await client.device_at(path)
         except NbddError as problem:
             raise NoSuchDevice(
                 f"{self.name or self._target} was attached, and is gone again or can't be looked at: {problem}"
             ) from problem
 
-    async def _watch(self, client: Client, call: asyncio.Future[str], terminal: IO[str]) -> None:
+    async def _watch(self, client: ManagerProxy, call: asyncio.Future[str], terminal: IO[str]) -> None:
         """Keep one line up to date until the call is done."""
         event = asyncio.ensure_future(client.event())
         # An attach may be under way already, without an event for a while.
@@ -170,30 +168,25 @@ class Attempt:
             event.cancel()
             reading.cancel()
 
-    async def _read_state(self, client: Client) -> None:
+    async def _read_state(self, client: ManagerProxy) -> None:
         with contextlib.suppress(NbddError):
-            found = Device.of(await client.device(self.name)) if self.name else Device()
-            if self._device == Device():
+            found = await client.device(self.name) if self.name else DeviceView()
+            if self._device == DeviceView():
                 self._device = found
 
-    def _handle(self, event: Event) -> None:
-        if not self.name and event.kind is Kind.ADDED and same_export(event.properties.get("URI", ""), self._target):
+    def _handle(self, event: ManagerEvent) -> None:
+        if not self.name and event.kind is EventKind.ADDED and same_export(event.changes.get("uri", ""), self._target):
             self.name = event.name
-        if event.name and event.name == self.name and event.kind in {Kind.ADDED, Kind.CHANGED}:
+        if event.name and event.name == self.name and event.kind in {EventKind.ADDED, EventKind.CHANGED}:
             if self._quiet:
                 self._quiet = False
                 self._started = time.monotonic()
-            now = Device.of(event.properties)
-            self._device = replace(
-                self._device,
-                state=now.state if "State" in event.properties else self._device.state,
-                uri=now.uri or self._device.uri,
-                last_error=now.last_error if "LastError" in event.properties else self._device.last_error,
-            )
+            shown = ("state", "uri", "last_error")
+            self._device = self._device.updated({key: event.changes[key] for key in shown if key in event.changes})
 
     def _show_progress(self, waited: int, terminal: IO[str]) -> None:
         device = self._device
-        state = device.state if device.state != Device().state else "waiting"
+        state = device.state if device.state != DeviceView().state else "waiting"
         text = f"{self.name or self._target}: {state} for {waited} s"
         if device.last_error is not None:
             text += f"; last error: {device.last_error.message}"
@@ -208,10 +201,10 @@ class Attempt:
             self._terminal.flush()
 
 
-def _shared(one: Device, other: Device) -> bool:
+def _shared(one: DeviceView, other: DeviceView) -> bool:
     """Whether two devices have a server in common."""
     return any(other.is_at(uri) for uri in one.servers)
 
 
-def _writes(device: Device) -> bool:
+def _writes(device: DeviceView) -> bool:
     return bool(device.node) and not device.read_only

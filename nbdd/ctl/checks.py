@@ -27,7 +27,7 @@ from nbdd.text import clause, plural, size
 from nbdd.uri import URI
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.device import Device
+    from nbdd.bus.caller.device import DeviceView
     from nbdd.config.loader import Configuration
 
 SERVER_SECONDS = 3.0
@@ -213,7 +213,7 @@ def _there(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def links(devices: Iterable[Device], root: str = "/") -> Iterator[Finding]:
+def links(devices: Iterable[DeviceView], root: str = "/") -> Iterator[Finding]:
     """Attached devices that can't be found by their names."""
     for device in devices:
         link = Path(root, "dev/disk/by-nbd", device.name)
@@ -223,7 +223,7 @@ def links(devices: Iterable[Device], root: str = "/") -> Iterator[Finding]:
             )
 
 
-def states(devices: Iterable[Device]) -> Iterator[Finding]:
+def states(devices: Iterable[DeviceView]) -> Iterator[Finding]:
     """Devices in trouble."""
     for device in devices:
         last = f": {clause(device.last_error.message)}" if device.last_error else ""
@@ -270,14 +270,14 @@ def _unsafe(path: Path) -> str:
     return f"{path} belongs to user {status.st_uid}, who can change it; `chown root: {path}`" if status.st_uid else ""
 
 
-def known_servers(configured: Configuration | None, devices: Iterable[Device]) -> dict[str, tuple[URI, ...]]:
+def known_servers(configured: Configuration | None, devices: Iterable[DeviceView]) -> dict[str, tuple[URI, ...]]:
     """The servers of each device: as configured or, where that can't be read, as nbdd has them."""
     if configured is not None:
         return {name: definition.uri for name, definition in configured.devices.items()}
     return {device.name: tuple(map(URI.parse, device.servers)) for device in devices}
 
 
-def servers(known: Mapping[str, Sequence[URI]], devices: Iterable[Device]) -> list[Finding]:
+def servers(known: Mapping[str, Sequence[URI]], devices: Iterable[DeviceView]) -> list[Finding]:
     """Whether the servers of devices without a connection answer, and have the export."""
     connected = {device.name for device in devices if device.live_connections}
     wanted = [(name, uri) for name, uris in known.items() if name not in connected for uri in uris]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.ctl import complete, find, remote, show, users
 from nbdd.ctl.common import (
     as_json,
@@ -34,7 +34,7 @@ from nbdd.errors import AlreadyAttached, InvalidConfig, InvalidURI, NoSuchDevice
 from nbdd.text import printable, size
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.client import Client
+    from nbdd.bus.caller.client import ManagerProxy
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ def attach(target: str, wait: int, if_needed: bool, as_json: bool, **given: Any)
         raise InvalidURI(f"{target} is neither a name nor a URI; perhaps nbd://{target.lstrip('/')} is meant.")
     attempt = Attempt(target, options, terminal(), wait=wait, quiet=may_ask())
 
-    async def action(client: Client) -> Device:
+    async def action(client: ManagerProxy) -> DeviceView:
         try:
             return await attempt.run(client)
         except AlreadyAttached:
@@ -188,7 +188,7 @@ def detach(target: str, force: bool, wait: int | None, if_needed: bool, as_json:
     here = not elsewhere()
     node = ""
 
-    async def action(client: Client) -> tuple[str, bool]:
+    async def action(client: ManagerProxy) -> tuple[str, bool]:
         nonlocal node
         meant = target
         try:
@@ -228,13 +228,13 @@ def list_(as_json: bool) -> None:
     """
     here = not elsewhere()
 
-    async def action(client: Client) -> tuple[list[Device], dict[str, list[str]] | None]:
+    async def action(client: ManagerProxy) -> tuple[list[DeviceView], dict[str, list[str]] | None]:
         import asyncio  # noqa: PLC0415 - comes with the bus
 
         # Look at this machine while nbdd answers.
         looking = asyncio.to_thread(users.claims) if here else asyncio.sleep(0)
-        answer, claims = await asyncio.gather(client.devices(), looking)
-        return [Device.of(properties) for properties in answer], claims
+        found, claims = await asyncio.gather(client.devices(), looking)
+        return found, claims
 
     found, claims = call(action)
     found.sort(key=lambda device: order(device.name))
@@ -261,7 +261,7 @@ def status(target: str, as_json: bool) -> None:
     """
     here = not elsewhere()
 
-    async def action(client: Client) -> tuple[Device, dict[str, int] | None]:
+    async def action(client: ManagerProxy) -> tuple[DeviceView, dict[str, int] | None]:
         device = await find.device(client, target, here=here)
         try:
             return device, await client.statistics(device.name)
@@ -278,11 +278,11 @@ def status(target: str, as_json: bool) -> None:
         print(show.status(device, statistics, using, show.Look.of(sys.stdout)))
 
 
-def _do(target: str, order: Callable[[Client, str], Awaitable[T]]) -> tuple[str, T]:
+def _do(target: str, order: Callable[[ManagerProxy, str], Awaitable[T]]) -> tuple[str, T]:
     """Run `order` on the device that `target` means; return its name and the result."""
     here = not elsewhere()
 
-    async def action(client: Client) -> tuple[str, T]:
+    async def action(client: ManagerProxy) -> tuple[str, T]:
         name = await find.name(client, target, here=here)
         return name, await order(client, name)
 

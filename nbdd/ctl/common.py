@@ -20,8 +20,8 @@ from nbdd.text import printable
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from nbdd.bus.caller.client import Client
-    from nbdd.bus.caller.device import Device
+    from nbdd.bus.caller.client import ManagerProxy
+    from nbdd.bus.caller.device import DeviceView
 
 T = TypeVar("T")
 
@@ -68,13 +68,13 @@ def only_here() -> None:
         raise click.UsageError("this command is about the machine that it runs on; run it there.")
 
 
-def device_argument(wanted: Callable[[Device], bool] = lambda _: True) -> Callable[[Any], Any]:
+def device_argument(wanted: Callable[[DeviceView], bool] = lambda _: True) -> Callable[[Any], Any]:
     """The argument `target`, which find.py resolves; the shell completes it with the devices that are `wanted`."""
     completer = complete.names(wanted, nodes=True)
     return click.argument("target", metavar="NAME|NODE|URI", type=text, shell_complete=completer)
 
 
-def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, asks: bool = False) -> T:
+def call(action: Callable[[ManagerProxy], Awaitable[T]], *, activate: bool = True, asks: bool = False) -> T:
     """Connect to the service, run `action`, and return its result.
 
     With `activate` a call may start the service; with `asks` polkit may ask for a password.
@@ -83,13 +83,13 @@ def call(action: Callable[[Client], Awaitable[T]], *, activate: bool = True, ask
     with _no_ssl():
         import asyncio  # noqa: PLC0415
 
-        from nbdd.bus.caller.client import Client  # noqa: PLC0415
+        from nbdd.bus.caller.client import ManagerProxy  # noqa: PLC0415
         from nbdd.ctl import agent  # noqa: PLC0415
 
     host = remote.host(click.get_current_context())
 
     async def run() -> T:
-        async with Client(activate=activate, host=host) as client:
+        async with ManagerProxy(activate=activate, host=host) as client:
             return await action(client)
 
     with agent.asking() if asks and may_ask() else contextlib.nullcontext():

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import click
 from click.shell_completion import CompletionItem
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.ctl import remote
 
 _SECONDS = 1
@@ -22,13 +22,13 @@ _REMOTE_SECONDS = 4
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
-def names(wanted: Callable[[Device], bool] = lambda _: True, *, nodes: bool = False) -> Completer:
+def names(wanted: Callable[[DeviceView], bool] = lambda _: True, *, nodes: bool = False) -> Completer:
     """A completer for the names of the devices that are `wanted`; with `nodes` for a begun /dev/nbdX as well."""
 
     def complete(context: click.Context, _parameter: click.Parameter, begun: str) -> list[CompletionItem]:
         import asyncio  # noqa: PLC0415 - as below
 
-        found: list[Device] = []
+        found: list[DeviceView] = []
         with contextlib.suppress(Exception):
             found = asyncio.run(_devices(remote.host(context)))
         by_node = nodes and begun.startswith("/")
@@ -41,12 +41,12 @@ def names(wanted: Callable[[Device], bool] = lambda _: True, *, nodes: bool = Fa
     return complete
 
 
-async def _devices(host: str | None) -> list[Device]:
+async def _devices(host: str | None) -> list[DeviceView]:
     # Imported here: they take longer than all else together, and --help needs neither.
     import asyncio  # noqa: PLC0415
 
-    from nbdd.bus.caller.client import Client  # noqa: PLC0415
+    from nbdd.bus.caller.client import ManagerProxy  # noqa: PLC0415
 
     seconds = _SECONDS if host is None else _REMOTE_SECONDS
-    async with asyncio.timeout(seconds), Client(activate=False, host=host) as client:
-        return [Device.of(properties) for properties in await client.devices()]
+    async with asyncio.timeout(seconds), ManagerProxy(activate=False, host=host) as client:
+        return await client.devices()

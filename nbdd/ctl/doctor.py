@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.ctl.common import as_json_here, document, only_here
 from nbdd.ctl.show import Look
 from nbdd.errors import NbddError
 from nbdd.text import printable
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.client import Client
+    from nbdd.bus.caller.client import ManagerProxy
     from nbdd.ctl.checks import Finding
 
 DIRECTORY = "/etc/nbdd"
@@ -63,31 +63,32 @@ def findings() -> list[Finding]:
     return found + checks.servers(checks.known_servers(configured, devices), devices)
 
 
-async def _bus() -> tuple[list[Finding], list[Device]]:
+async def _bus() -> tuple[list[Finding], list[DeviceView]]:
     """Findings about the bus, nbdd and polkit; and nbdd's devices, if it runs."""
     from nbdd import __version__  # noqa: PLC0415
-    from nbdd.bus.caller.client import NAME, Client  # noqa: PLC0415
+    from nbdd.bus.caller.client import ManagerProxy  # noqa: PLC0415
+    from nbdd.bus.wire.names import BUS_NAME  # noqa: PLC0415
     from nbdd.ctl import checks  # noqa: PLC0415
 
     try:
-        async with Client(activate=False) as client:
+        async with ManagerProxy(activate=False) as client:
             names, startable = await client.names()
             found = [checks.ok("system bus", "it answers")]
-            version, devices, problem = await _service(client) if NAME in names else (None, [], None)
+            version, devices, problem = await _service(client) if BUS_NAME in names else (None, [], None)
             found.append(checks.running(version, __version__, problem))
-            if NAME not in startable:
+            if BUS_NAME not in startable:
                 found.append(checks.warning("activation", "D-Bus can't start nbdd; install the package again"))
             return [*found, checks.polkit(names, startable)], devices
     except NbddError as error:
         return [checks.fault("system bus", str(error).rstrip("."))], []
 
 
-async def _service(client: Client) -> tuple[str | None, list[Device], NbddError | None]:
+async def _service(client: ManagerProxy) -> tuple[str | None, list[DeviceView], NbddError | None]:
     import asyncio  # noqa: PLC0415
 
     try:
         async with asyncio.timeout(ANSWER_SECONDS):
-            return await client.version(), [Device.of(properties) for properties in await client.devices()], None
+            return await client.version(), await client.devices(), None
     except TimeoutError:
         return None, [], NbddError(f"It does not answer within {ANSWER_SECONDS} s; `systemctl restart nbdd` helps.")
     except NbddError as error:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nbdd.bus.caller.device import Device, Failure, fields
+from nbdd.bus.caller.device import DeviceView, Failure
 from nbdd.text import duration, plural, printable, size
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.client import Event
+    from nbdd.bus.caller.client import ManagerEvent
 
 _LOST = {"reconnecting", "degraded"}
 _WORKS = {"attached", "degraded"}
@@ -21,13 +20,13 @@ _WORKS = {"attached", "degraded"}
 class EventFormatter:
     """Makes a line of each event. It keeps the devices, since most of an event's meaning is in the state before it."""
 
-    def __init__(self, devices: Iterable[Device] = (), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, devices: Iterable[DeviceView] = (), clock: Callable[[], float] = time.monotonic) -> None:
         self._devices = {device.name: device for device in devices}
         self._clock = clock
         self._begun: dict[str, float] = {}
         """When the device began to connect, or lost its first connection; in seconds of the clock."""
 
-    def format(self, event: Event) -> str:
+    def format(self, event: ManagerEvent) -> str:
         """The event as one line with the device's name before it; "" if there is nothing to say."""
         match str(event.kind):
             case "started":
@@ -35,21 +34,21 @@ class EventFormatter:
             case "stopped":
                 return "nbdd stopped; attached devices stay attached, but lost connections are not replaced now"
             case "removed":
-                old = self._devices.pop(event.name, Device())
+                old = self._devices.pop(event.name, DeviceView())
                 self._begun.pop(event.name, None)
                 text = "no configuration defines it any more" if old.configured else "gone, as it has no definition"
             case _ if event.kind == "added" and event.name not in self._devices:
-                new = self._devices[event.name] = Device.of(event.properties)
+                new = self._devices[event.name] = DeviceView(**event.changes)
                 text = self._added(new)
             case _:
-                text = self._change(event.name, fields(event.properties))
+                text = self._change(event.name, event.changes)
         return printable(f"{event.name}: {text}") if text else ""
 
     def state(self, name: str) -> str:
         """The state of a device after the last event; "" for an unknown one."""
         return self._devices[name].state if name in self._devices else ""
 
-    def _added(self, new: Device) -> str:
+    def _added(self, new: DeviceView) -> str:
         if new.state == "connecting":
             self._begun[new.name] = self._clock()
         what = "new in the configuration" if new.configured else "new, without a definition"
@@ -57,13 +56,11 @@ class EventFormatter:
         return f"{what}: {new.uri}, {where}"
 
     def _change(self, name: str, changes: Mapping[str, Any]) -> str:
-        old = self._devices.get(name) or Device(name=name)
-        new = self._devices[name] = replace(old, **{key: value for key, value in changes.items() if value is not None})
-        if "last_error" in changes:
-            new = self._devices[name] = replace(new, last_error=changes["last_error"])
+        old = self._devices.get(name) or DeviceView(name=name)
+        new = self._devices[name] = old.updated(changes)
         return self._new_state(old, new) if new.state != old.state else self._same_state(old, new)
 
-    def _new_state(self, old: Device, new: Device) -> str:
+    def _new_state(self, old: DeviceView, new: DeviceView) -> str:
         """What a change of the state means."""
         if new.state == "connecting" or (new.state in _LOST and old.state == "attached"):
             self._begun[new.name] = self._clock()
@@ -87,7 +84,7 @@ class EventFormatter:
                 text = new.state
         return text
 
-    def _attached(self, old: Device, new: Device) -> str:
+    def _attached(self, old: DeviceView, new: DeviceView) -> str:
         if old.state == "detaching":
             return f"not detached; it stays attached as {new.node}"
         if old.state == "connecting" and not old.node:
@@ -99,14 +96,14 @@ class EventFormatter:
         return f"{self._back(old)}{self._took(new)}"
 
     @staticmethod
-    def _back(old: Device) -> str:
+    def _back(old: DeviceView) -> str:
         return "attached again" if old.node else "attached"
 
-    def _took(self, new: Device) -> str:
+    def _took(self, new: DeviceView) -> str:
         begun = self._begun.get(new.name) if new.state != "attached" else self._begun.pop(new.name, None)
         return "" if begun is None else f" after {_seconds(self._clock() - begun)}"
 
-    def _same_state(self, old: Device, new: Device) -> str:
+    def _same_state(self, old: DeviceView, new: DeviceView) -> str:
         """What the other properties mean if the state is the same; the most important one first."""
         parts = []
         if new.last_error is not None and new.last_error != old.last_error:
@@ -148,15 +145,15 @@ def _clause(failure: Failure) -> str:
     return text[0].lower() + text[1:] if text[1:2].islower() or text[1:2] == " " else text
 
 
-def _because(new: Device) -> str:
+def _because(new: DeviceView) -> str:
     return f"{_clause(new.last_error)}; " if new.last_error is not None else ""
 
 
-def _connections(device: Device) -> str:
+def _connections(device: DeviceView) -> str:
     return f"{device.live_connections} of {device.connections} connections"
 
 
-def _failed(device: Device) -> str:
+def _failed(device: DeviceView) -> str:
     """What the state "failed" means for I/O."""
     if not device.node:
         return "not attached, given up"
@@ -165,7 +162,7 @@ def _failed(device: Device) -> str:
     return "I/O fails until its server is back; reconnecting"
 
 
-def _deadline(device: Device) -> str:
+def _deadline(device: DeviceView) -> str:
     return f", and I/O waits until {_clock_time(device.fails_at)}" if device.fails_at else ""
 
 

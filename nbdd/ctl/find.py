@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.errors import InvalidArgs, NoSuchDevice
 from nbdd.kernel.node_name import named_index, node_path
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.client import Client
+    from nbdd.bus.caller.client import ManagerProxy
 
 
 def index_of(target: str, *, here: bool = True) -> int | None:
@@ -28,14 +28,14 @@ def is_uri(target: str) -> bool:
     return rest.startswith("//") or bool(colon and scheme.lower() in {"nbd", "nbds", "nbd+unix", "nbds+unix"})
 
 
-async def name(client: Client, target: str, *, here: bool = True) -> str:
+async def name(client: ManagerProxy, target: str, *, here: bool = True) -> str:
     """The name of the device that is meant, as `device` finds it; what can be nothing but a name is one."""
     if index_of(target, here=here) is None and "/" not in target:
         return target
     return (await device(client, target, here=here)).name
 
 
-async def device(client: Client, target: str, *, here: bool = True) -> Device:
+async def device(client: ManagerProxy, target: str, *, here: bool = True) -> DeviceView:
     """The device with the name `target` or, if there is none, with that node; or the one of that URI.
 
     Raises NoSuchDevice, or InvalidArgs if several have that URI.
@@ -44,21 +44,21 @@ async def device(client: Client, target: str, *, here: bool = True) -> Device:
     if index is None and "/" in target:
         return await _by_uri(client, target)
     try:
-        return Device.of(await client.device(target))
+        return await client.device(target)
     except NoSuchDevice:
         if index is None:
             raise
     node = node_path(index)
-    for found in map(Device.of, await client.devices()):
+    for found in await client.devices():
         if found.node == node:
             return found
     raise NoSuchDevice(_not_ours(index, here=here))
 
 
-async def _by_uri(client: Client, target: str) -> Device:
+async def _by_uri(client: ManagerProxy, target: str) -> DeviceView:
     if not is_uri(target):
         raise NoSuchDevice(f"{target} is no NBD device that is attached; `nbdctl list` shows what is where.")
-    known = [each for each in map(Device.of, await client.devices()) if each.is_at(target)]
+    known = [each for each in await client.devices() if each.is_at(target)]
     found = [each for each in known if each.node] or known
     if not found:
         raise NoSuchDevice(f"No device has {target}; `nbdctl list` shows the servers of all.")

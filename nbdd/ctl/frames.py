@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.ctl.common import order
 from nbdd.ctl.rates import Rates, Sample, between
 from nbdd.ctl.show import Look, table
@@ -18,7 +18,7 @@ from nbdd.errors import NbddError
 from nbdd.text import one_line, printable
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.client import Client
+    from nbdd.bus.caller.client import ManagerProxy
 
 HEAD = ("NAME", "NODE", "STATE", "CONNS", "rMB/s", "wMB/s", "r/s", "w/s", "r_await", "w_await", "INFLIGHT", "BUSY")
 """The figures under the names that iostat gives them."""
@@ -36,7 +36,7 @@ class Frame:
 
     span: float
     """Seconds since the sample before."""
-    rows: list[tuple[Device, Rates | None]] = field(default_factory=list)
+    rows: list[tuple[DeviceView, Rates | None]] = field(default_factory=list)
     problem: str = ""
     """Why there are no rows."""
 
@@ -81,7 +81,7 @@ def _figures(rates: Rates) -> list[str]:
 class Sampler:
     """Samples the devices and keeps the sample before, since a rate needs two."""
 
-    def __init__(self, client: Client, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, client: ManagerProxy, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self._clock = clock
         self._samples: dict[str, Sample] = {}
@@ -94,7 +94,7 @@ class Sampler:
         frame = Frame(span=now - self._sampled)
         self._sampled = now
         try:
-            devices = [Device.of(properties) for properties in await self._client.devices()]
+            devices = await self._client.devices()
             frame.rows = await self._rows([device for device in devices if device.node])
         except NbddError as error:
             if not self._begun or now - self._answered > PATIENCE:
@@ -104,7 +104,7 @@ class Sampler:
         self._begun, self._answered = True, now
         return frame
 
-    async def _rows(self, devices: list[Device]) -> list[tuple[Device, Rates | None]]:
+    async def _rows(self, devices: list[DeviceView]) -> list[tuple[DeviceView, Rates | None]]:
         import asyncio  # noqa: PLC0415 - comes with the bus
 
         ordered = sorted(devices, key=lambda device: order(device.name))

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbdd.bus.caller.device import Device, changes
+from nbdd.bus.caller.device import DeviceView, document
 from nbdd.ctl.common import as_json, call, say, terminal
 from nbdd.ctl.show import Look
 from nbdd.errors import NbddError
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.client import Client, Event
+    from nbdd.bus.caller.client import ManagerEvent, ManagerProxy
     from nbdd.ctl.events import EventFormatter
 
 
@@ -28,7 +28,7 @@ def monitor(as_json: bool) -> None:
     """
     import json  # noqa: PLC0415 - of use here only
 
-    async def action(client: Client) -> None:
+    async def action(client: ManagerProxy) -> None:
         running = await client.subscribe()
         formatter = await _formatter(client, running)
         look = Look.of(sys.stdout)
@@ -48,23 +48,23 @@ def monitor(as_json: bool) -> None:
         return
 
 
-async def _formatter(client: Client, running: bool) -> EventFormatter:
+async def _formatter(client: ManagerProxy, running: bool) -> EventFormatter:
     from nbdd.ctl.events import EventFormatter  # noqa: PLC0415 - of use here only
 
     try:
         # After the subscription, so that no event is missed.
-        return EventFormatter([Device.of(properties) for properties in await client.devices()] if running else ())
+        return EventFormatter(await client.devices() if running else ())
     except NbddError:
         return EventFormatter()  # nbdd has just stopped; the next event says so
 
 
-def _event(event: Event) -> dict[str, Any]:
+def _event(event: ManagerEvent) -> dict[str, Any]:
     """The JSON object of an event; `time` is in microseconds since 1970, as everywhere in nbdd."""
     found: dict[str, Any] = {"time": time.time_ns() // 1000, "event": str(event.kind)}
     if event.name:
         found["name"] = event.name
     if event.kind == "added":
-        found["device"] = Device.of(event.properties).to_json()
+        found["device"] = DeviceView(**event.changes).to_json()
     if event.kind == "changed":
-        found["changes"] = changes(event.properties)
+        found["changes"] = document(event.changes)
     return found

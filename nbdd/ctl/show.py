@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.text import duration, printable, size
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def state(word: str, look: Look) -> str:
     return look.paint(word, fg=colour) if colour else look.paint(word, dim=True)
 
 
-def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None, look: Look) -> str:
+def devices(found: Iterable[DeviceView], claims: Mapping[str, Sequence[str]] | None, look: Look) -> str:
     """The table of `nbdctl list`; on a terminal, below it, what went wrong with those that are not well.
 
     `claims` are sentences about who uses a device, by its node; None if that is not known.
@@ -197,7 +197,7 @@ def devices(found: Iterable[Device], claims: Mapping[str, Sequence[str]] | None,
     return text
 
 
-def _uses(device: Device, claims: Mapping[str, Sequence[str]] | None) -> str:
+def _uses(device: DeviceView, claims: Mapping[str, Sequence[str]] | None) -> str:
     """What uses a device, for the table."""
     if claims is None:
         return "?" if device.node else ""
@@ -233,13 +233,13 @@ def exports(found: Iterable[Mapping[str, Any]], look: Look) -> str:
     return "\n".join([text, "", *problems]) if problems and look.terminal else text
 
 
-def attached(device: Device) -> str:
+def attached(device: DeviceView) -> str:
     """One sentence about a device that is attached."""
     mode = ", read-only" if device.read_only else ""
     return printable(f"{device.name} is {device.node}, {size(device.size)}{mode}, from {device.uri}")
 
 
-def status(device: Device, statistics: Mapping[str, int] | None, users: Users | None, look: Look) -> str:
+def status(device: DeviceView, statistics: Mapping[str, int] | None, users: Users | None, look: Look) -> str:
     """All about one device, a line for each thing."""
     lines: dict[str, str | list[str]] = {"State": state(printable(device.state), look)}
     if device.fails_at:

@@ -13,7 +13,7 @@ from nbdd.ctl.common import as_json, call, count
 from nbdd.text import printable
 
 if TYPE_CHECKING:
-    from nbdd.bus.caller.client import Client
+    from nbdd.bus.caller.client import ManagerProxy
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
@@ -46,7 +46,7 @@ def top(frames: int | None, delay: float, as_json: bool) -> None:
     """
     ended: list[int] = []
 
-    async def action(client: Client) -> None:
+    async def action(client: ManagerProxy) -> None:
         import asyncio  # noqa: PLC0415 - comes with the bus
 
         watching = asyncio.ensure_future(_watch(client, frames, delay, as_json=as_json))
@@ -72,7 +72,7 @@ def top(frames: int | None, delay: float, as_json: bool) -> None:
         return
 
 
-async def _watch(client: Client, frames: int | None, delay: float, *, as_json: bool) -> None:
+async def _watch(client: ManagerProxy, frames: int | None, delay: float, *, as_json: bool) -> None:
     import asyncio  # noqa: PLC0415 - comes with the bus
 
     from nbdd.ctl.frames import Sampler, display  # noqa: PLC0415 - no other command needs it

@@ -14,8 +14,8 @@ import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from nbdd.bus.caller.client import Client
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.client import ManagerProxy
+from nbdd.bus.caller.device import DeviceView
 from nbdd.desktop import notice
 from nbdd.desktop.udisks import Block, UDisks
 from nbdd.errors import AlreadyAttached, InvalidURI, NbddError, NoSuchDevice
@@ -79,11 +79,11 @@ def link(text: str) -> URI:
 class Disks:
     """Network disks of this machine, as a desktop uses them. All methods raise NbddError."""
 
-    def __init__(self, client: Client, udisks: UDisks) -> None:
+    def __init__(self, client: ManagerProxy, udisks: UDisks) -> None:
         self._client = client
         self._udisks = udisks
 
-    async def attach(self, uri: URI) -> Device:
+    async def attach(self, uri: URI) -> DeviceView:
         """The device of an export: the existing one, or else a new one for this desktop.
 
         Two devices of one export, both mounted, would destroy the filesystem.
@@ -102,13 +102,13 @@ class Disks:
                 return device
             if device.configured or device.state == "connecting":
                 try:
-                    return Device.of(await self._client.device_at(await self._client.attach(device.name, {})))
+                    return await self._client.device_at(await self._client.attach(device.name, {}))
                 except AlreadyAttached:
-                    return Device.of(await self._client.device(device.name))
+                    return await self._client.device(device.name)
         path = await self._client.attach_uri(str(uri), {"desktop": {}})
-        return Device.of(await self._client.device_at(path))
+        return await self._client.device_at(path)
 
-    async def mount(self, device: Device) -> Path:
+    async def mount(self, device: DeviceView) -> Path:
         """Mount every filesystem on the device that can be; returns where the largest of them is."""
         partitions = {f"/dev/{path.name}" for path in _SYS.joinpath(Path(device.node).name).glob("nbd*p*")}
 
@@ -141,7 +141,7 @@ class Disks:
             log.warning("nbdd-open: %s", one_line(str(left), notice.MAX_TEXT))
         return Path(folders[0])
 
-    async def find(self, target: str) -> list[Device]:
+    async def find(self, target: str) -> list[DeviceView]:
         """The devices that a name, a link, a node or a folder means; "" means all that this user attached."""
         if not target:
             return [device for device in await self._devices() if device.node and is_own(device)]
@@ -154,31 +154,31 @@ class Disks:
             f"{one_line(target, notice.MAX_TEXT)} is no network disk that is attached; 'nbdctl list' shows them."
         )
 
-    async def mounted(self, device: Device) -> bool:
+    async def mounted(self, device: DeviceView) -> bool:
         """Whether the device, or a partition of it, is mounted anywhere."""
         return any(block.mount_points for block in await self._udisks.blocks(device.node))
 
-    async def _is_place_of(self, device: Device, place: str) -> bool:
+    async def _is_place_of(self, device: DeviceView, place: str) -> bool:
         """Whether `place` is a node of the device, or a folder where it is mounted."""
         blocks = await self._udisks.blocks(device.node)
         return place == device.node or any(place == block.node or place in block.mount_points for block in blocks)
 
-    async def detach(self, device: Device) -> None:
+    async def detach(self, device: DeviceView) -> None:
         """Unmount what is mounted of the device, then detach it."""
         for block in await self._udisks.blocks(device.node):
             await self._udisks.unmount(block)
         await self._client.detach(device.name, {"wait": LEAVE_SECONDS})
 
-    async def _devices(self) -> list[Device]:
-        return [Device.of(properties) for properties in await self._client.devices()]
+    async def _devices(self) -> list[DeviceView]:
+        return await self._client.devices()
 
 
-def is_own(device: Device) -> bool:
+def is_own(device: DeviceView) -> bool:
     """Whether this user attached it for the desktop; what the configuration attached belongs to no user."""
     return device.desktop and device.attached_by == os.geteuid() != 0
 
 
-def _nothing_to_mount(device: Device, blocks: list[Block]) -> str:
+def _nothing_to_mount(device: DeviceView, blocks: list[Block]) -> str:
     name, node = notice.title(device), device.node
     if not any(block.size for block in blocks):
         return f"{name} is attached as {node}, but UDisks does not know it, so it can't be mounted."

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.desktop.notifications import Notification, Urgency
 from nbdd.errors import InvalidURI
 from nbdd.text import one_line
@@ -69,7 +69,7 @@ class Verdict:
     """When the clock alone may change it, in seconds since 1970."""
 
 
-def judge(device: Device, *, now: float, lost_since: float, was_bound: bool) -> Verdict:
+def judge(device: DeviceView, *, now: float, lost_since: float, was_bound: bool) -> Verdict:
     """What is wrong with the device at `now`; times in seconds since 1970.
 
     `lost_since` is when it was first seen without a connection, for a service that does not report it; `was_bound` is
@@ -98,12 +98,12 @@ def judge(device: Device, *, now: float, lost_since: float, was_bound: bool) -> 
     return Verdict(_lost(device, fails), look_at=near) if now < near else Verdict(_failing(device, fails))
 
 
-def works(device: Device) -> bool:
+def works(device: DeviceView) -> bool:
     """Whether reading and writing works."""
     return device.state in _WORKS
 
 
-def back(device: Device, before: NoticeKind) -> Notice:
+def back(device: DeviceView, before: NoticeKind) -> Notice:
     """The end of the trouble that was shown as `before`."""
     name = title(device)
     if before in {NoticeKind.LOST, NoticeKind.FAILING}:
@@ -115,7 +115,7 @@ def back(device: Device, before: NoticeKind) -> Notice:
     return Notice(NoticeKind.BACK, notification)
 
 
-def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notice:
+def refused(device: DeviceView, action: str, problem: str, *, in_use: bool) -> Notice:
     """An action of the user failed."""
     name = title(device)
     detach = action in {DETACH, DETACH_ANYWAY}
@@ -136,18 +136,18 @@ def refused(device: Device, action: str, problem: str, *, in_use: bool) -> Notic
     )
 
 
-def detached(device: Device) -> Notification:
+def detached(device: DeviceView) -> Notification:
     """A disk was detached by its user."""
     icon = device.icon_name or "drive-harddisk"
     return Notification(f"{title(device)} is detached", "All was written.", icon, category="device", lasting=False)
 
 
-def title(device: Device) -> str:
+def title(device: DeviceView) -> str:
     """What people call the device."""
     return device.display_name or device.name
 
 
-def server(device: Device) -> str:
+def server(device: DeviceView) -> str:
     """The server as a user knows it: a host, or a socket's path."""
     try:
         uri = URI.parse(device.uri)
@@ -156,7 +156,7 @@ def server(device: Device) -> str:
     return uri.host or uri.address
 
 
-def _lost(device: Device, fails: float) -> Notice:
+def _lost(device: DeviceView, fails: float) -> Notice:
     until = f", until {clock(fails)} at most" if fails else ""
     return Notice(
         NoticeKind.LOST,
@@ -170,7 +170,7 @@ def _lost(device: Device, fails: float) -> Notice:
     )
 
 
-def _failing(device: Device, fails: float) -> Notice:
+def _failing(device: DeviceView, fails: float) -> Notice:
     return Notice(
         NoticeKind.FAILING,
         Notification(
@@ -185,12 +185,12 @@ def _failing(device: Device, fails: float) -> Notice:
     )
 
 
-def _why(device: Device) -> str:
+def _why(device: DeviceView) -> str:
     """The device's last error as one more sentence, if it had one."""
     return f" {one_line(device.last_error.message, MAX_TEXT)}" if device.last_error is not None else ""
 
 
-def _failed(device: Device, waits_until: float) -> Notice:
+def _failed(device: DeviceView, waits_until: float) -> Notice:
     state = "Reading and writing fails until the server is back."
     if waits_until:
         state = f"Programs that use the disk wait, until {clock(waits_until)} at most."
@@ -207,7 +207,7 @@ def _failed(device: Device, waits_until: float) -> Notice:
     )
 
 
-def _gone(device: Device) -> Notice:
+def _gone(device: DeviceView) -> Notice:
     return Notice(
         NoticeKind.GONE,
         Notification(

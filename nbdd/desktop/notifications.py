@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
-from dbus_next import Message, MessageType, Variant
-
 from nbdd.bus.caller.connection import CallerBus
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
+from nbdd.bus.wire.library import Message, MessageType, Variant
 
 APPLICATION = "Network disks"
 """What we are called in a list of notifications."""
@@ -88,7 +87,7 @@ class Renewed:
     """Its unique bus name."""
 
 
-Event = Invoked | Closed | Renewed
+NotificationEvent = Invoked | Closed | Renewed
 
 
 class Notifications:
@@ -99,7 +98,7 @@ class Notifications:
         self._owner = ""
         self._shown = 0
         self._capabilities: frozenset[str] | None = None
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[NotificationEvent] = asyncio.Queue()
 
     @property
     def shower(self) -> str:
@@ -121,7 +120,7 @@ class Notifications:
         except CallError:
             self._owner = ""
 
-    async def event(self) -> Event:
+    async def event(self) -> NotificationEvent:
         """The next event; needs `subscribe` first."""
         return await self._events.get()
 

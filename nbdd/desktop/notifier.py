@@ -14,19 +14,18 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from nbdd import __version__
-from nbdd.bus.caller.client import Client, Event, Kind, Properties
+from nbdd.bus.caller.client import EventKind, ManagerEvent, ManagerProxy
 from nbdd.bus.caller.connection import session_bus, system_bus
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.bus.wire.calls import CallError
 from nbdd.desktop import notice
 from nbdd.desktop.notice import Notice
-from nbdd.desktop.notifications import Closed, Invoked, Notifications, NotShown, Renewed
-from nbdd.desktop.notifications import Event as Answer
+from nbdd.desktop.notifications import Closed, Invoked, NotificationEvent, Notifications, NotShown, Renewed
 from nbdd.desktop.udisks import UDisks
 from nbdd.desktop.unmounted import Unmounted
 from nbdd.errors import Busy, NbddError
@@ -54,7 +53,7 @@ class MountsChanged:
     """Something was mounted or unmounted."""
 
 
-Input: TypeAlias = Event | Answer | ActionFailed | MountsChanged | NbddError | None
+Input: TypeAlias = ManagerEvent | NotificationEvent | ActionFailed | MountsChanged | NbddError | None
 """What `Notifier.run` handles; an error is the end of the system bus, None ends `run`."""
 
 
@@ -62,7 +61,8 @@ Input: TypeAlias = Event | Answer | ActionFailed | MountsChanged | NbddError | N
 class Watched:
     """One device, and its notification."""
 
-    properties: Properties = field(default_factory=dict)
+    device: DeviceView = field(default_factory=DeviceView)
+    """As nbdd describes it."""
     lost_since: float = 0.0
     """When it was first seen without a connection, in seconds since 1970; 0 while it has one."""
     was_bound: bool = False
@@ -78,16 +78,11 @@ class Watched:
     """`Notifications.shown` when it replaced one with the same number; else 0."""
     look_at: float | None = None
 
-    @property
-    def device(self) -> Device:
-        """The device as nbdd describes it."""
-        return Device.of({key: value for key, value in self.properties.items() if value is not None})
-
 
 class Notifier:
     """Watches nbdd's devices on the system bus and shows notifications on the session bus."""
 
-    def __init__(self, client: Client, udisks: UDisks, notifications: Notifications, *, everything: bool) -> None:
+    def __init__(self, client: ManagerProxy, udisks: UDisks, notifications: Notifications, *, everything: bool) -> None:
         self._client = client
         self._udisks = udisks
         self._unmounted = Unmounted(client, udisks)
@@ -138,16 +133,18 @@ class Notifier:
         await self._udisks.mounts_change()
         return MountsChanged()
 
-    async def _collect(self, source: Callable[[], Coroutine[Any, Any, Event | Answer | MountsChanged]]) -> None:
+    async def _collect(
+        self, source: Callable[[], Coroutine[Any, Any, ManagerEvent | NotificationEvent | MountsChanged]]
+    ) -> None:
         try:
             while True:
                 self._inputs.put_nowait(await source())
         except NbddError as problem:
             self._inputs.put_nowait(problem)
 
-    async def _handle(self, item: Event | Answer | ActionFailed | MountsChanged | NbddError) -> None:
+    async def _handle(self, item: ManagerEvent | NotificationEvent | ActionFailed | MountsChanged | NbddError) -> None:
         match item:
-            case Event():
+            case ManagerEvent():
                 await self._device_event(item)
             case ActionFailed(name=name, action=action, problem=problem) if name in self._watched:
                 watched = self._watched[name]
@@ -168,36 +165,41 @@ class Notifier:
 
     # nbdd
 
-    async def _device_event(self, event: Event) -> None:
+    async def _device_event(self, event: ManagerEvent) -> None:
         match event.kind:
-            case Kind.STARTED:
+            case EventKind.STARTED:
                 await self._started()
-            case Kind.STOPPED:
+            case EventKind.STOPPED:
                 # Probably a restart: keep what is shown, and update it when nbdd is back.
                 self._running = False
-            case Kind.REMOVED:
+            case EventKind.REMOVED:
                 if event.name in self._watched:
                     await self._close(self._watched.pop(event.name))
-            case Kind.ADDED | Kind.CHANGED:
-                await self._changed(event.name, event.properties)
+            case EventKind.ADDED | EventKind.CHANGED:
+                await self._changed(event.name, event.changes)
 
     async def _started(self) -> None:
         """Nbdd runs, for the first time or again: read all devices."""
         try:
-            found = {properties["Name"]: properties for properties in await self._client.devices()}
+            found = {device.name: device for device in await self._client.devices()}
         except NbddError as problem:
             log.warning("%s", problem)  # It has just stopped; STARTED follows when it is back.
             return
         self._running = True
         for name in self._watched.keys() - found.keys():
             await self._close(self._watched.pop(name))
-        for name, properties in found.items():
-            await self._changed(name, properties)
+        for name, device in found.items():
+            watched = self._watched.setdefault(name, Watched())
+            watched.device = device
+            await self._device_changed(watched)
         await self._look_at_mounts()
 
-    async def _changed(self, name: str, properties: Properties) -> None:
+    async def _changed(self, name: str, changes: Mapping[str, Any]) -> None:
         watched = self._watched.setdefault(name, Watched())
-        watched.properties |= properties
+        watched.device = watched.device.updated(changes)
+        await self._device_changed(watched)
+
+    async def _device_changed(self, watched: Watched) -> None:
         device = watched.device
         if device.node:
             watched.was_bound = True
@@ -217,7 +219,7 @@ class Notifier:
         for device in left:
             self._start(self._detach(device))
 
-    async def _detach(self, device: Device) -> None:
+    async def _detach(self, device: DeviceView) -> None:
         try:
             if await self._unmounted.detach(device):
                 log.info("%s was unmounted, and is detached", device.name)
@@ -254,7 +256,7 @@ class Notifier:
             watched.trouble = verdict.notice.kind
             await self._show(watched, verdict.notice)
 
-    async def _over(self, watched: Watched, device: Device) -> None:
+    async def _over(self, watched: Watched, device: DeviceView) -> None:
         before, watched.trouble = watched.trouble, None
         if before is not None and notice.works(device):
             await self._show(watched, notice.back(device, before))
@@ -303,7 +305,7 @@ class Notifier:
     async def _act(self, name: str, action: str) -> None:
         """Do what an action says; it may take long, since polkit may ask for a password."""
         try:
-            async with Client() as client:
+            async with ManagerProxy() as client:
                 if action == notice.ATTACH:
                     await client.attach(name, {})
                 else:
@@ -320,7 +322,7 @@ async def watch(*, everything: bool) -> int:
             log.info("another instance runs in this session already")
             return 0
         # Don't start nbdd: while it does not run, there is nothing to show.
-        async with Client(activate=False) as client, system_bus() as bus:
+        async with ManagerProxy(activate=False) as client, system_bus() as bus:
             notifier = Notifier(client, UDisks(bus), Notifications(session), everything=everything)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):

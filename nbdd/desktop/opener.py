@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from nbdd import __version__
-from nbdd.bus.caller.client import Client
+from nbdd.bus.caller.client import ManagerProxy
 from nbdd.bus.caller.connection import CallerBus, session_bus, system_bus
 from nbdd.desktop import notice
 from nbdd.desktop.disks import Disks, link, one_at_a_time
@@ -90,7 +90,7 @@ async def open_link(text: str, feedback: Feedback, session: CallerBus | None) ->
     async with (
         feedback.waiting("Opening a network disk", f"{_describe(uri)} is asked for."),
         one_at_a_time(),
-        Client() as client,
+        ManagerProxy() as client,
         system_bus() as bus,
     ):
         disks = Disks(client, UDisks(bus))
@@ -104,7 +104,7 @@ async def open_link(text: str, feedback: Feedback, session: CallerBus | None) ->
 async def detach(target: str, feedback: Feedback) -> None:
     """Unmount and detach `target`: a name, a link, a node or a folder; "" is all that this user attached."""
     # The lock keeps nbdd-notify from taking this unmount for one in the file manager.
-    async with one_at_a_time(), Client() as client, system_bus() as bus:
+    async with one_at_a_time(), ManagerProxy() as client, system_bus() as bus:
         disks = Disks(client, UDisks(bus))
         found = await disks.find(target)
         if not found:

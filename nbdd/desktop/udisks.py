@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dbus_next import Message, MessageFlag, MessageType, Variant
-
 from nbdd.bus.caller.connection import CallerBus
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
+from nbdd.bus.wire.library import Message, MessageFlag, MessageType, Variant
 from nbdd.errors import AccessDenied, Busy, NbddError
 from nbdd.kernel.node_name import named_index
 from nbdd.text import clause

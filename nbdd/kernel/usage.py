@@ -112,9 +112,7 @@ class Usage:
                 if fd is not None:
                     os.close(fd)
             if time.monotonic() >= end:
-                raise Busy(
-                    f"{node.path} is in use: {'; '.join(users) or 'another program has claimed it'}."
-                )
+                raise Busy(f"{node.path} is in use: {'; '.join(users) or 'another program has claimed it'}.")
             # Closing a device raises no event that others can wait for.
             time.sleep(_PAUSE)
 

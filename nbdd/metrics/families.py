@@ -21,8 +21,8 @@ from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.registry import Collector
 
-from nbdd.bus.caller.device import Device
-from nbdd.manager.status import State
+from nbdd.bus.caller.device import DeviceView
+from nbdd.bus.wire.names import STATES
 from nbdd.metrics.gather import Snapshot
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
@@ -43,14 +43,14 @@ _KINDS = {"read": "reads", "write": "writes", "discard": "discards", "flush": "f
 """Label to key of GetStatistics."""
 
 
-def _without_connection(device: Device, at: float) -> float | None:
+def _without_connection(device: DeviceView, at: float) -> float | None:
     if not device.node:
         return None
     # FailsAt is when the last connection died, plus the dead timeout.
     return max(at - (device.fails_at / 1e6 - device.dead_timeout), 0) if device.fails_at else 0
 
 
-_GAUGES: tuple[tuple[str, str, Callable[[Device, float], float | None]], ...] = (
+_GAUGES: tuple[tuple[str, str, Callable[[DeviceView, float], float | None]], ...] = (
     ("size_bytes", "Size of the device; 0 while it is not attached.", lambda device, _: device.size),
     ("configured_connections", "Connections there should be.", lambda device, _: device.connections),
     ("live_connections", "Connections there are.", lambda device, _: device.live_connections),
@@ -121,7 +121,7 @@ class _Families(Collector):
         for device in devices:
             info.add_metric([device.name], _labels(device))
             # A newer nbdd may have a state that this program does not know.
-            states.add_metric([device.name], {state: state == device.state for state in [*State, device.state]})
+            states.add_metric([device.name], {state: state == device.state for state in [*STATES, device.state]})
             reconnects.add_metric([device.name], device.reconnects)
         yield from (info, states, reconnects)
         for name, explained, value in _GAUGES:
@@ -161,7 +161,7 @@ class _Families(Collector):
         yield from (requests, waiting)
 
 
-def _labels(device: Device) -> dict[str, str]:
+def _labels(device: DeviceView) -> dict[str, str]:
     return {
         "uri": device.uri,
         "node": device.node,

@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nbdd.bus.caller.client import Client
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.client import ManagerProxy
+from nbdd.bus.caller.device import DeviceView
 from nbdd.errors import NbddError
 
 LIST_SECONDS = 3.0
@@ -33,7 +33,7 @@ class Snapshot:
     problem: str = ""
     """Why there is no answer, in a sentence; "" if nbdd answered."""
     version: str = ""
-    devices: tuple[Device, ...] = ()
+    devices: tuple[DeviceView, ...] = ()
     """Sorted by name."""
     counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Name of a device to the counters of GetStatistics; a device that did not answer in time is missing."""
@@ -48,7 +48,7 @@ async def gather(list_seconds: float = LIST_SECONDS, counts_seconds: float = COU
     """Ask nbdd; a service that does not run, or does not answer, is a `Snapshot` with a problem."""
     try:
         # New connections each time: no hung call, and no bus that was restarted, affects the next scrape.
-        async with asyncio.timeout(list_seconds), Client(activate=False) as client:
+        async with asyncio.timeout(list_seconds), ManagerProxy(activate=False) as client:
             version = await client.version()
             found = await client.devices()
     except TimeoutError:
@@ -56,7 +56,7 @@ async def gather(list_seconds: float = LIST_SECONDS, counts_seconds: float = COU
     except NbddError as error:
         return Snapshot(time.time(), str(error))
     at = time.time()
-    devices = tuple(sorted(map(Device.of, found), key=lambda device: device.name))
+    devices = tuple(sorted(found, key=lambda device: device.name))
     counts = await _counts([device.name for device in devices if device.node], counts_seconds)
     return Snapshot(at, version=version, devices=devices, counts=counts)
 
@@ -70,10 +70,10 @@ async def _counts(names: Sequence[str], seconds: float) -> dict[str, dict[str, i
 
 
 async def _ask(names: Sequence[str], seconds: float, found: dict[str, dict[str, int]]) -> None:
-    async def ask(client: Client, name: str) -> None:
+    async def ask(client: ManagerProxy, name: str) -> None:
         with contextlib.suppress(NbddError):  # it was detached meanwhile, or has no worker just now
             found[name] = await client.statistics(name)
 
     with contextlib.suppress(TimeoutError, NbddError):
-        async with asyncio.timeout(seconds), Client(activate=False) as client:
+        async with asyncio.timeout(seconds), ManagerProxy(activate=False) as client:
             await asyncio.gather(*(ask(client, name) for name in names))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import nbdd.bus  # noqa: F401 - mends dbus_next for the newest Python
+import nbdd.bus.wire  # noqa: F401 - mends dbus_next for the newest Python
 
 # isort: split
 from dbus_next.aio.message_bus import MessageBus

@@ -181,9 +181,9 @@ def _open(uri: str) -> Told | str:
 
 async def ask_daemon(places: Mapping[Place, Answers]) -> None:
     """Ask the running nbdd about all places, over one connection to the bus; it is what nbdctl does."""
-    from nbdd.bus.caller.client import Client  # noqa: PLC0415 - dbus_next is not everywhere
+    from nbdd.bus.caller.client import ManagerProxy  # noqa: PLC0415 - dbus_next is not everywhere
 
-    async with Client() as client:
+    async with ManagerProxy() as client:
         for place, answers in places.items():
             if place.server.listed == MANY and place.transport != "tcp4":
                 # It takes dbus_next seconds on an emulated processor.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A connection to a message bus for those who call and listen, and serve nothing.
+"""A connection to a message bus for programs that call and listen, and serve nothing.
 
 dbus-next 0.2.3 needs some care here, marked "dbus-next:" below.
 """
@@ -11,22 +11,17 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from dbus_next import AuthError, InvalidAddressError
-from dbus_next.constants import BusType
-
-from nbdd.bus.caller.ssh import Bridge, Unnamed
-from nbdd.bus.wire.calls import DBUS
-from nbdd.bus.wire.message_bus import MendedBus
+from nbdd.bus.caller.ssh import AnonymousExternal, Bridge
+from nbdd.bus.wire.calls import own_name
+from nbdd.bus.wire.library import AuthError, BusType, InvalidAddressError
+from nbdd.bus.wire.message_bus import MessageBusFixes
 from nbdd.errors import NbddError
-
-_DO_NOT_QUEUE = 4
-_PRIMARY_OWNER = 1
 
 _CONNECT_SECONDS = 25
 """How long the bus may take to let us in; a healthy one needs a millisecond."""
 
 
-class CallerBus(MendedBus):
+class CallerBus(MessageBusFixes):
     """A connection that ends when the bus ends, and leaves nothing open. Make it in a running loop.
 
     To the system bus or the session's, or through a bridge to the system bus of another machine.
@@ -35,8 +30,8 @@ class CallerBus(MendedBus):
     def __init__(self, way: BusType | Bridge) -> None:
         self._bridge = way if isinstance(way, Bridge) else None
         if isinstance(way, Bridge):
-            # dbus-next: wants an address, but never looks at it where _setup_socket below needs none.
-            super().__init__(long_replies=True, bus_address="unixexec:path=ssh", auth=Unnamed())
+            # dbus-next: wants an address, but never looks at it, as _setup_socket below needs none.
+            super().__init__(long_replies=True, bus_address="unixexec:path=ssh", auth=AnonymousExternal())
         else:
             super().__init__(long_replies=True, bus_type=way)
 
@@ -56,29 +51,28 @@ class CallerBus(MendedBus):
             raise
 
     async def own(self, name: str) -> bool:
-        """Own a well-known name; False where somebody else has it."""
-        [answer] = await DBUS.call(self, "RequestName", "su", [name, _DO_NOT_QUEUE], returns="u")
-        return bool(answer == _PRIMARY_OWNER)
+        """Own a well-known name; False if another connection has it."""
+        return await own_name(self, name)
 
     async def ended(self) -> None:
-        """Return when the bus has ended, whatever dbus-next makes of that."""
+        """Return when the connection has ended, whatever dbus-next raises then."""
         with contextlib.suppress(Exception):
             await self.wait_for_disconnect()
 
     def close(self) -> None:
-        """Give the descriptors back; dbus-next only ever shuts the socket down."""
+        """Close the descriptors; dbus-next only shuts the socket down."""
         with contextlib.suppress(OSError):
             self._stream.close()
         self._sock.close()
 
 
 def system_bus() -> contextlib.AbstractAsyncContextManager[CallerBus]:
-    """A connection to the system bus. Raises NbddError where that can't be reached."""
+    """A connection to the system bus. Raises NbddError if it can't be reached."""
     return _connection(BusType.SYSTEM)
 
 
 def session_bus() -> contextlib.AbstractAsyncContextManager[CallerBus]:
-    """A connection to the bus of the session. Raises NbddError where that can't be reached."""
+    """A connection to the bus of the session. Raises NbddError if it can't be reached."""
     return _connection(BusType.SESSION)
 
 

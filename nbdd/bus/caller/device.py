@@ -1,38 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""A device as nbdctl shows it: the properties of org.nbdd1.Device under the names of the JSON documents."""
+"""A device as callers see it: the properties of org.nbdd1.Device under the names of the JSON documents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-_FIELDS = {
-    "Name": "name",
-    "Node": "node",
-    "State": "state",
-    "Size": "size",
-    "BlockSize": "block_size",
-    "ReadOnly": "read_only",
-    "URI": "uri",
-    "URIs": "uris",
-    "Timeout": "timeout",
-    "DeadTimeout": "dead_timeout",
-    "Connections": "connections",
-    "LiveConnections": "live_connections",
-    "Encryption": "encryption",
-    "WorkerPID": "worker_pid",
-    "Reconnects": "reconnects",
-    "AttachedSince": "attached_since",
-    "AttachedBy": "attached_by",
-    "FailsAt": "fails_at",
-    "Configured": "configured",
-    "LastError": "last_error",
-    "Desktop": "desktop",
-    "DisplayName": "display_name",
-    "IconName": "icon_name",
-}
-"""D-Bus property to field; the JSON key is the field with - for _."""
+from nbdd.bus.wire.properties import FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +20,8 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
-    """One device. A property that the service does not know yet, or no longer, keeps its default."""
+class DeviceView:
+    """One device at one moment. A property that the service, of another version, does not have keeps its default."""
 
     name: str = ""
     node: str = ""
@@ -73,7 +48,7 @@ class Device:
     attached_by: int = 0
     """A user id."""
     fails_at: int = 0
-    """Microseconds since 1970: when I/O that waits for a link fails; 0 while there is a link."""
+    """Microseconds since 1970: when I/O that waits for a connection fails; 0 while there is a connection."""
     configured: bool = False
     last_error: Failure | None = None
     desktop: bool = False
@@ -94,25 +69,26 @@ class Device:
 
     @classmethod
     def of(cls, properties: Mapping[str, Any]) -> Self:
-        """A device from its D-Bus properties; those that nbdctl does not know are left out."""
+        """A device from its D-Bus properties, as plain values; those that this version does not know are left out."""
         return cls(**fields(properties))
+
+    def updated(self, changes: Mapping[str, Any]) -> Self:
+        """The device with some of its `fields` changed. A value that was not sent stays as it was."""
+        known = {key: value for key, value in changes.items() if value is not None or key == "last_error"}
+        return replace(self, **known)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object. Each key always has the same type, except that no last-error is null."""
-        return _document({field: getattr(self, field) for field in _FIELDS.values()})
-
-
-def changes(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """Changed properties as a JSON object, with the keys of `Device.to_json`."""
-    return _document(fields(properties))
+        return document({field: getattr(self, field) for field in FIELDS.values()})
 
 
 def fields(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a Device that some of its D-Bus properties give; None stands for a value that was not told."""
-    return {_FIELDS[key]: _value(key, value) for key, value in properties.items() if key in _FIELDS}
+    """The fields of a DeviceView that these D-Bus properties give; None stands for a value that was not sent."""
+    return {FIELDS[key]: _value(key, value) for key, value in properties.items() if key in FIELDS}
 
 
-def _document(values: Mapping[str, Any]) -> dict[str, Any]:
+def document(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a DeviceView as a JSON object, with the keys of `DeviceView.to_json`."""
     return {
         key.replace("_", "-"): asdict(value) if isinstance(value, Failure) else value for key, value in values.items()
     }

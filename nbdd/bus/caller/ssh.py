@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The system bus of another machine: ssh starts systemd-stdio-bridge there, which speaks D-Bus on its input and output.
 
-It is how systemd's own tools do it (`systemctl --host`), so a machine that those reach needs nothing more.
+It is how systemd's own tools do it (`systemctl --host`), so a machine that they reach needs nothing more.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ import socket
 import tempfile
 from typing import IO
 
-from dbus_next import AuthError
-from dbus_next.auth import Authenticator
-
+from nbdd.bus.wire.library import Authenticator, AuthError
 from nbdd.errors import NbddError
 
 _NO_SUCH_COMMAND = 127
-"""What a shell ends with that does not find a program (POSIX, "2.8.2 Exit Status for Commands")."""
+"""The exit status of a shell that does not find a program (POSIX, "2.8.2 Exit Status for Commands")."""
 
 _SSH_FAILED = 255
-"""What ssh ends with when the fault is its own; otherwise with what the command there ended with (ssh(1))."""
+"""The exit status of ssh if the fault is its own; else it is that of the command there (ssh(1))."""
 
 _END_SECONDS = 2
-"""How long an ssh whose connection is over may take to end, by itself or when told."""
+"""How long an ssh whose connection is over may take to end, by itself or after SIGTERM."""
 
 
 class Bridge:
@@ -42,8 +40,8 @@ class Bridge:
         With `ask` ssh may ask the person at the terminal for a password; without, it fails instead.
         """
         ours, theirs = socket.socketpair()
-        # A file and not a pipe: nobody has to read it while ssh runs, and a connection that ssh keeps in the background
-        # for the next one (ControlPersist) may hold on to it.
+        # A file and not a pipe: it need not be read while ssh runs, and an ssh that stays in the background for later
+        # connections (ControlPersist) may keep it open.
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
         # -x and -T: neither windows nor a terminal. After "--" nothing is an option.
         command = ["ssh", "-xT", *([] if ask else ["-oBatchMode=yes"]), "--", host, "systemd-stdio-bridge"]
@@ -61,14 +59,14 @@ class Bridge:
         return cls(process, ours, errors)
 
     async def reason(self) -> str:
-        """Why the connection ended, as a part of a sentence; "" where ssh does not say."""
+        """Why the connection ended, as a part of a sentence; "" if ssh does not say."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_SECONDS):
                 await self._process.wait()
         if self._process.returncode == _NO_SUCH_COMMAND:
             return "there is no systemd-stdio-bridge, which comes with systemd"
         self._errors.seek(0)
-        # What was wrong stands at the end; before it, ssh may greet, and warn at length.
+        # The fault is in the last line; before it, ssh may print a banner and warnings.
         lines = self._errors.read().decode(errors="replace").split("\n")
         said = next((line.strip().rstrip(".") for line in reversed(lines) if line.strip()), "")
         if not said and self._process.returncode not in {None, 0, _SSH_FAILED}:
@@ -76,7 +74,7 @@ class Bridge:
         return said
 
     async def close(self) -> None:
-        """End ssh, and wait until it is gone."""
+        """End ssh and wait for it."""
         self.socket.close()
         with contextlib.suppress(ProcessLookupError, TimeoutError):
             if self._process.returncode is None:
@@ -86,8 +84,8 @@ class Bridge:
         self._errors.close()
 
 
-class Unnamed(Authenticator):
-    """SASL EXTERNAL without an identity: the bridge knows whom it runs as, and our user's number means nothing there.
+class AnonymousExternal(Authenticator):
+    """SASL EXTERNAL without an identity: the bridge knows its user, and the number of ours means nothing there.
 
     D-Bus specification: "Authentication mechanisms", EXTERNAL.
     """

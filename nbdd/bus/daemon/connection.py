@@ -1,56 +1,52 @@
 # SPDX-License-Identifier: MIT
-"""The way onto the system bus: connect, own the name, serve; for the daemon, which knows no D-Bus itself."""
+"""The daemon's connection to the system bus: connect, own the name, serve."""
 
 from __future__ import annotations
 
-from dbus_next import AuthError, InvalidAddressError
-
-from nbdd.bus.daemon.objects import ROOT, Announcer, ManagerInterface
+from nbdd.bus.daemon.objects import ManagerInterface, ObjectExporter
 from nbdd.bus.daemon.polkit import Polkit
 from nbdd.bus.daemon.service import ServiceBus
 from nbdd.bus.daemon.systemd1 import is_going_down, job_type, shutdown
-from nbdd.bus.wire.calls import DBUS, CallError
+from nbdd.bus.wire.calls import CallError, own_name
+from nbdd.bus.wire.library import AuthError, InvalidAddressError
+from nbdd.bus.wire.names import BUS_NAME, ROOT_PATH
 from nbdd.errors import NbddError
 from nbdd.manager.manager import Manager
 
-NAME = "org.nbdd1"
-
-_DO_NOT_QUEUE = 4
-_PRIMARY_OWNER = 1
-
 
 class BusConnection:
-    """nbdd's place on the system bus. Make it in a running loop."""
+    """nbdd on the system bus. Make it in a running loop."""
 
     def __init__(self) -> None:
         try:
-            self._bus = ServiceBus(ROOT)
+            self._bus = ServiceBus(ROOT_PATH)
         except (OSError, InvalidAddressError) as error:
             raise NbddError(f"The system bus can't be reached: {error}. nbdd needs dbus.service.") from None
-        self.observer = Announcer(self._bus)
+        self.observer = ObjectExporter(self._bus)
 
     async def claim(self) -> None:
-        """Connect and own the name, alone. Raises NbddError when another nbdd runs, or the bus forbids the name.
+        """Connect and own the name. Raises NbddError if another nbdd runs, or the bus forbids the name.
 
         Calls that come from now on wait until `serve`.
         """
         try:
             await self._bus.connect()
-            [answer] = await DBUS.call(self._bus, "RequestName", "su", [NAME, _DO_NOT_QUEUE], returns="u")
+            owned = await own_name(self._bus, BUS_NAME)
         except CallError as error:
             raise NbddError(
-                f"The bus name {NAME} can't be owned: {error} nbdd runs as root, with its bus policy installed."
+                f"The bus name {BUS_NAME} can't be owned: {error} nbdd runs as root, with its bus policy installed."
             ) from None
         except (OSError, EOFError, AuthError) as error:
             raise NbddError(f"The system bus does not let us in: {str(error) or 'it hung up'}.") from None
-        if answer != _PRIMARY_OWNER:
+        if not owned:
             raise NbddError(
-                f"Another nbdd is running: it owns the bus name {NAME}. This one ends without having touched anything."
+                f"Another nbdd is running: it owns the bus name {BUS_NAME}. "
+                "This one ends without having touched anything."
             )
 
     def serve(self, manager: Manager) -> None:
         """Begin to answer calls."""
-        self._bus.add_object(ROOT, ManagerInterface(manager, Polkit(self._bus)))
+        self._bus.add_object(ROOT_PATH, ManagerInterface(manager, Polkit(self._bus)))
         self._bus.open()
 
     async def job_type(self) -> str:
@@ -66,13 +62,13 @@ class BusConnection:
         await shutdown(self._bus)
 
     async def lost(self) -> None:
-        """Return when the bus is gone; without it nobody can reach us, so that is fatal."""
+        """Return when the bus is gone. Without it no caller can reach us, so that is fatal."""
         try:
             await self._bus.wait_for_disconnect()
         except (EOFError, OSError):
             return
 
     async def close(self, reason: NbddError | None = None) -> None:
-        """Answer what is still open, and leave; `reason` is for an end that nobody asked for."""
+        """Answer the calls that are open and disconnect; `reason` is for an end that was not asked for."""
         await self._bus.finish(reason)
         self._bus.disconnect()

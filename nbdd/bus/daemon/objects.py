@@ -3,23 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from dbus_next import Variant
 
 from nbdd import __version__
 from nbdd.bus.daemon.polkit import Authority
 from nbdd.bus.daemon.service import Caller, ExportedInterface, ServiceBus, clean
 from nbdd.bus.wire.interface import Interface
+from nbdd.bus.wire.library import Variant
+from nbdd.bus.wire.names import device_path
+from nbdd.bus.wire.properties import FIELDS
 from nbdd.data import read
 from nbdd.errors import InvalidArgs, NegotiationFailed
 from nbdd.manager.device import Device
 from nbdd.manager.manager import Manager
 from nbdd.manager.status import Status
 from nbdd.uri import URI
-
-ROOT = "/org/nbdd1"
 
 ATTACH_OPTIONS = {
     "device": "s",
@@ -43,15 +42,6 @@ _MAX_LIST = 30 << 20
 the connection of who sends it more."""
 
 _TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)", "a{sv}": "a mapping (a{sv})"}
-
-
-def object_path(name: str) -> str:
-    """The path of a device's object, its name escaped as systemd escapes for bus paths (sd_bus_path_encode)."""
-    escaped = "".join(
-        char if char.isascii() and (char.isalpha() or (char.isdigit() and position > 0)) else f"_{ord(char):02x}"
-        for position, char in enumerate(name)
-    )
-    return f"{ROOT}/device/{escaped or '_'}"
 
 
 def read_options(options: Mapping[str, Variant], known: Mapping[str, str]) -> dict[str, Any]:
@@ -102,14 +92,14 @@ class ManagerInterface(ExportedInterface):
         about = self._about_device(name)
         await self._authority.check(caller, "org.nbdd1.attach", about)
         device = await self._manager.attach(name, values, by=await self._authority.user(caller))
-        return [object_path(device.name)]
+        return [device_path(device.name)]
 
     async def _attach_uri(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         uri, options = arguments
         values = read_options(options, ATTACH_URI_OPTIONS)
         await self._authority.check(caller, "org.nbdd1.attach-uri", _about_server(uri))
         device = await self._manager.attach_uri(uri, values, by=await self._authority.user(caller))
-        return [object_path(device.name)]
+        return [device_path(device.name)]
 
     async def _detach(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, options = arguments
@@ -212,38 +202,12 @@ class DeviceInterface(ExportedInterface):
         return [await self._device.statistics()]
 
 
-_PROPERTIES: dict[str, Callable[[Status], Any]] = {
-    "Name": lambda status: status.name,
-    "URI": lambda status: status.uri,
-    "URIs": lambda status: list(status.uris),
-    "State": lambda status: str(status.state),
-    "Node": lambda status: status.node,
-    "Size": lambda status: status.size,
-    "BlockSize": lambda status: status.block_size,
-    "ReadOnly": lambda status: status.read_only,
-    "Timeout": lambda status: status.timeout,
-    "DeadTimeout": lambda status: status.dead_timeout,
-    "Connections": lambda status: status.connections,
-    "LiveConnections": lambda status: status.live_connections,
-    "Encryption": lambda status: status.encryption,
-    "WorkerPID": lambda status: status.worker_pid,
-    "Reconnects": lambda status: status.reconnects,
-    "AttachedSince": lambda status: status.attached_since,
-    "AttachedBy": lambda status: status.attached_by,
-    "FailsAt": lambda status: status.fails_at,
-    "Configured": lambda status: status.configured,
-    "LastError": lambda status: list(status.last_error),
-    "Desktop": lambda status: status.desktop,
-    "DisplayName": lambda status: status.display_name or status.name,
-    "IconName": lambda status: status.icon_name,
-}
-
-
 def _values(status: Status) -> dict[str, Any]:
-    return {name: value(status) for name, value in _PROPERTIES.items()}
+    shown = {name: getattr(status, field) for name, field in FIELDS.items()}
+    return shown | {"DisplayName": status.display_name or status.name}
 
 
-class Announcer:
+class ObjectExporter:
     """The manager's observer: keeps the objects on the bus equal to the devices."""
 
     def __init__(self, bus: ServiceBus) -> None:
@@ -254,16 +218,16 @@ class Announcer:
     def added(self, device: Device) -> None:
         """Put the device on the bus."""
         exported = self._exported[device.name] = DeviceInterface(self._interface, device)
-        self._bus.add_object(object_path(device.name), exported)
+        self._bus.add_object(device_path(device.name), exported)
 
     def changed(self, device: Device, old: Status) -> None:
         """Tell which properties are different."""
         before, now = _values(old), _values(device.status)
         names = {name for name in now if now[name] != before[name]}
         if names and device.name in self._exported:
-            self._bus.properties_changed(object_path(device.name), self._exported[device.name], names)
+            self._bus.properties_changed(device_path(device.name), self._exported[device.name], names)
 
     def removed(self, device: Device) -> None:
         """Take the device off the bus."""
         del self._exported[device.name]
-        self._bus.remove_object(object_path(device.name))
+        self._bus.remove_object(device_path(device.name))

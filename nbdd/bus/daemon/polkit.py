@@ -8,11 +8,9 @@ import logging
 from collections.abc import Mapping
 from typing import Protocol
 
-from dbus_next import Variant
-from dbus_next.aio import MessageBus
-
 from nbdd.bus.daemon.service import Caller
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
+from nbdd.bus.wire.library import MessageBus, Variant
 from nbdd.errors import AccessDenied, InteractiveAuthorizationRequired
 
 log = logging.getLogger(__name__)

@@ -17,16 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dbus_next import BusType, Message, MessageFlag, MessageType, Variant
-
 from nbdd.bus.wire.interface import INTROSPECTABLE, OBJECT_MANAGER, PEER, PROPERTIES, Interface
-from nbdd.bus.wire.message_bus import MendedBus
+from nbdd.bus.wire.library import BusType, Message, MessageFlag, MessageType, Variant
+from nbdd.bus.wire.message_bus import MessageBusFixes
+from nbdd.bus.wire.names import DBUS_ERROR
 from nbdd.bus.wire.reader import MAX_BODY
 from nbdd.errors import InvalidArgs, NbddError
 
 log = logging.getLogger(__name__)
-
-_FREEDESKTOP = "org.freedesktop.DBus.Error."
 
 _FLUSH_DEADLINE = 5.0
 """Seconds for the last answers to reach the bus."""
@@ -37,7 +35,7 @@ class DispatchError(Exception):
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
-        self.name = _FREEDESKTOP + name
+        self.name = DBUS_ERROR + name
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ Body: TypeAlias = list[Any] | Callable[[], list[Any]]
 """The values of a reply, or what makes them where that takes long."""
 
 
-class ServiceBus(MendedBus):
+class ServiceBus(MessageBusFixes):
     """A system bus connection that serves objects below one object manager.
 
     Make it in a running loop, `connect`, export, then `open` and request the name: calls that come early wait.
@@ -175,7 +173,7 @@ class ServiceBus(MendedBus):
             if self._disconnected:
                 return  # Most likely because of that, and nobody waits for an answer.
             log.exception("internal error in %s.%s", message.interface, message.member)
-            self._fail(message, _FREEDESKTOP + "Failed", "Internal error of nbdd; the journal has its trace.")
+            self._fail(message, DBUS_ERROR + "Failed", "Internal error of nbdd; the journal has its trace.")
 
     def _fail(self, message: Message, name: str, text: str) -> None:
         self._reply(message, Message.new_error(message, name, clean(text)))

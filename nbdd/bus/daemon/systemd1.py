@@ -8,10 +8,9 @@ import logging
 import os
 from typing import Any
 
-from dbus_next import Message, MessageType
-from dbus_next.aio import MessageBus
-
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
+from nbdd.bus.wire.library import Message, MessageBus, MessageType
+from nbdd.bus.wire.names import PROPERTIES_INTERFACE
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +102,6 @@ async def _has_shutdown_job(bus: MessageBus) -> bool:
 
 
 async def _property(bus: MessageBus, path: str, interface: str, name: str) -> Any:
-    properties = Peer(_SERVICE, path, "org.freedesktop.DBus.Properties")
+    properties = Peer(_SERVICE, path, PROPERTIES_INTERFACE)
     [variant] = await properties.call(bus, "Get", "ss", [f"{_SERVICE}.{interface}", name], returns="v")
     return variant.value

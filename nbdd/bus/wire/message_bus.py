@@ -1,22 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""dbus-next's connection, with the faults of its message layer mended: what serves and what calls build on it."""
+"""dbus-next's connection, with the faults of its message layer mended; the service and its callers build on it."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from dbus_next.aio.message_bus import MessageBus
-
+from nbdd.bus.wire.library import MessageBus
 from nbdd.bus.wire.patient_socket import PatientSocket
 from nbdd.bus.wire.reader import Reader
 
 _AT_ONCE = 8
-"""Messages taken in one turn of the loop, so that a flood of them leaves turns for everything else."""
+"""Messages read in one turn of the loop, so that a flood of them leaves turns for everything else."""
 
 
-class MendedBus(MessageBus):
-    """A connection that nobody on the machine can stop or end by what they send. Make it in a running loop."""
+class MessageBusFixes(MessageBus):
+    """A connection that no user of the machine can block or end by what they send. Make it in a running loop."""
 
     def __init__(self, *, long_replies: bool, **how: Any) -> None:
         super().__init__(**how)
@@ -26,7 +25,7 @@ class MendedBus(MessageBus):
         self._turn: asyncio.Handle | None = None
 
     async def _auth_readline(self) -> str:
-        # dbus-next waits for the end of the line even after the end of the stream, and never lets go of the loop.
+        # dbus-next waits for the end of the line even after the end of the stream, and blocks the loop meanwhile.
         line = b""
         while not line.endswith(b"\r\n"):
             more = await self._loop.sock_recv(self._sock, 1)

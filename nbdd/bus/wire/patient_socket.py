@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A socket for dbus-next's writer, which takes a full one for a broken one."""
+"""A socket for dbus-next's writer, which mistakes a full socket for a broken one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import socket
 
 
 class PatientSocket:
-    """The socket as the writer sees it: one that has no room takes nothing, and is tried again when it has."""
+    """The socket as the writer sees it: a full one takes nothing, and the writer tries again when it has room."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
     def send(self, data: memoryview) -> int:
-        """How many bytes were taken; 0 where there is no room now."""
+        """Send what fits; return how many bytes that was, 0 if the socket is full."""
         try:
             return self._sock.send(data)
         except BlockingIOError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Messages off the bus, within bounds: everyone on the machine may send us some, and none may stop us with them.
+"""Messages from the bus, within limits: every user of the machine may send us some, and must not block us with them.
 
-dbus-next reads messages of any size, item by item in Python, while the loop stands still: one of 28 MB, which every
-user may send, held it for 40 s and took a gigabyte. And it ends the connection over any message that it can't read.
+dbus-next reads messages of any size, item by item in Python, while the loop waits: one of 28 MB, which every user
+may send, blocked it for 40 s and took a gigabyte. And it ends the connection at any message that it can't read.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import io
 import logging
 from struct import unpack_from
 
-from dbus_next import Message, MessageType
 from dbus_next._private.constants import LITTLE_ENDIAN
 from dbus_next._private.unmarshaller import Unmarshaller
+
+from nbdd.bus.wire.library import Message, MessageType
 
 log = logging.getLogger(__name__)
 
@@ -25,9 +26,9 @@ _FIXED = 16
 
 
 class Reader:
-    """Takes messages off a stream that does not block.
+    """Reads messages from a stream that does not block.
 
-    With `long_replies`, what answers our own calls is of any size: the bus lets through what we asked for alone.
+    With `long_replies`, replies to our own calls may be of any size: the bus passes on only those that we asked for.
     """
 
     def __init__(self, stream: io.BufferedIOBase, *, long_replies: bool) -> None:
@@ -36,10 +37,10 @@ class Reader:
         self._octets = bytearray()
 
     def next(self) -> Message | None:
-        """The next message, or None where none is complete yet; raises EOFError at the end, and OSError.
+        """The next message, or None if none is complete yet; raises EOFError at the end, and OSError.
 
-        What can't be read is skipped, and so is a signal with a body of more than MAX_BODY bytes; another message comes
-        without such a body.
+        What can't be read is skipped, and so is a signal with a body of more than MAX_BODY bytes; any other message
+        loses such a body.
         """
         while (octets := self._message()) is not None:
             if not octets:
@@ -47,7 +48,7 @@ class Reader:
             try:
                 message: Message | None = Unmarshaller(io.BytesIO(octets)).unmarshall()
             except Exception as error:  # noqa: BLE001 - dbus-next raises all sorts
-                # No news for the journal: it is no fault of ours, and could be sent over and over.
+                # Not for the journal: it is no fault of ours, and could be sent over and over.
                 log.debug("skipped a message that can't be read: %r", error)
             else:
                 if message is not None:

@@ -22,8 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nbdd.errors
-from nbdd.bus.caller.client import Client, _classes, device_name, device_path
-from nbdd.bus.caller.device import _FIELDS, Device
+from nbdd.bus.caller.client import ManagerProxy
+from nbdd.bus.caller.device import DeviceView
+from nbdd.bus.caller.failure import _classes
+from nbdd.bus.wire.names import device_name, device_path
+from nbdd.bus.wire.properties import FIELDS
 from nbdd.ctl import show
 from nbdd.ctl.cli import cli
 from nbdd.ctl.find import is_uri
@@ -515,7 +518,7 @@ async def test_call_to_a_bus_that_is_gone_does_not_wait_for_ever(
 ) -> None:
     with private_bus(tmp_path) as (address, daemon):
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", address)
-        async with asyncio.timeout(DEADLINE), Client() as client:
+        async with asyncio.timeout(DEADLINE), ManagerProxy() as client:
             daemon.kill()
             daemon.wait()
             for _ in range(2):  # one that finds it out, and one that comes later
@@ -742,9 +745,9 @@ def test_fit_text_is_within_its_columns(text: str, columns: int) -> None:
 
 
 def test_json_has_every_property_of_the_reference() -> None:
-    assert set(_FIELDS) == set(properties("org.nbdd1.Device"))
+    assert set(FIELDS) == set(properties("org.nbdd1.Device"))
 
 
 def test_properties_of_another_version_do_no_harm() -> None:
-    device = Device.of({"Name": "x", "Colour": "red"})
+    device = DeviceView.of({"Name": "x", "Colour": "red"})
     assert (device.name, device.state, device.size) == ("x", "unknown", 0)

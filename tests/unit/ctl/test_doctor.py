@@ -17,7 +17,7 @@ from dbus_next.constants import MessageFlag
 from dbus_next.signature import Variant
 
 from nbdd import __version__
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.ctl import checks, doctor
 from nbdd.ctl.checks import Finding, Verdict
 from nbdd.errors import KernelError
@@ -159,12 +159,12 @@ def test_permissions_say_what_the_user_may_do() -> None:
 # Devices
 
 
-def device(**properties: object) -> Device:
-    return Device.of(PRESENT | {"Name": "backup"} | properties)
+def device(**properties: object) -> DeviceView:
+    return DeviceView.of(PRESENT | {"Name": "backup"} | properties)
 
 
 def test_states_omit_a_device_without_trouble() -> None:
-    assert not list(checks.states([device(), Device.of(ABSENT), device(State="connecting")]))
+    assert not list(checks.states([device(), DeviceView.of(ABSENT), device(State="connecting")]))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdd.bus.caller.client import Event, Kind
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.client import EventKind, ManagerEvent
+from nbdd.bus.caller.device import DeviceView, fields
 from nbdd.ctl.events import EventFormatter
 from tests.fakes.manager import ABSENT, PRESENT
 
@@ -25,11 +25,15 @@ class Told:
 
     def __init__(self, **properties: Any) -> None:
         self.now = 100.0
-        self.formatter = EventFormatter([Device.of(PRESENT | {"Name": "backup"} | properties)], clock=lambda: self.now)
+        self.formatter = EventFormatter(
+            [DeviceView.of(PRESENT | {"Name": "backup"} | properties)], clock=lambda: self.now
+        )
 
     def change(self, after: float = 0.0, **changes: Any) -> str:
         self.now += after
-        return self.formatter.format(Event(Kind.CHANGED, "backup", changes)).removeprefix("backup: ")
+        return self.formatter.format(ManagerEvent(EventKind.CHANGED, "backup", fields(changes))).removeprefix(
+            "backup: "
+        )
 
 
 def test_events_of_a_server_that_goes_and_comes_back_are_two_sentences() -> None:
@@ -119,11 +123,13 @@ def test_event_of_an_adopted_device_without_connections_does_not_say_replaced() 
 
 def test_event_of_an_adopted_device_does_not_say_new() -> None:
     told = Told()
-    assert told.formatter.format(Event(Kind.STOPPED)).startswith("nbdd stopped; attached devices stay attached")
-    assert told.formatter.format(Event(Kind.STARTED)) == "nbdd started"
+    assert told.formatter.format(ManagerEvent(EventKind.STOPPED)).startswith(
+        "nbdd stopped; attached devices stay attached"
+    )
+    assert told.formatter.format(ManagerEvent(EventKind.STARTED)) == "nbdd started"
     again = PRESENT | {"Name": "backup", "State": "connecting"}
     assert (
-        told.formatter.format(Event(Kind.ADDED, "backup", again))
+        told.formatter.format(ManagerEvent(EventKind.ADDED, "backup", fields(again)))
         == "backup: adopting /dev/nbd0, left by the previous instance"
     )
     assert told.change(State="attached") == "adopted as /dev/nbd0"
@@ -131,7 +137,9 @@ def test_event_of_an_adopted_device_does_not_say_new() -> None:
 
 def test_event_of_an_unknown_device_does_not_say_back() -> None:
     assert (
-        EventFormatter().format(Event(Kind.CHANGED, "new", {"State": "attached", "Node": "/dev/nbd1"}))
+        EventFormatter().format(
+            ManagerEvent(EventKind.CHANGED, "new", fields({"State": "attached", "Node": "/dev/nbd1"}))
+        )
         == "new: attached"
     )
 
@@ -164,10 +172,10 @@ def test_event_of_a_property_is_a_sentence_or_nothing(changes: dict[str, Any], s
 def test_events_of_a_device_that_comes_and_goes() -> None:
     formatter = EventFormatter()
     made = ABSENT | {"Name": "copy", "Configured": False, "State": "connecting"}
-    assert formatter.format(Event(Kind.ADDED, "copy", made)) == (
+    assert formatter.format(ManagerEvent(EventKind.ADDED, "copy", fields(made))) == (
         "copy: new, without a definition: nbd://storage.example/backup, connecting"
     )
-    assert formatter.format(Event(Kind.REMOVED, "copy")) == "copy: gone, as it has no definition"
+    assert formatter.format(ManagerEvent(EventKind.REMOVED, "copy")) == "copy: gone, as it has no definition"
     assert formatter.state("copy") == ""
 
 
@@ -179,5 +187,5 @@ def test_events_in_any_order_give_printable_lines(events: list[tuple[str, str, i
     formatter = EventFormatter()
     for state, text, number, added in events:
         changes = {"State": state, "LastError": [text, text], "LiveConnections": number, "Node": text, "URI": text}
-        line = formatter.format(Event(Kind.ADDED if added else Kind.CHANGED, text, changes))
+        line = formatter.format(ManagerEvent(EventKind.ADDED if added else EventKind.CHANGED, text, fields(changes)))
         assert line.isprintable()

@@ -12,7 +12,8 @@ from typing import Any, cast
 import pytest
 from dbus_next.constants import MessageFlag
 
-from nbdd.bus.caller.client import Client
+from nbdd.bus.caller.client import ManagerProxy
+from nbdd.bus.caller.device import DeviceView
 from nbdd.ctl.frames import HEAD, PATIENCE, Frame, Sampler
 from nbdd.ctl.rates import Rates, Sample, between
 from nbdd.errors import NbddError, NotAttached
@@ -66,10 +67,10 @@ class FakeClient:
         self.counts: dict[str, dict[str, int]] = {}
         self.error: NbddError | None = None
 
-    async def devices(self) -> list[dict[str, Any]]:
+    async def devices(self) -> list[DeviceView]:
         if self.error is not None:
             raise self.error
-        return self.found
+        return [DeviceView.of(properties) for properties in self.found]
 
     async def statistics(self, name: str) -> dict[str, int]:
         if name not in self.counts:
@@ -78,7 +79,7 @@ class FakeClient:
 
 
 def sampler_of(client: FakeClient) -> Sampler:
-    return Sampler(cast("Client", client), clock=lambda: client.now)
+    return Sampler(cast("ManagerProxy", client), clock=lambda: client.now)
 
 
 async def test_sampler_samples_only_devices_with_a_node_in_natural_order() -> None:

@@ -8,28 +8,28 @@ from dataclasses import replace
 
 import pytest
 
-from nbdd.bus.caller.device import Device, Failure
+from nbdd.bus.caller.device import DeviceView, Failure
 from nbdd.desktop import notice
 from nbdd.desktop.notice import GRACE, MAX_TEXT, WARNING, NoticeKind, Verdict, judge
 from nbdd.desktop.notifications import Urgency
 
 NOW = time.time()
-PHOTOS = Device(
+PHOTOS = DeviceView(
     name="photos", node="/dev/nbd0", state="reconnecting", uri="nbd://storage.example/x", dead_timeout=300,
     desktop=True, display_name="Photos", configured=True,
 )  # fmt: skip
 
 
-def lost(ago: float, dead_timeout: int = 300) -> Device:
+def lost(ago: float, dead_timeout: int = 300) -> DeviceView:
     """A device that lost its last link so many seconds ago, as the service tells."""
     return replace(PHOTOS, fails_at=int((NOW - ago + dead_timeout) * 1e6), dead_timeout=dead_timeout)
 
 
-def verdict(device: Device, *, was_bound: bool = True) -> Verdict:
+def verdict(device: DeviceView, *, was_bound: bool = True) -> Verdict:
     return judge(device, now=NOW, lost_since=NOW, was_bound=was_bound)
 
 
-def kind(device: Device, *, was_bound: bool = True) -> NoticeKind | None:
+def kind(device: DeviceView, *, was_bound: bool = True) -> NoticeKind | None:
     found = verdict(device, was_bound=was_bound)
     assert found.decided
     return found.notice.kind if found.notice is not None else None
@@ -56,7 +56,7 @@ def kind(device: Device, *, was_bound: bool = True) -> NoticeKind | None:
         (replace(PHOTOS, state="connecting", node=""), NoticeKind.GONE),
     ],
 )
-def test_verdict_follows_the_properties(device: Device, expected: NoticeKind | None) -> None:
+def test_verdict_follows_the_properties(device: DeviceView, expected: NoticeKind | None) -> None:
     assert kind(device) == expected
 
 
@@ -73,7 +73,7 @@ def test_verdict_while_the_device_changes_is_undecided(state: str, node: str) ->
     ("device", "after"),
     [(lost(1), GRACE - 1), (lost(100), 300 - WARNING - 100), (lost(9, dead_timeout=20), 1), (lost(299), None)],
 )
-def test_verdict_names_the_time_when_the_clock_changes_it(device: Device, after: float | None) -> None:
+def test_verdict_names_the_time_when_the_clock_changes_it(device: DeviceView, after: float | None) -> None:
     look_at = verdict(device).look_at
     assert look_at == (None if after is None else pytest.approx(NOW + after, abs=0.01))
     if look_at is not None:
@@ -109,7 +109,7 @@ def test_notice_gives_the_end_of_the_waiting_as_a_time_of_day() -> None:
         (replace(PHOTOS, state="connecting", node=""), Urgency.CRITICAL, []),
     ],
 )
-def test_notice_has_the_urgency_and_actions_that_help(device: Device, urgency: Urgency, actions: list[str]) -> None:
+def test_notice_has_the_urgency_and_actions_that_help(device: DeviceView, urgency: Urgency, actions: list[str]) -> None:
     found = verdict(device).notice
     assert found is not None
     shown = found.notification

@@ -23,7 +23,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as read_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as read_plain
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.errors import NbddError
 from nbdd.metrics import textfile
 from nbdd.metrics.__main__ import main
@@ -60,9 +60,9 @@ def samples(snapshot: Snapshot) -> dict[str, list[tuple[dict[str, str], float]]]
     return found
 
 
-def device(**told: Any) -> Device:
+def device(**told: Any) -> DeviceView:
     """A device that is attached, but for what is told."""
-    return Device.of(PRESENT | {"Name": "backup"} | told)
+    return DeviceView.of(PRESENT | {"Name": "backup"} | told)
 
 
 # What is gathered

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nbdd.bus.caller.device import Device
+from nbdd.bus.caller.device import DeviceView
 from nbdd.manager.status import State
 from nbdd.metrics.families import text
 from nbdd.metrics.gather import Snapshot
@@ -33,7 +33,7 @@ PROMTOOL = shutil.which("promtool", path=os.pathsep.join([str(Path(sys.executabl
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool, of Debian's package prometheus")
 
 EVERYTHING = Snapshot(
-    at=1, version="0.1.0", devices=(Device.of(PRESENT | {"Name": "a", "FailsAt": 1}),), counts={"a": COUNTS}
+    at=1, version="0.1.0", devices=(DeviceView.of(PRESENT | {"Name": "a", "FailsAt": 1}),), counts={"a": COUNTS}
 )  # fmt: skip
 """Every metric that there is has a sample in it."""
 

@@ -24,14 +24,13 @@ from nbdd.bus.daemon.objects import (
     ATTACH_URI_OPTIONS,
     DETACH_OPTIONS,
     MAX_WAIT,
-    ROOT,
-    Announcer,
     ManagerInterface,
-    object_path,
+    ObjectExporter,
     read_options,
 )
 from nbdd.bus.daemon.service import Caller as Asker
 from nbdd.bus.daemon.service import ServiceBus
+from nbdd.bus.wire.names import ROOT_PATH, device_path
 from nbdd.config.definition import NAME_PATTERN
 from nbdd.config.schema import shipped
 from nbdd.errors import (
@@ -69,7 +68,7 @@ from dbus_next.signature import SignatureTree, Variant
 TREE = Path(__file__).parents[4]
 MANAGER = "org.nbdd1.Manager"
 DEVICE = "org.nbdd1.Device"
-BACKUP = f"{ROOT}/device/backup"
+BACKUP = f"{ROOT_PATH}/device/backup"
 
 STATUS = Status(
     name="backup",
@@ -191,10 +190,10 @@ class World:
         self.client = client
         self.manager = FakeManager()
         self.authority = FakeAuthority()
-        self.announcer = Announcer(bus)
+        self.exporter = ObjectExporter(bus)
 
     async def call(self, member: str, *body: Any, types: str = "", **more: Any) -> Any:
-        return await self.client.ask(self.bus.unique_name, ROOT, MANAGER, member, *body, types=types, **more)
+        return await self.client.ask(self.bus.unique_name, ROOT_PATH, MANAGER, member, *body, types=types, **more)
 
     async def fails(self, member: str, *body: Any, types: str = "") -> tuple[str, str]:
         with pytest.raises(BusError) as caught:
@@ -216,11 +215,11 @@ def address(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @asynccontextmanager
 async def world(address: str) -> AsyncIterator[World]:
-    bus: Any = ServiceBus(ROOT)
+    bus: Any = ServiceBus(ROOT_PATH)
     await bus.connect()
     async with caller(address) as client:
         made = World(bus, client)
-        bus.add_object(ROOT, ManagerInterface(cast("Manager", made.manager), made.authority))
+        bus.add_object(ROOT_PATH, ManagerInterface(cast("Manager", made.manager), made.authority))
         bus.open()
         try:
             yield made
@@ -251,10 +250,10 @@ def members(interface: ET.Element) -> dict[str, Any]:
 # The XML is the reference
 
 
-@pytest.mark.parametrize(("path", "interface"), [(ROOT, MANAGER), (BACKUP, DEVICE)])
+@pytest.mark.parametrize(("path", "interface"), [(ROOT_PATH, MANAGER), (BACKUP, DEVICE)])
 async def test_the_service_introspects_as_the_xml_member_by_member(address: str, path: str, interface: str) -> None:
     async with world(address) as here:
-        here.announcer.added(cast("Device", FakeDevice()))
+        here.exporter.added(cast("Device", FakeDevice()))
         told = ET.fromstring(await here.client.ask(here.bus.unique_name, path, INTROSPECTABLE, "Introspect"))
         found = [element for element in told.findall("interface") if element.attrib["name"] == interface]
         assert [members(element) for element in found] == [members(written(interface))]
@@ -281,7 +280,7 @@ def properties(interface: str) -> dict[str, str]:
 @pytest.mark.parametrize("status", [STATUS, ATTACHED], ids=["detached", "attached"])
 async def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, status: Status) -> None:
     async with world(address) as here:
-        here.announcer.added(cast("Device", FakeDevice(status)))
+        here.exporter.added(cast("Device", FakeDevice(status)))
         to = here.bus.unique_name
         told = await here.client.ask(to, BACKUP, PROPERTIES, "GetAll", DEVICE, types="s")
         assert {name: variant.signature for name, variant in told.items()} == properties(DEVICE)
@@ -310,7 +309,7 @@ async def test_a_device_has_every_property_of_the_xml_with_its_type(address: str
             "DisplayName": status.display_name or "backup",
             "IconName": status.icon_name,
         }
-        objects = await here.client.ask(to, ROOT, OBJECT_MANAGER, "GetManagedObjects")
+        objects = await here.client.ask(to, ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects")
         assert objects == {BACKUP: {DEVICE: told}}
 
 
@@ -320,7 +319,7 @@ def test_every_field_of_a_status_is_told() -> None:
 
 async def test_the_manager_has_every_property_of_the_xml(address: str) -> None:
     async with world(address) as here:
-        told = await here.client.ask(here.bus.unique_name, ROOT, PROPERTIES, "GetAll", MANAGER, types="s")
+        told = await here.client.ask(here.bus.unique_name, ROOT_PATH, PROPERTIES, "GetAll", MANAGER, types="s")
         assert told == {"Version": Variant("s", __version__)}
         assert properties(MANAGER) == {"Version": "s"}
 
@@ -333,36 +332,36 @@ async def test_devices_appear_change_and_disappear_as_objects(address: str) -> N
         await here.client.listen(here.bus.unique_name)
         device = FakeDevice()
         there = cast("Device", device)
-        here.announcer.added(there)
+        here.exporter.added(there)
         signal = await here.client.signals.get()
-        assert (signal.path, signal.member, signal.body[0]) == (ROOT, "InterfacesAdded", BACKUP)
+        assert (signal.path, signal.member, signal.body[0]) == (ROOT_PATH, "InterfacesAdded", BACKUP)
         assert {name: value.signature for name, value in signal.body[1][DEVICE].items()} == properties(DEVICE)
 
         old, device.status = device.status, replace(STATUS, phase=Phase.ATTACHING, worker_pid=42)
-        here.announcer.changed(there, old)
-        here.announcer.changed(there, device.status)
+        here.exporter.changed(there, old)
+        here.exporter.changed(there, device.status)
         signal = await here.client.signals.get()
         assert (signal.path, signal.interface, signal.member) == (BACKUP, PROPERTIES, "PropertiesChanged")
         assert signal.body == [DEVICE, {"State": Variant("s", "connecting"), "WorkerPID": Variant("u", 42)}, []]
 
         old, device.status = device.status, replace(STATUS, last_error=("a.b", "x\0y"))
-        here.announcer.changed(there, old)
+        here.exporter.changed(there, old)
         signal = await here.client.signals.get()
         assert signal.body[1]["LastError"] == Variant("(ss)", ["a.b", "x\ufffdy"])
 
-        here.announcer.removed(there)
+        here.exporter.removed(there)
         signal = await here.client.signals.get()
-        assert (signal.path, signal.member, signal.body) == (ROOT, "InterfacesRemoved", [BACKUP, [DEVICE]])
+        assert (signal.path, signal.member, signal.body) == (ROOT_PATH, "InterfacesRemoved", [BACKUP, [DEVICE]])
         # Whoever speaks of it later finds nobody, and harms nothing.
-        here.announcer.changed(there, old)
-        assert await here.client.ask(here.bus.unique_name, ROOT, OBJECT_MANAGER, "GetManagedObjects") == {}
+        here.exporter.changed(there, old)
+        assert await here.client.ask(here.bus.unique_name, ROOT_PATH, OBJECT_MANAGER, "GetManagedObjects") == {}
         assert here.client.signals.empty()
 
 
 async def test_statistics_are_told_with_their_names_to_everyone(address: str) -> None:
     async with world(address) as here:
         device = FakeDevice()
-        here.announcer.added(cast("Device", device))
+        here.exporter.added(cast("Device", device))
         here.authority.error = AccessDenied("No.")
         told = await here.client.ask(here.bus.unique_name, BACKUP, DEVICE, "GetStatistics")
         assert told == {"reads": 1, "read-bytes": 1 << 40}
@@ -378,7 +377,7 @@ async def test_statistics_are_told_with_their_names_to_everyone(address: str) ->
 async def test_arguments_reach_the_manager_and_its_answers_the_caller(address: str) -> None:
     async with world(address) as here:
         assert await here.call("Attach", "backup", {}, types="sa{sv}") == BACKUP
-        assert await here.call("AttachURI", "nbd://x/y", {}, types="sa{sv}") == f"{ROOT}/device/a_2db_2ec"
+        assert await here.call("AttachURI", "nbd://x/y", {}, types="sa{sv}") == f"{ROOT_PATH}/device/a_2db_2ec"
         assert await here.call("Detach", "backup", {}, types="sa{sv}") is None
         options = variants({"force": ("b", True), "wait": ("u", 7)})
         assert await here.call("Detach", "backup", options, types="sa{sv}") is None
@@ -687,7 +686,7 @@ def test_the_texts_of_the_xml_speak_of_errors_that_there_are(field: int) -> None
     ],
 )
 def test_a_name_is_escaped_as_systemd_does_it(name: str, label: str) -> None:
-    assert object_path(name) == f"{ROOT}/device/{label}"
+    assert device_path(name) == f"{ROOT_PATH}/device/{label}"
 
 
 @pytest.fixture(scope="module")
@@ -700,7 +699,7 @@ def encode() -> Callable[[str], str]:
 
     def encode(name: str) -> str:
         made = ctypes.c_void_p()
-        assert library.sd_bus_path_encode(f"{ROOT}/device".encode(), name.encode(), ctypes.byref(made)) >= 0
+        assert library.sd_bus_path_encode(f"{ROOT_PATH}/device".encode(), name.encode(), ctypes.byref(made)) >= 0
         try:
             return ctypes.string_at(cast("int", made.value)).decode()
         finally:
@@ -713,5 +712,5 @@ def encode() -> Callable[[str], str]:
 @given(name=st.from_regex(NAME_PATTERN, fullmatch=True))
 def test_every_name_is_escaped_as_systemd_does_it(name: str, encode: Callable[[str], str]) -> None:
     name = name.removesuffix("\n")
-    assert object_path(name) == encode(name)
-    Message(path=object_path(name), member="CanBeSent")
+    assert device_path(name) == encode(name)
+    Message(path=device_path(name), member="CanBeSent")

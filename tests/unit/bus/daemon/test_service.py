@@ -20,11 +20,12 @@ from typing import Any
 
 import pytest
 
-from nbdd.bus.daemon.connection import NAME, BusConnection
+from nbdd.bus.daemon.connection import BusConnection
 from nbdd.bus.daemon.service import Caller as Asker
 from nbdd.bus.daemon.service import ExportedInterface, ServiceBus, clean
 from nbdd.bus.wire.calls import DBUS
 from nbdd.bus.wire.interface import Interface
+from nbdd.bus.wire.names import BUS_NAME
 from nbdd.bus.wire.reader import MAX_BODY, Reader
 from nbdd.errors import Busy, InvalidConfig, NbddError
 from tests.fakes.asserts import run
@@ -489,7 +490,7 @@ async def test_the_loss_of_the_bus_is_told_and_ends_open_calls_quietly(
         root.methods = {**root.methods, "Nothing": ask_another}
         service.add_object(ROOT, root)
         service.open()
-        call = asyncio.create_task(client.ask(NAME, ROOT, TEST, "Nothing"))
+        call = asyncio.create_task(client.ask(BUS_NAME, ROOT, TEST, "Nothing"))
         await asked.wait()
         bus.kill()
         await lost
@@ -772,7 +773,7 @@ async def test_a_second_nbdd_is_told_that_it_is_the_second() -> None:
 
 
 def test_a_bus_that_keeps_the_name_from_us_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with private_bus(f'<deny own="{NAME}"/>') as bus:
+    with private_bus(f'<deny own="{BUS_NAME}"/>') as bus:
         monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
 
         async def main() -> None:
