@@ -86,7 +86,7 @@ class Process:
 
     pid: int
     role: str
-    """`manager`, `fork server`, `worker`, `errand` (what a worker sends for a moment), or what else runs there."""
+    """`manager`, `fork server`, `worker`, `task` (a child of a worker, for a moment), or what else runs there."""
     pss: int
     """KiB; so are all that follow."""
     anonymous: int
@@ -113,7 +113,7 @@ def processes() -> list[Process]:
     return sorted(found, key=lambda process: (_ROLES.index(process.role), process.pid))
 
 
-_ROLES = ("manager", "fork server", "worker", "errand", "other")
+_ROLES = ("manager", "fork server", "worker", "task", "other")
 
 
 def _process(pid: int, main: int) -> Process:
@@ -124,8 +124,8 @@ def _process(pid: int, main: int) -> Process:
         role = "manager"
     elif (proc / "comm").read_text().startswith("nbdd:"):
         role = "worker"
-    elif (proc / "comm").read_text().startswith("errand:"):
-        role = "errand"
+    elif (proc / "comm").read_text().startswith("task:"):
+        role = "task"
     else:
         role = "fork server" if b"nbdd.worker.forkserver" in (proc / "cmdline").read_bytes() else "other"
     return Process(

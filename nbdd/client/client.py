@@ -229,7 +229,7 @@ class Client:
         Raises Busy, NoFreeDevice, AlreadyAttached, InvalidArgs (no socket), KernelError, TimedOut.
         """
         from nbdd.client.service import Stop, serve  # noqa: PLC0415 - only who serves pays for them
-        from nbdd.ipc.channel import close_all_but  # noqa: PLC0415
+        from nbdd.ipc.processes import close_all_but  # noqa: PLC0415
 
         self._prepare()
         if close_fds:

@@ -22,7 +22,8 @@ from functools import partial
 from typing import Any, NoReturn, Self
 
 from nbdd.errors import ConnectFailed, KernelError, NbddError, NotAttached, TimedOut, WorkerFailed
-from nbdd.ipc.channel import Channel, Message, close_all_but
+from nbdd.ipc.channel import Channel, Message
+from nbdd.ipc.processes import close_all_but
 from nbdd.kernel.binding import KernelDevice
 from nbdd.kernel.connection_watch import LinkDeadMonitor
 from nbdd.kernel.netlink import NetlinkNBD

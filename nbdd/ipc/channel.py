@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""JSON lines over a socket pair, descriptors beside them: how manager, fork server and workers speak.
+"""JSON lines over a socket pair, descriptors beside them: the protocol between manager, fork server and workers.
 
-No pickle: a worker reads what a hostile server sends, and whoever takes a worker over must not take the manager too.
+No pickle: a worker reads what a hostile server sends, and a worker that is taken over must not be able to take over
+the manager.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import json
 import os
 import socket
 from collections import deque
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 MAX_LINE = 64 << 20
@@ -26,14 +26,14 @@ Message = dict[str, Any]
 
 
 class ChannelError(Exception):
-    """The other side broke the framing; nothing it says can be used any more."""
+    """The other side broke the framing; nothing that it sends can be used any more."""
 
 
 class Channel:
     """One end of a connection between two of nbdd's own processes.
 
     `send` and `receive` work on a blocking and on a non-blocking socket alike. Descriptors travel in the order of
-    the messages; a message says in its key ``fds`` how many of them are its own.
+    the messages; the key ``fds`` of a message is how many of them are its own.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -56,7 +56,7 @@ class Channel:
         self._sock.setblocking(flag)
 
     def close(self) -> None:
-        """Close the socket and every descriptor nobody took."""
+        """Close the socket and every descriptor that was not taken."""
         self._sock.close()
         while self._fds:
             os.close(self._fds.popleft())
@@ -80,7 +80,7 @@ class Channel:
         """Read once what is there; False at the end of the stream.
 
         Raises BlockingIOError when a non-blocking socket has nothing, ChannelError when a line is too long or
-        descriptors come that no message speaks of.
+        descriptors come that no message announces.
         """
         try:
             data, ancillary, _flags, _ = self._sock.recvmsg(
@@ -128,18 +128,3 @@ class Channel:
             if not self.receive():
                 return None
         return found
-
-
-def close_all_but(*kept: int) -> None:
-    """Close every descriptor of this process but 0 to 2 and these: what a fresh fork has no use for."""
-    found: Iterable[int]
-    try:
-        found = [int(name) for name in os.listdir("/proc/self/fd")]
-    except OSError:
-        # There is none left to look with.
-        found = range(os.sysconf("SC_OPEN_MAX"))
-    for fd in found:
-        if fd > 2 and fd not in kept:
-            # The one that listed the directory is closed already.
-            with suppress(OSError):
-                os.close(fd)

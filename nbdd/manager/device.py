@@ -140,7 +140,7 @@ class Device:
         if attachment is None or attachment.definition.dead_timeout <= seconds:
             return
         try:
-            attachment, reply = await self._ask("hasten", seconds=seconds)
+            attachment, reply = await self._ask("shorten-dead-timeout", seconds=seconds)
         except (NotAttached, Busy):
             return  # No I/O waits, or it is being detached.
         except NbddError as error:

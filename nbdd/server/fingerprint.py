@@ -71,7 +71,7 @@ def of_export(sock: socket.socket, size: int, block_size: int, deadline: Deadlin
 
 def _probe(size: int, parts: list[tuple[int, bytes]]) -> Fingerprint:
     """Have blkid look at a file that has these parts, and holes between them."""
-    import subprocess  # noqa: PLC0415 - the errand that looks pays for it, and not every worker
+    import subprocess  # noqa: PLC0415 - the child that looks pays for it, and not every worker
 
     try:
         with open(os.memfd_create("nbdd-export"), "w+b", buffering=0) as file:

@@ -2,9 +2,9 @@
 """The fork server: a small process with the worker's code loaded, from which every worker is forked.
 
 A fresh interpreter for each device would cost several times the memory; a fork shares nearly all of it. The server
-runs no thread and no event loop, so a fork of it is sound at any moment. It reaps its children and tells how each
-ended, once their errands have ended too: what they asked of the kernel is then done, and a successor sees it. Started
-by the supervisor as ``python -m nbdd.worker.forkserver FD``; it ends when that socket does.
+runs no thread and no event loop, so a fork of it is sound at any moment. It reaps its children and reports how
+each ended, once their own children have ended too: what they asked of the kernel is then done, and a successor sees it.
+The supervisor starts it as ``python -m nbdd.worker.forkserver FD``; it ends when that socket does.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import signal
 import socket
 import sys
 
-from nbdd.ipc.channel import Channel, Message, close_all_but
+from nbdd.ipc.channel import Channel, Message
+from nbdd.ipc.processes import close_all_but
 
 
 def _import_threading() -> None:
     """Import `threading`, which our modules need, without the part that it has run in every fork.
 
-    That part puts right what the module notes about threads other than the one that forked. Here that one is the only
-    one, so what is noted stays true, and each worker shares the 300 KiB of pages that putting it right would touch.
+    That part corrects what the module knows of threads other than the one that forked. Here that one is the only one,
+    so it stays true, and each worker shares the 300 KiB of pages that the correction would touch.
     """
     register, os.register_at_fork = os.register_at_fork, lambda **_: None
     try:
@@ -53,23 +54,23 @@ def main() -> None:
     try:
         _serve(control)
     except BrokenPipeError:
-        return  # The manager went away while it was told something.
+        return  # The manager went away while something was sent to it.
 
 
 def _rehearse() -> None:
-    """Live a little of a worker's life before any is forked.
+    """Run a worker for a moment before any is forked.
 
-    What Python notes down as it goes, in its caches and in the code itself, then stands in pages that they share.
+    What Python writes as it goes, in its caches and in the code itself, is then in pages that they share.
     """
     ours, theirs = Channel.pair()
     manager, channel = Channel(ours), Channel(theirs)
     worker = Worker(channel, "rehearsal")
     for number in range(_REHEARSALS):
-        # The shortest of errands: the answer is that this is no URI.
+        # The shortest job of a child: the answer is that this is no URI.
         manager.send({"order": "list-exports", "id": number, "uri": ""})
-        worker.turn()
+        worker.run_once()
         while not worker.idle:
-            worker.turn()
+            worker.run_once()
         manager.wait()
     manager.close()
     channel.close()
@@ -78,7 +79,7 @@ def _rehearse() -> None:
 def _serve(control: Channel) -> None:
     poll = select.poll()
     poll.register(control, select.POLLIN)
-    # A pipe for each worker, which it and its errands have open for writing: it ends when the last of them has ended.
+    # A pipe for each worker, which it and its children have open for writing: it ends when the last of them has ended.
     lives: dict[int, int] = {}
     while True:
         for fd, _ in poll.poll():
@@ -98,7 +99,7 @@ def _serve(control: Channel) -> None:
 
 
 def _fork(control: Channel, message: Message, channel_fd: int) -> tuple[int, int] | None:
-    """Fork a worker; its process id and the pipe that ends with it, or None where that can't be done."""
+    """Fork a worker; its process id and the pipe that ends with it, or None if that fails."""
     try:
         life, held = os.pipe()
         try:
@@ -115,14 +116,14 @@ def _fork(control: Channel, message: Message, channel_fd: int) -> tuple[int, int
         code = 1
         try:
             close_all_but(channel_fd, held)
-            # Held until the very end: the manager kills whose channel closes, and the exit code would be lost.
+            # Open until the very end: the manager kills a worker whose channel closes, and the exit code would be lost.
             channel = Channel(socket.socket(fileno=channel_fd))
             code = work(channel, message["name"])
         finally:
             os._exit(code)
     os.close(channel_fd)
     os.close(held)
-    # A descriptor for the process, opened while nobody else can have its number: we have not reaped it yet.
+    # A descriptor for the process, opened while no other process can have its number: we have not reaped it yet.
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as error:

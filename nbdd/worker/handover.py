@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An offer: one errand that gives the kernel links, and our hold of those, whatever becomes of it."""
+"""Handover: a child that gives the kernel connections, and our duplicates of them, whatever becomes of the child."""
 
 from __future__ import annotations
 
@@ -9,59 +9,70 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from nbdd.ipc.channel import Message
-from nbdd.ipc.poller import Loop
-from nbdd.worker.child import Errand, Job, Tell
+from nbdd.ipc.poller import Poller
+from nbdd.worker.child import ChildTask, Job, Report
 
 
-class Offer:
-    """The errand, and the links that it has told of; they are the owner's to take out of `links` when it is done."""
+class Handover:
+    """The child, and the connections that it has reported; the owner takes them out of `sockets` when it is done."""
 
     def __init__(
-        self, loop: Loop, name: str, job: Job, *, heard: Tell, done: Callable[[Offer, Message | None], None]
+        self,
+        poller: Poller,
+        name: str,
+        job: Job,
+        *,
+        on_progress: Report,
+        done: Callable[[Handover, Message | None], None],
     ) -> None:
-        """Send it; raises WorkerFailed. `heard` gets all but the links; `done` the answer, or None where it is lost."""
-        self.links: list[int] = []
+        """Start it; raises WorkerFailed.
+
+        `on_progress` gets all but the connections; `done` gets the answer, or None if the child is lost.
+        """
+        self.sockets: list[int] = []
         self.unsure = False
         """Whether the kernel is offered more than it may need, and does not say what it took."""
-        self.offered: Callable[[Message], None] | None = None
-        """What to do as soon as links are offered, before the kernel gets them; takes what the server said of the
+        self.on_offered: Callable[[Message], None] | None = None
+        """Called as soon as connections are open, before the kernel gets them, with what the server said of the
         export."""
-        self.linked: Callable[[str], None] | None = None
-        """What to do when the kernel has them, although the errand goes on; takes the URI of their server."""
-        self._heard = heard
-        self._abandoned = False
-        self._errand = Errand(loop, name, job, heard=self._told, done=lambda answer, _fds: done(self, answer))
+        self.on_taken: Callable[[str], None] | None = None
+        """Called when the kernel has them, although the child goes on, with the URI of their server."""
+        self._on_progress = on_progress
+        self._cancelled = False
+        self._child = ChildTask(
+            poller, name, job, on_progress=self._reported, done=lambda answer, _fds: done(self, answer)
+        )
 
     def kill(self) -> None:
-        """End the errand; `done` is called."""
-        self._errand.kill()
+        """End the child; `done` is called."""
+        self._child.kill()
 
-    def abandon(self) -> None:
-        """Make sure that no link comes of it: nobody knows whether the kernel has taken one."""
-        self._abandoned = True
-        self._errand.kill()
+    def cancel(self) -> None:
+        """Make sure that no connection comes of it: whether the kernel has taken one is unknown."""
+        self._cancelled = True
+        self._child.kill()
         self._shut_down()
 
-    def let_go(self) -> None:
-        """Close our copies."""
-        while self.links:
-            os.close(self.links.pop())
+    def close(self) -> None:
+        """Close our duplicates."""
+        while self.sockets:
+            os.close(self.sockets.pop())
 
-    def _told(self, message: Message, fds: Sequence[int]) -> None:
+    def _reported(self, message: Message, fds: Sequence[int]) -> None:
         match message["event"]:
             case "offered":
-                self.links += fds
-                if self._abandoned:
+                self.sockets += fds
+                if self._cancelled:
                     self._shut_down()
-                elif self.offered is not None:
-                    self.offered(message["export"])
-            case "linked":
-                if self.linked is not None and not self._abandoned:
-                    self.linked(message["uri"])
+                elif self.on_offered is not None:
+                    self.on_offered(message["export"])
+            case "taken":
+                if self.on_taken is not None and not self._cancelled:
+                    self.on_taken(message["uri"])
             case _:
-                self._heard(message, fds)
+                self._on_progress(message, fds)
 
     def _shut_down(self) -> None:
-        while self.links:
-            with socket.socket(fileno=self.links.pop()) as sock, suppress(OSError):
+        while self.sockets:
+            with socket.socket(fileno=self.sockets.pop()) as sock, suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

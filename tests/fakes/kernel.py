@@ -20,7 +20,10 @@ from typing import Any, Self, cast
 
 import nbdd.worker.attached
 import nbdd.worker.forkserver
+import nbdd.worker.mender
 import nbdd.worker.operations
+import nbdd.worker.replacement
+import nbdd.worker.request
 import nbdd.worker.worker
 from nbdd.errors import NbddError, NotAttached
 from nbdd.ipc.channel import Channel, Message
@@ -356,6 +359,17 @@ class FakeKernelDevice:
         return ask(what, [sock.fileno() for sock in sockets], name=self._name, detail=detail)
 
 
+MODULES = (
+    nbdd.worker.operations,
+    nbdd.worker.replacement,
+    nbdd.worker.request,
+    nbdd.worker.attached,
+    nbdd.worker.mender,
+    nbdd.worker.worker,
+)
+"""Where workers and their children have names and constants that are replaced here."""
+
+
 def main() -> None:
     work = nbdd.worker.worker.main
 
@@ -364,7 +378,7 @@ def main() -> None:
         failures, first = settings.pop("forks", 0), settings.pop("forks_after", 0)
         FakeKernelDevice.stuck = settings.pop("stuck", False)
         for key, value in settings.items():
-            for module in (nbdd.worker.operations, nbdd.worker.attached):
+            for module in MODULES:
                 if hasattr(module, key):
                     setattr(module, key, value)
         fork = os.fork
@@ -386,14 +400,14 @@ def main() -> None:
         "Usage": FakeUsage,
         "Node": lambda index: SimpleNamespace(statistics=lambda: ask("statistics", index=index)),
     }
-    for module in (nbdd.worker.operations, nbdd.worker.attached, nbdd.worker.worker):
+    for module in MODULES:
         for name, fake in fakes.items():
             if hasattr(module, name):
                 setattr(module, name, fake)
     for module, name, value in (
-        (nbdd.worker.attached, "MEND_WAITS", (0.0, 0.01)),
-        (nbdd.worker.operations, "LATE_SECONDS", 0.01),
-        (nbdd.worker.operations, "_look_same", lambda *_: None),
+        (nbdd.worker.mender, "MEND_WAITS", (0.0, 0.01)),
+        (nbdd.worker.replacement, "LATE_SECONDS", 0.01),
+        (nbdd.worker.replacement, "_look_same", lambda *_: None),
         (nbdd.worker.forkserver, "work", prepared),
     ):
         setattr(module, name, value)

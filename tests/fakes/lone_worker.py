@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from nbdd.errors import KernelError
 from nbdd.ipc.channel import Channel
-from nbdd.worker import operations
+from nbdd.worker import operations, request
 from nbdd.worker.worker import main
 
 
@@ -31,6 +31,7 @@ def peak() -> int:
 
 
 if __name__ == "__main__":
+    vars(request).update(KernelDevice=no_device)
     vars(operations).update(find=lambda _: [], KernelDevice=no_device, CONNECT_SECONDS=float(sys.argv[2]))
     status = main(Channel(socket.socket(fileno=int(sys.argv[1]))), "hostile")
     print(max(peak(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) >> 10)

@@ -233,7 +233,7 @@ class FakeSpawner:
         worker.say("links", fds, live=1, reconnects=1, lost=0, failing=False, **grown)
         return {"size": 3 << 20}
 
-    def _hasten(self, worker: FakeWorker, arguments: dict[str, Any]) -> Message:
+    def _shorten_dead_timeout(self, worker: FakeWorker, arguments: dict[str, Any]) -> Message:
         if not worker.client:
             raise NotAttached(f"{worker.name!r} is not attached.")
         return {"dead-timeout": self.waited + arguments["seconds"]}

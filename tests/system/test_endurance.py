@@ -23,7 +23,7 @@ DEVICES = 64
 WORKER_LIMIT, SERVICE_LIMIT = 1700, 45_000
 """KiB of PSS with so many devices attached: a worker on average; manager and fork server together. A worker was seen
 with 1490 on Debian 12 and 1400 on Debian 13: it shares its parent's memory until it touches it, and leaves what touches
-much to its errands."""
+much to its children."""
 
 
 def run(lab: Lab, module: str, arguments: str, timeout: float) -> Any:

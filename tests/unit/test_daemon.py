@@ -146,7 +146,7 @@ def no_survivors(pid: int) -> Iterator[list[int]]:
     pids = children(pid)
     fds = []
     for child in pids:
-        with contextlib.suppress(ProcessLookupError):  # an errand may just have ended
+        with contextlib.suppress(ProcessLookupError):  # a child may just have ended
             fds.append(os.pidfd_open(child))
     try:
         yield pids
@@ -568,7 +568,7 @@ async def test_stop_answers_calls_under_way(nbdd: Daemon, bus: BusDaemon) -> Non
             listing = asyncio.create_task(here.fails("ListExports", f"nbd://127.0.0.1:{port}", {}, types="sa{sv}"))
             conns = [await asyncio.to_thread(listener.accept) for _ in range(2)]
             with no_survivors(nbdd.process.pid) as pids:
-                assert len(pids) >= 5, "the fork server, two workers, and an errand of each"
+                assert len(pids) >= 5, "the fork server, two workers, and a child of each"
                 assert await asyncio.to_thread(nbdd.end) == 0
             for call in (attach, listing):
                 name, text = await call
@@ -585,7 +585,7 @@ async def test_daemon_killed_leaves_no_process_behind(nbdd: Daemon, bus: BusDaem
         nbdd.start()
         conn, _ = listener.accept()
         with conn, no_survivors(nbdd.process.pid) as pids:
-            assert len(pids) >= 3, "the fork server, a worker and its errand"
+            assert len(pids) >= 3, "the fork server, a worker and its child"
             nbdd.process.kill()
             assert nbdd.wait() == -signal.SIGKILL
             # The worker is in the middle of a handshake, and looks up when that ends.

@@ -20,7 +20,7 @@ import pytest
 
 from nbdd.client.service import End, Reason, Service, Stop, watch
 from nbdd.errors import Busy, ConnectFailed, KernelError, WorkerFailed
-from nbdd.ipc.channel import close_all_but
+from nbdd.ipc.processes import close_all_but
 from nbdd.kernel.sysfs import Node
 from tests.fakes.worker import open_fds
 

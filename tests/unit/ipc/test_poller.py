@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The loop: who watches is called, and nobody is called for what is somebody else's by now."""
+"""The poller: who watches is called, and nobody is called for what is somebody else's by now."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from nbdd.ipc.poller import Loop
+from nbdd.ipc.poller import Poller
 
 LONG = 30.0
 
@@ -28,52 +28,52 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def test_who_watches_is_called_with_what_happened(pipe: tuple[int, int]) -> None:
-    loop, told = Loop(), list[int]()
-    loop.watch(pipe[0], select.POLLIN, told.append)
-    loop.turn(0)
+    poller, told = Poller(), list[int]()
+    poller.register(pipe[0], select.POLLIN, told.append)
+    poller.run_once(0)
     os.write(pipe[1], b"x")
-    loop.turn(LONG)
+    poller.run_once(LONG)
     os.close(pipe[1])
-    loop.turn(LONG)
+    poller.run_once(LONG)
     assert told == [select.POLLIN, select.POLLIN | select.POLLHUP]
 
 
 def test_a_turn_ends_when_its_time_is_over(pipe: tuple[int, int]) -> None:
-    loop = Loop()
-    loop.watch(pipe[0], select.POLLIN, print)
+    poller = Poller()
+    poller.register(pipe[0], select.POLLIN, print)
     start = time.monotonic()
-    loop.turn(-1.0)
-    loop.turn(0.01)
+    poller.run_once(-1.0)
+    poller.run_once(0.01)
     assert time.monotonic() - start < LONG
 
 
 def test_it_knows_what_is_watched(pipe: tuple[int, int]) -> None:
-    loop = Loop()
-    loop.watch(pipe[0], select.POLLIN, print)
-    assert (list(loop), len(loop)) == ([pipe[0]], 1)
-    loop.forget(pipe[0])
-    assert list(loop) == []
+    poller = Poller()
+    poller.register(pipe[0], select.POLLIN, print)
+    assert (list(poller), len(poller)) == ([pipe[0]], 1)
+    poller.unregister(pipe[0])
+    assert list(poller) == []
 
 
 def test_news_of_a_descriptor_that_is_another_by_now_are_told_to_nobody() -> None:
-    loop, told = Loop(), list[str]()
+    poller, told = Poller(), list[str]()
     pipes = [os.pipe(), os.pipe()]
 
     def swap(name: str, _events: int) -> None:
         """The first who is called replaces the other's pipe by one that is silent, under the same number."""
         told.append(name)
         other = pipes[name == "a"][0]
-        loop.forget(other)
+        poller.unregister(other)
         silent = os.pipe()
         os.dup2(silent[0], other)
         os.close(silent[0])
         pipes.append((silent[1], silent[1]))
-        loop.watch(other, select.POLLIN, partial(swap, "stranger"))
+        poller.register(other, select.POLLIN, partial(swap, "stranger"))
 
     for name, (reader, writer) in zip("ab", pipes, strict=True):
-        loop.watch(reader, select.POLLIN, partial(swap, name))
+        poller.register(reader, select.POLLIN, partial(swap, name))
         os.write(writer, b"x")
-    loop.turn(LONG)
+    poller.run_once(LONG)
     assert len(told) == 1
     assert "stranger" not in told
     for fd in {fd for pair in pipes for fd in pair}:

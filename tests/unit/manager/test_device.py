@@ -715,7 +715,7 @@ async def test_a_device_in_a_hurry_waits_no_longer_than_it_is_told_to_and_says_s
         assert (it.device.status.dead_timeout, it.device.status.fails_at) == (30, 0)
         assert it.records.load()[0].definition.dead_timeout == 30, "the next worker is in the same hurry"
         await it.device.shorten_dead_timeout(40)
-        assert it.spawner.names() == ["attach", "hasten"], "it never waits longer for that"
+        assert it.spawner.names() == ["attach", "shorten-dead-timeout"], "it never waits longer for that"
         await it.device.detach()
         assert it.device.status.dead_timeout == 300
 
@@ -733,7 +733,7 @@ async def test_a_device_that_can_not_be_hurried_is_told_in_the_journal(
 ) -> None:
     async with bench() as it:
         await it.device.attach()
-        it.spawner.outcomes["hasten"] = ["die"] * 3
+        it.spawner.outcomes["shorten-dead-timeout"] = ["die"] * 3
         await it.device.shorten_dead_timeout(30)
         assert it.device.status.dead_timeout == 300
     assert "disk: the dead timeout can't be shortened: " in caplog.text

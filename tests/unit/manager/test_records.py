@@ -27,6 +27,7 @@ FULL = Record(
         live=1,
         connections=1,
         uri="nbd://storage.example",
+        node="/dev/nbd3",
     ),
     attached_since=1_700_000_000_000_000,
     attached_by=1000,

@@ -24,9 +24,9 @@ from nbdd.errors import Busy
 from nbdd.ipc.channel import Message
 from nbdd.server.connect import Deadline
 from nbdd.server.connections import open_connections
-from nbdd.worker import operations
+from nbdd.worker import replacement
 from nbdd.worker.binding import Binding
-from nbdd.worker.operations import Task
+from nbdd.worker.request import Request
 from tests.fakes.kernel import SECONDS, FakeKernel
 from tests.fakes.servers import MIB, Server, offers
 from tests.unit.worker.test_worker import MULTI, NAME, SILENT, Boss, Nursery, cut, hiring, in_turn, until, wire
@@ -240,7 +240,7 @@ def test_a_short_dead_timeout_is_none_for_what_waits_for_an_exchange(
         boss.order("attach", definition=wire(server, dead_timeout=0), resume=False)
         boss.order("reconnect")
     asked = [asked for asked in kernel.asked if asked[0] not in ("bind", "adopt")]
-    assert asked == [("dead_timeout", operations.EXCHANGE_PATIENCE), ("replace", 1), ("dead_timeout", 0)]
+    assert asked == [("dead_timeout", replacement.EXCHANGE_PATIENCE), ("replace", 1), ("dead_timeout", 0)]
 
 
 def test_a_server_that_was_refused_is_not_taken_because_the_next_one_can_not_be_looked_at(
@@ -250,15 +250,15 @@ def test_a_server_that_was_refused_is_not_taken_because_the_next_one_can_not_be_
 
         def look(_node: object, links: Any, _size: int) -> None:
             if str(links.uri) == str(other.uri()):
-                raise operations._other(links, "the UUID of its filesystem was one and is two")
-            raise operations._Unseen(links.uri, "It is slow.")
+                raise replacement._changed(links, "the UUID of its filesystem was one and is two")
+            raise replacement._CannotCompare(links.uri, "It is slow.")
 
-        monkeypatch.setattr(operations, "_look_same", look)
+        monkeypatch.setattr(replacement, "_look_same", look)
         definition = Definition(NAME, (other.uri(), unseen.uri()))
         with open_connections(definition, Deadline(SECONDS)) as links:
             binding = Binding(0, "", links.export, connections=1, live=0)
         warnings: list[Message] = []
-        task = Task({}, NAME, definition.to_wire(), binding, ())
-        with operations._open_same(task, definition, tell=lambda message, _: warnings.append(message)) as links:
+        request = Request({}, NAME, definition.to_wire(), binding, ())
+        with replacement._open_same(request, definition, report=lambda message, _: warnings.append(message)) as links:
             assert str(links.uri) == str(unseen.uri())
         assert [warning["event"] for warning in warnings] == ["warning"]

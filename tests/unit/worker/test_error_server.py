@@ -13,8 +13,8 @@ from contextlib import suppress
 
 import pytest
 
-from nbdd.ipc.poller import Loop
-from nbdd.worker.error_server import Refuser, withdraw
+from nbdd.ipc.poller import Poller
+from nbdd.worker.error_server import ErrorServer, remove
 
 REQUEST = struct.Struct(">IHHQQI")
 REPLY = struct.Struct(">IIQ")
@@ -29,11 +29,11 @@ class Scene:
     """The kernel's end, and a loop for ours."""
 
     def __init__(self) -> None:
-        self.loop = Loop()
+        self.poller = Poller()
         self.gone = 0
         ours, self.kernel = socket.socketpair()
         self.kernel.settimeout(10)
-        self.refuser = Refuser(self.loop, ours, self.went)
+        self.error_server = ErrorServer(self.poller, ours, self.went)
 
     def went(self) -> None:
         self.gone += 1
@@ -42,7 +42,7 @@ class Scene:
         """The cookies of so many answers."""
         got = b""
         while len(got) < count * REPLY.size:
-            self.loop.turn(10)
+            self.poller.run_once(10)
             self.kernel.settimeout(0)
             with suppress(BlockingIOError):
                 got += self.kernel.recv(65536)
@@ -58,7 +58,7 @@ def scene() -> Iterator[Scene]:
     yield found
     found.kernel.close()
     if not found.gone:
-        found.refuser.close()
+        found.error_server.close()
 
 
 def test_every_request_is_answered_with_eio_in_its_turn(scene: Scene) -> None:
@@ -70,7 +70,7 @@ def test_requests_that_arrive_in_pieces_are_put_together(scene: Scene) -> None:
     octets = request(WRITE, 5, 50) + request(READ, 6)
     for octet in octets[:-1]:
         scene.kernel.sendall(bytes([octet]))
-        scene.loop.turn(10)
+        scene.poller.run_once(10)
     scene.kernel.sendall(octets[-1:])
     assert scene.refused(2) == [5, 6]
 
@@ -89,8 +89,8 @@ def test_a_farewell_has_no_answer(scene: Scene) -> None:
 
 def test_it_says_once_that_the_kernel_has_gone_and_is_closed(scene: Scene) -> None:
     scene.kernel.close()
-    scene.loop.turn(10)
-    assert (scene.gone, len(scene.loop)) == (1, 0)
+    scene.poller.run_once(10)
+    assert (scene.gone, len(scene.poller)) == (1, 0)
 
 
 def test_withdrawing_waits_until_the_kernel_has_closed_its_end(scene: Scene) -> None:
@@ -103,8 +103,8 @@ def test_withdrawing_waits_until_the_kernel_has_closed_its_end(scene: Scene) -> 
 
     thread = threading.Thread(target=kernel)
     thread.start()
-    withdraw(scene.refuser.fileno())
+    remove(scene.error_server.fileno())
     thread.join(10)
     assert not thread.is_alive()
-    scene.loop.turn(10)
+    scene.poller.run_once(10)
     assert scene.gone == 1

@@ -13,7 +13,7 @@ from nbdd.kernel.sysfs import Node
 from nbdd.server import fingerprint
 from nbdd.server.connections import Connections
 from nbdd.server.fingerprint import Fingerprint
-from nbdd.worker import operations
+from nbdd.worker import replacement
 
 NODE = Node(0)
 LINKS = cast(
@@ -29,7 +29,7 @@ def look(monkeypatch: pytest.MonkeyPatch, found: Fingerprint | Exception) -> Non
 
     monkeypatch.setattr(fingerprint, "of_device", lambda *_: Fingerprint("one"))
     monkeypatch.setattr(fingerprint, "of_export", of_export)
-    operations._look_same(NODE, LINKS, 1)
+    replacement._look_same(NODE, LINKS, 1)
 
 
 @pytest.mark.parametrize("found", [Fingerprint("one"), Fingerprint()])
@@ -44,7 +44,7 @@ def test_another_filesystem_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("error", [TimedOut("Slow."), ServerError("It can't read there.")])
 def test_what_can_not_be_read_is_no_reason_to_let_io_wait(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    with pytest.raises(operations._Unseen, match=str(error)):
+    with pytest.raises(replacement._CannotCompare, match=str(error)):
         look(monkeypatch, error)
 
 

@@ -385,7 +385,7 @@ def test_an_errand_is_reaped_and_leaves_no_descriptor(boss: Boss) -> None:
 def test_an_errand_shows_what_it_is(boss: Boss, kernel: FakeKernel) -> None:
     kernel.before["find"] = threading.Event()
     number = boss.send("look")
-    assert until(lambda: Path(f"/proc/{boss.errand()}/comm").read_text().startswith("errand:"))
+    assert until(lambda: Path(f"/proc/{boss.errand()}/comm").read_text().startswith("task:"))
     assert Path(f"/proc/{boss.pid}/comm").read_text() == f"nbdd:{NAME}\n"
     kernel.before["find"].set()
     boss.reply(number)
@@ -566,7 +566,7 @@ def test_links_that_the_kernel_does_not_read_are_made_anew_once_for_each_of_them
         with pytest.raises(ConnectionNotServiced):
             boss.order("attach", definition=wire(server, connections=3), resume=False)
         assert len(server._conns) == 9
-    assert [event["message"] for event, _ in boss.events] == 2 * ["not read They are connected anew."]
+    assert [event["message"] for event, _ in boss.events] == 2 * ["not read Connecting again."]
 
 
 def test_a_name_that_is_bound_by_somebody_else_is_refused(boss: Boss, kernel: FakeKernel) -> None:
@@ -835,7 +835,7 @@ def test_links_that_the_kernel_does_not_let_go_of_are_mended(hire: Callable[[], 
     boss = hire()
     with Server(offers({b"": MIB})) as server:
         boss.order("attach", definition=wire(server), resume=False)
-        with pytest.raises(TimedOut, match="did not let go of the old links"):
+        with pytest.raises(TimedOut, match="did not let go of the old connections"):
             boss.order("reconnect")
         assert boss.event_with(live=1)["reconnects"] == 1
         assert kernel.live(NAME) == 1
@@ -1051,16 +1051,16 @@ def test_a_successor_ends_the_waiting_when_it_would_have_ended(boss: Boss, hire:
 def test_a_worker_in_a_hurry_ends_the_waiting_sooner_now_or_after_the_next_death_of_a_link(boss: Boss) -> None:
     good = offers({b"": MIB})
     with pytest.raises(NotAttached):
-        boss.order("hasten", seconds=1)
+        boss.order("shorten-dead-timeout", seconds=1)
     with Server(in_turn(good, socket.socket.close)) as server:
         boss.order("attach", definition=wire(server, dead_timeout=3600), resume=False)
-        assert boss.order("hasten", seconds=600) == {"dead-timeout": 600}
-        assert boss.order("hasten", seconds=900) == {"dead-timeout": 600}, "never later"
+        assert boss.order("shorten-dead-timeout", seconds=600) == {"dead-timeout": 600}
+        assert boss.order("shorten-dead-timeout", seconds=900) == {"dead-timeout": 600}, "never later"
         cut(server)
         assert boss.event_with(error="ConnectFailed")["lost"] > 0
-        assert boss.order("hasten", seconds=1) == {"dead-timeout": 1}
+        assert boss.order("shorten-dead-timeout", seconds=1) == {"dead-timeout": 1}
         assert boss.event_with(failing=True)["error"] == "TimedOut"
-        assert boss.order("hasten", seconds=1) == {"dead-timeout": 1}
+        assert boss.order("shorten-dead-timeout", seconds=1) == {"dead-timeout": 1}
 
 
 def test_a_detach_ends_the_mending(boss: Boss, kernel: FakeKernel) -> None:
