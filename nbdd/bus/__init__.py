@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""The D-Bus API of nbdd: what both sides share (wire), the service (daemon) and those who call it (caller)."""
+"""The D-Bus API of nbdd: what both sides share (wire), the service (daemon) and its callers (caller)."""

@@ -12,11 +12,11 @@ from nbdd.bus.wire.calls import CallError, Peer
 _NAME = "org.freedesktop.FileManager1"
 _MANAGER = Peer(_NAME, "/org/freedesktop/FileManager1", _NAME)
 _ANSWER_DEADLINE = 25.0
-"""Seconds; it may only just be started."""
+"""Seconds; the bus may have to start it."""
 
 
 async def show_folder(bus: CallerBus, folder: Path) -> bool:
-    """Open a window with `folder`; False where no file manager answers."""
+    """Open a window with `folder`; False if no file manager answers."""
     try:
         async with asyncio.timeout(_ANSWER_DEADLINE):
             await _MANAGER.call(bus, "ShowFolders", "ass", [[folder.as_uri()], ""], returns="")

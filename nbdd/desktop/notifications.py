@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Notifications of a desktop, as the Desktop Notifications Specification 1.2 has them.
 
-Whoever shows them may come, go and be replaced at any time; then the numbers that it gave mean nothing any more.
+The notification server may come, go and be replaced at any time; then the numbers that it gave are void.
 """
 
 from __future__ import annotations
 
 import asyncio
 import html
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -17,28 +18,30 @@ from nbdd.bus.caller.connection import CallerBus
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
 from nbdd.bus.wire.library import Message, MessageType, Variant
 
+log = logging.getLogger(__name__)
+
 APPLICATION = "Network disks"
-"""What we are called in a list of notifications."""
+"""The name of our program in a list of notifications."""
 
 DESKTOP_ENTRY = "org.nbdd1.open"
-"""Our desktop entry without its suffix, by which settings of notifications find us."""
+"""Our desktop entry without its suffix, by which the settings of notifications know us."""
 
 _NAME = "org.freedesktop.Notifications"
-_SHOWER = Peer(_NAME, "/org/freedesktop/Notifications", _NAME)
+_SERVER = Peer(_NAME, "/org/freedesktop/Notifications", _NAME)
 _RULES = (
-    f"type='signal',sender='{_NAME}',path='{_SHOWER.path}',interface='{_NAME}'",
+    f"type='signal',sender='{_NAME}',path='{_SERVER.path}',interface='{_NAME}'",
     f"type='signal',sender='{DBUS.destination}',interface='{DBUS.interface}',member='NameOwnerChanged',arg0='{_NAME}'",
 )
 
 _ANSWER_DEADLINE = 10.0
-"""Seconds for an answer; one that is only just being started by the bus needs a moment."""
+"""Seconds for an answer; a server that the bus has to start needs a moment."""
 
 _NEVER, _AS_USUAL = 0, -1
-"""When a notification goes by itself."""
+"""When a notification closes by itself."""
 
 
 class Urgency(IntEnum):
-    """How much it matters; CRITICAL does not go by itself."""
+    """How much it matters; a CRITICAL one does not close by itself."""
 
     LOW = 0
     NORMAL = 1
@@ -47,7 +50,7 @@ class Urgency(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Notification:
-    """What is shown. Plain text: markup is made of it where it is wanted."""
+    """What is shown, in plain text; it becomes markup if the server wants that."""
 
     summary: str
     body: str
@@ -59,7 +62,7 @@ class Notification:
     actions: Sequence[tuple[str, str]] = ()
     """Key and label of each button."""
     lasting: bool = True
-    """Whether it stays until it is closed; else it goes by itself and is not kept in a list."""
+    """Whether it stays until it is closed; else it closes by itself and is not kept in a list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +79,12 @@ class Closed:
 
     number: int
     shown: int
-    """What `Notifications.shown` was when this came: a number is given again to what is shown in its place."""
+    """`Notifications.shown` when this came: a notification that replaces another has its number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """Another one shows notifications now: what was shown before is gone."""
+    """There is another notification server: what was shown before is gone."""
 
     shower: str
     """Its unique bus name."""
@@ -91,7 +94,7 @@ NotificationEvent = Invoked | Closed | Renewed
 
 
 class Notifications:
-    """Whoever shows notifications in this session. All methods raise NotShown where nobody does."""
+    """The notification server of this session. All methods raise NotShown if there is none."""
 
     def __init__(self, bus: CallerBus) -> None:
         self._bus = bus
@@ -102,7 +105,7 @@ class Notifications:
 
     @property
     def shower(self) -> str:
-        """The unique bus name of who shows them now; "" for nobody."""
+        """The unique bus name of the notification server; "" if there is none."""
         return self._owner
 
     @property
@@ -160,7 +163,7 @@ class Notifications:
         return int(number)
 
     async def close(self, number: int) -> None:
-        """Take a notification away; it is no fault if it is gone already."""
+        """Close a notification; it is no fault if it is gone already."""
         try:
             await self._call("CloseNotification", "u", [number], returns="")
         except NotShown:
@@ -169,11 +172,11 @@ class Notifications:
     async def _call(self, member: str, signature: str, body: list[Any], *, returns: str) -> list[Any]:
         try:
             async with asyncio.timeout(_ANSWER_DEADLINE):
-                return await _SHOWER.call(self._bus, member, signature, body, returns=returns)
+                return await _SERVER.call(self._bus, member, signature, body, returns=returns)
         except CallError as problem:
             raise NotShown(f"{problem.name}: {problem}") from problem
         except (TimeoutError, EOFError, OSError) as problem:
-            raise NotShown("nobody answers on the session bus") from problem
+            raise NotShown("no answer on the session bus") from problem
 
     def _on_message(self, message: Message) -> None:
         if message.message_type is not MessageType.SIGNAL:
@@ -182,6 +185,7 @@ class Notifications:
         if message.sender == DBUS.destination:
             if signal == ("NameOwnerChanged", "sss") and message.body[0] == _NAME:
                 self._owner = message.body[2]
+                log.debug("notification server: %s", self._owner or "none")
                 self._capabilities = None
                 if self._owner:
                     self._events.put_nowait(Renewed(self._owner))
@@ -193,4 +197,4 @@ class Notifications:
 
 
 class NotShown(Exception):
-    """Nobody shows notifications, or whoever does would not."""
+    """There is no notification server, or it refused."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""UDisks, which mounts and unmounts for the person at the machine (http://storaged.org/doc/udisks2-api/latest/)."""
+"""UDisks, which mounts and unmounts disks for the user of a desktop (http://storaged.org/doc/udisks2-api/latest/)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MOUNTS_RULE = (
 )
 _LONG = ("Mount", "Unmount")
 _ANSWER_SECONDS = 5
-"""How long UDisks may take to tell what it knows; a healthy one needs some milliseconds, or a second to start."""
+"""How long UDisks may take to answer; a healthy one needs some milliseconds, or a second to start."""
 
 _MOUNTED_ALREADY = f"{_NAME}.Error.AlreadyMounted"
 _REFUSALS = tuple(f"{_NAME}.Error.NotAuthorized{how}" for how in ("", "CanObtain", "Dismissed"))
@@ -44,12 +44,12 @@ class Block:
     size: int
     """Bytes."""
     usage: str
-    """"filesystem", "crypto", … or "" where nothing was found on it."""
+    """"filesystem", "crypto", … or "" if nothing was found on it."""
     ignored: bool
     mountable: bool
     mount_points: tuple[str, ...]
     uuid: str = ""
-    """Of the filesystem; "" where it has none."""
+    """Of the filesystem; "" if it has none."""
 
 
 class UDisks:
@@ -82,35 +82,35 @@ class UDisks:
         ]
 
     async def blocks_when(self, node: str, true: Callable[[list[Block]], bool], seconds: float) -> list[Block]:
-        """The same, as soon as it holds what is awaited, or as it is after `seconds`: UDisks follows udev."""
-        news = asyncio.Event()
+        """The same as soon as they are as expected, or as they are after `seconds`: UDisks follows udev."""
+        signalled = asyncio.Event()
 
-        def hear(message: Message) -> None:
+        def on_message(message: Message) -> None:
             if message.message_type is MessageType.SIGNAL:
-                news.set()
+                signalled.set()
 
-        self._bus.add_message_handler(hear)
+        self._bus.add_message_handler(on_message)
         try:
             await self._call(DBUS, "AddMatch", "s", _RULE)
             found = await self.blocks(node)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     while not true(found):
-                        await news.wait()
-                        news.clear()
+                        await signalled.wait()
+                        signalled.clear()
                         found = await self.blocks(node)
             return found
         finally:
-            self._bus.remove_message_handler(hear)
+            self._bus.remove_message_handler(on_message)
 
     async def watch_mounts(self) -> None:
-        """Begin to hear of mounts. Does not start UDisks."""
+        """Subscribe to changes of mounts. Does not start UDisks."""
 
-        def hear(message: Message) -> None:
+        def on_message(message: Message) -> None:
             if message.message_type is MessageType.SIGNAL and message.body[:1] == [_FILESYSTEM]:
                 self._mounts.set()
 
-        self._bus.add_message_handler(hear)
+        self._bus.add_message_handler(on_message)
         await self._call(DBUS, "AddMatch", "s", _MOUNTS_RULE)
 
     async def mounts_change(self) -> None:
@@ -119,7 +119,7 @@ class UDisks:
         self._mounts.clear()
 
     async def mount(self, block: Block) -> str:
-        """Mount a filesystem for the person who runs us; returns where. It is no fault if it is mounted already."""
+        """Mount a filesystem for our user; return the mount point. It is no fault if it is mounted already."""
         if block.mount_points:
             return block.mount_points[0]
         try:
@@ -131,7 +131,7 @@ class UDisks:
         return str(where)
 
     async def unmount(self, block: Block) -> None:
-        """Unmount a filesystem from everywhere; raises Busy where somebody uses it."""
+        """Unmount a filesystem from everywhere; raises Busy if it is in use."""
         for _ in block.mount_points:
             await self._filesystem(block, "Unmount")
 
@@ -140,7 +140,7 @@ class UDisks:
 
     async def _call(self, peer: Peer, member: str, signature: str = "", *body: Any, returns: str = "") -> list[Any]:
         flags = MessageFlag.ALLOW_INTERACTIVE_AUTHORIZATION
-        # To mount and to unmount may take long: a person is asked, a journal is replayed, all is written.
+        # Mounting and unmounting may take long: a person is asked, a journal is replayed, data are written.
         seconds = None if member in _LONG else _ANSWER_SECONDS
         try:
             async with asyncio.timeout(seconds):
@@ -154,16 +154,16 @@ class UDisks:
             if problem.name in _REFUSALS:
                 raise AccessDenied(f"Polkit does not let you {member.lower()} it: {what}.") from None
             if problem.name == _BUSY:
-                raise Busy(f"Somebody still uses it: {what}.") from None
+                raise Busy(f"It is still in use: {what}.") from None
             if problem.name in _ABSENT:
-                raise NbddError("UDisks, which mounts for people, is not there; install udisks2.") from None
+                raise NbddError("UDisks, which mounts disks for users, is missing; install udisks2.") from None
             raise NbddError(f"UDisks could not {member.lower()} it: {what}.") from None
         except (EOFError, OSError):
             raise NbddError("The connection to the system bus was lost.") from None
 
 
 class _MountedAlready(NbddError):
-    """Somebody was faster."""
+    """It was mounted meanwhile."""
 
 
 def _value(interfaces: Mapping[str, Mapping[str, Variant]], interface: str, name: str) -> Any:

@@ -86,7 +86,7 @@ class ManagerProxy:
     """The service as its callers see it: a connection to nbdd over the system bus, for use in ``async with``.
 
     No call has a time limit of its own: an attach takes as long as the service lets it. With ``activate=False``
-    no call starts a service that is not running, and nobody is asked for a password. With `host`, it is the system
+    no call starts a service that is not running, and no person is asked for a password. With `host`, it is the system
     bus of that machine, reached with ssh.
     """
 

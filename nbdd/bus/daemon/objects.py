@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""org.nbdd1.Manager and org.nbdd1.Device: D-Bus calls to the manager, its news to D-Bus signals; no logic beyond."""
+"""org.nbdd1.Manager and org.nbdd1.Device: D-Bus calls become calls of the manager, its changes D-Bus signals."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ ATTACH_OPTIONS = {
     "network-timeout": "u",
     "block-size": "u",
 }
-"""The keys that Attach takes, with their types."""
+"""The options of Attach, with their types."""
 
 ATTACH_URI_OPTIONS = {"name": "s", "desktop": "a{sv}"} | ATTACH_OPTIONS
 MAX_WAIT = 3600
-"""Seconds that a Detach may wait for others to leave; meanwhile nothing else can be done to the device."""
+"""Seconds that a Detach may wait until the device is unused; meanwhile every other call for it is refused."""
 
 DETACH_OPTIONS = {"force": "b", "wait": "u"}
 
 _MAX_LIST = 30 << 20
 """Bytes of a list of exports, at 100 for each beside its texts. The system bus takes messages of up to 32 MiB, and ends
-the connection of who sends it more."""
+a connection that sends more."""
 
 _TYPES = {"s": "a string (s)", "b": "a boolean (b)", "u": "an unsigned number (u)", "a{sv}": "a mapping (a{sv})"}
 
@@ -84,7 +84,7 @@ class ManagerInterface(ExportedInterface):
         """See the XML."""
         return {"Version": __version__}
 
-    # Each handler reads its arguments first: whoever asks for nonsense is told so without a password prompt.
+    # Each handler reads its arguments first: a wrong call fails without a password prompt.
 
     async def _attach(self, caller: Caller, arguments: list[Any]) -> list[Any]:
         name, options = arguments
@@ -108,8 +108,8 @@ class ManagerInterface(ExportedInterface):
             raise InvalidArgs(f"The option 'wait' goes up to {MAX_WAIT} seconds.")
         about = self._about_device(name)
         action = "org.nbdd1.force-detach" if values.get("force") else "org.nbdd1.detach"
-        # Whoever attached a disk may detach it, as UDisks has it with what somebody mounted. Nothing is awaited between
-        # this look and the detach: it may be another's disk then.
+        # The user who attached a disk may detach it, as with mounts of UDisks. Nothing is awaited from this comparison
+        # to the detach: the disk could be another user's then.
         user = await self._authority.user(caller)
         if values.get("force") or user != self._manager.device(name).status.attached_by:
             await self._authority.check(caller, action, about)
@@ -156,35 +156,35 @@ class ManagerInterface(ExportedInterface):
         return [[_export(export) for export in exports]]
 
     def _about_device(self, name: str) -> dict[str, str]:
-        """What polkit's messages and rules are told of a device; raises NoSuchDevice, or InvalidArgs."""
+        """Details of a device for polkit's messages and rules; raises NoSuchDevice, or InvalidArgs."""
         configured = self._manager.device(name).status.configured
         return {"device": name, "configured": "yes" if configured else "no"}
 
 
 def _about_server(text: str) -> dict[str, str]:
-    """What polkit's messages and rules are told of a URI; raises InvalidURI.
+    """Details of a URI for polkit's messages and rules; raises InvalidURI.
 
-    Never the text as it came: a message is made of it, before which a person types a password.
+    Never the text as it came: a person types a password below a message with it.
     """
     uri = URI.parse(text)
     return {"uri": str(uri), "server": uri.address}
 
 
 def _export(export: dict[str, Any]) -> dict[str, Variant]:
-    told = {
+    values = {
         "name": Variant("s", clean(export["name"])),
         "description": Variant("s", clean(export["description"])),
     }
     if export["problem"]:
-        told["problem"] = Variant("s", clean(export["problem"]))
+        values["problem"] = Variant("s", clean(export["problem"]))
     else:
-        told["size"] = Variant("t", export["size"])
+        values["size"] = Variant("t", export["size"])
     if export["flags"]:
-        told["flags"] = Variant("u", export["flags"])
+        values["flags"] = Variant("u", export["flags"])
     for bound in ("minimum", "preferred", "maximum"):
         if export[bound] is not None:
-            told[f"{bound}-block-size"] = Variant("u", export[bound])
-    return told
+            values[f"{bound}-block-size"] = Variant("u", export[bound])
+    return values
 
 
 class DeviceInterface(ExportedInterface):
@@ -208,7 +208,7 @@ def _values(status: Status) -> dict[str, Any]:
 
 
 class ObjectExporter:
-    """The manager's observer: keeps the objects on the bus equal to the devices."""
+    """Exports the manager's devices as objects on the bus; an `Observer`."""
 
     def __init__(self, bus: ServiceBus) -> None:
         self._bus = bus
@@ -221,7 +221,7 @@ class ObjectExporter:
         self._bus.add_object(device_path(device.name), exported)
 
     def changed(self, device: Device, old: Status) -> None:
-        """Tell which properties are different."""
+        """Send the properties that are different now."""
         before, now = _values(old), _values(device.status)
         names = {name for name in now if now[name] != before[name]}
         if names and device.name in self._exported:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""May this caller do that? Polkit decides; root passes without it, so that boot never waits for polkitd."""
+"""Authorization of callers by polkit. Root needs none, so that boot never waits for polkitd."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ALLOW_USER_INTERACTION = 1
 _DISMISSED = "polkit.dismissed"
 
 _ANSWER_DEADLINE = 20.0
-"""Seconds for polkitd to answer where no person is asked; before busctl's 25 are over."""
+"""Seconds for polkitd to answer if no person is asked; less than busctl's 25."""
 
 _AUTHORITY = Peer(
     "org.freedesktop.PolicyKit1", "/org/freedesktop/PolicyKit1/Authority", "org.freedesktop.PolicyKit1.Authority"
@@ -28,10 +28,10 @@ _AUTHORITY = Peer(
 
 
 class Authority(Protocol):
-    """Who decides."""
+    """What decides whether a caller may do something."""
 
     async def user(self, caller: Caller) -> int:
-        """The user id of the caller; raises AccessDenied where it has left the bus."""
+        """The user id of the caller; raises AccessDenied if it has left the bus."""
 
     async def check(self, caller: Caller, action: str, details: Mapping[str, str]) -> None:
         """Return if the caller may; raise AccessDenied or InteractiveAuthorizationRequired if not."""
@@ -49,8 +49,9 @@ class Polkit:
         `details` are shown in the question; the keys are those that the action's message names.
         """
         if await self.user(caller) == 0:
+            log.debug("%s is root and may %s", caller.name, action)
             return
-        # The subject is the bus name, never a pid: a pid may be somebody else's by the time polkitd looks.
+        # The subject is the bus name, never a pid: the pid may be another process's when polkitd looks.
         subject = ["system-bus-name", {"name": Variant("s", caller.name)}]
         flags = _ALLOW_USER_INTERACTION if caller.interactive else 0
         try:
@@ -65,6 +66,7 @@ class Polkit:
         except (CallError, TimeoutError) as error:
             log.warning("polkit gave no answer about %s: %s", action, error)
             raise AccessDenied(f"Polkit can't be asked about {action}, so only root may do this.") from None
+        log.debug("polkit about %s for %s: authorized %s, challenge %s", action, caller.name, authorized, challenge)
         if authorized:
             return
         if challenge and not caller.interactive:
@@ -81,7 +83,7 @@ class Polkit:
         raise AccessDenied(f"You are not allowed to do this ({action}); run it as root, or ask an administrator.")
 
     async def user(self, caller: Caller) -> int:
-        """The user id of the caller, as the bus knows it; raises AccessDenied where it has left the bus."""
+        """The user id of the caller, as the bus knows it; raises AccessDenied if it has left the bus."""
         try:
             [uid] = await DBUS.call(self._bus, "GetConnectionUnixUser", "s", [caller.name], returns="u")
         except CallError:

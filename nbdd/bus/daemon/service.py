@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Objects on the bus: every method call for us is answered here, exactly once, whatever happens.
+"""Objects on the bus: this answers every method call to nbdd, exactly once, whatever happens.
 
-What dbus-next 0.2.3 gets wrong in its own service layer is done here instead, and tests/unit/test_bus_service.py holds
-each point: methods see their caller; InterfacesAdded and InterfacesRemoved come from the object manager's path, and
+It replaces the service layer of dbus-next 0.2.3, which gets these points wrong; tests/unit/bus/daemon/test_service.py
+holds each: methods see their caller; InterfacesAdded and InterfacesRemoved come from the object manager's path, and
 GetManagedObjects answers there alone; children are whole path elements; no traceback reaches a caller; a cancelled
 call is answered; no descriptors are taken; introspection is the XML of dbus/, with named arguments and annotations.
-Its message layer has faults that any user of the machine could stop us with; those are mended in mended.py.
+Its message layer has faults with which any user of the machine could stop us; wire/message_bus.py mends those.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLUSH_DEADLINE = 5.0
 
 
 class DispatchError(Exception):
-    """A call that names nothing of ours; `name` is a standard D-Bus error."""
+    """A call of an object, interface or member that there is not; `name` is a standard D-Bus error."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class DispatchError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who called: a unique bus name, and whether polkit may ask the person behind it."""
+    """The sender of a call: a unique bus name, and whether polkit may ask its user for a password."""
 
     name: str
     interactive: bool
@@ -76,7 +76,7 @@ class ExportedInterface:
 
 
 Body: TypeAlias = list[Any] | Callable[[], list[Any]]
-"""The values of a reply, or what makes them where that takes long."""
+"""The values of a reply, or a function that makes them, if that takes long."""
 
 
 class ServiceBus(MessageBusFixes):
@@ -86,7 +86,7 @@ class ServiceBus(MessageBusFixes):
     """
 
     def __init__(self, root: str) -> None:
-        # negotiate_unix_fd stays off: dbus-next leaks the descriptors of calls that nobody handles.
+        # negotiate_unix_fd stays off: dbus-next leaks the descriptors of calls that have no handler.
         super().__init__(long_replies=False, bus_type=BusType.SYSTEM, negotiate_unix_fd=False)
         self._root = root
         self._served: dict[str, tuple[ExportedInterface, ...]] = {}
@@ -98,33 +98,36 @@ class ServiceBus(MessageBusFixes):
 
     def open(self) -> None:
         """Begin to answer calls."""
+        log.debug("answering calls; %d are waiting", len(self._calls))
         self._opened.set()
 
     def add_object(self, path: str, *interfaces: ExportedInterface) -> None:
-        """Put an object on the bus and, below the root, tell InterfacesAdded.
+        """Put an object on the bus and, below the root, send InterfacesAdded.
 
-        Before `open` no signal is sent: nobody has been told anything that it could change.
+        No signal is sent before `open`: no caller has seen anything yet that it could change.
         """
+        log.debug("exporting %s", path)
         self._served[path] = interfaces
         if path != self._root:
             added = {exported.interface.name: exported.variants() for exported in interfaces}
             self._signal(OBJECT_MANAGER, "InterfacesAdded", "oa{sa{sv}}", [path, added], self._root)
 
     def remove_object(self, path: str) -> None:
-        """Take an object away and tell InterfacesRemoved."""
+        """Take an object off the bus and send InterfacesRemoved."""
+        log.debug("removing %s", path)
         interfaces = self._served.pop(path)
         names = [exported.interface.name for exported in interfaces]
         self._signal(OBJECT_MANAGER, "InterfacesRemoved", "oas", [path, names], self._root)
 
     def properties_changed(self, path: str, exported: ExportedInterface, names: set[str]) -> None:
-        """Tell that the named properties have new values."""
+        """Send PropertiesChanged with the new values of the named properties."""
         changed = exported.variants(names)
         if changed:
             body = [exported.interface.name, changed, []]
             self._signal(PROPERTIES, "PropertiesChanged", "sa{sv}as", body, path)
 
     async def finish(self, reason: NbddError | None = None) -> None:
-        """Answer the calls that are still under way with `reason`, and let the answers reach the bus."""
+        """Answer the calls that are still running with `reason`, and wait until the bus has the answers."""
         self._end = reason or self._end
         for task in self._calls:
             task.cancel()
@@ -138,7 +141,7 @@ class ServiceBus(MessageBusFixes):
     def _put(self, message: Message) -> None:
         """Send; it is marshalled at once, so a value of the wrong type raises here."""
         self._written = self.send(message)
-        # A write that fails ends the connection, which `wait_for_disconnect` tells; nobody else wants to know.
+        # A write that fails ends the connection, and `wait_for_disconnect` reports that.
         self._written.add_done_callback(lambda written: written.cancelled() or written.exception())
 
     # Calls
@@ -154,10 +157,11 @@ class ServiceBus(MessageBusFixes):
     def _ended(self, message: Message, task: asyncio.Task[None]) -> None:
         self._calls.discard(task)
         if task.cancelled():
-            # Told here, as a task that had not begun knows nothing of its end.
+            # Answered here: a task that had not begun could not do it.
             self._fail(message, self._end.dbus_name, str(self._end))
 
     async def _serve(self, message: Message) -> None:
+        log.debug("%s calls %s.%s of %s", message.sender, message.interface, message.member, message.path)
         try:
             await self._opened.wait()
             signature, body = await self._dispatch(message)
@@ -171,11 +175,12 @@ class ServiceBus(MessageBusFixes):
             self._fail(message, error.dbus_name, str(error))
         except Exception:
             if self._disconnected:
-                return  # Most likely because of that, and nobody waits for an answer.
+                return  # Probably because of that, and no caller waits for an answer.
             log.exception("internal error in %s.%s", message.interface, message.member)
             self._fail(message, DBUS_ERROR + "Failed", "Internal error of nbdd; the journal has its trace.")
 
     def _fail(self, message: Message, name: str, text: str) -> None:
+        log.debug("%s of %s failed with %s: %r", message.member, message.sender, name, text)
         self._reply(message, Message.new_error(message, name, clean(text)))
 
     def _reply(self, message: Message, reply: Message) -> None:
@@ -273,7 +278,7 @@ class ServiceBus(MessageBusFixes):
         raise DispatchError("PropertyReadOnly", f"{name} can't be set; methods change what can be changed.")
 
     def _on_managed_objects(self, _path: str, _body: list[Any]) -> Body:
-        # Ten thousand objects take seconds.
+        # It takes seconds with ten thousand objects.
         served = [(path, interfaces) for path, interfaces in self._served.items() if path != self._root]
         return lambda: [
             {
@@ -283,7 +288,7 @@ class ServiceBus(MessageBusFixes):
         ]
 
     async def _reply_later(self, message: Message, signature: str, make: Callable[[], list[Any]]) -> None:
-        """Reply with what `make` returns; both are done in a thread, as the loop must turn."""
+        """Reply with what `make` returns. A thread makes and marshals it, so that the loop goes on."""
         reply = Message.new_method_return(message, signature)
         reply.serial = self.next_serial()
 
@@ -304,7 +309,7 @@ class ServiceBus(MessageBusFixes):
 
 
 def clean(value: Any) -> Any:
-    """Make every string in `value` fit for D-Bus: no NUL, no lone surrogates. Servers send what they like."""
+    """Make every string in `value` valid for D-Bus: no NUL, no lone surrogates, which servers may send."""
     match value:
         case str():
             return value.encode("utf-8", "replace").decode().replace("\0", "\ufffd")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What only systemd knows: whether a SIGTERM is the end or half of a restart, and whether the machine goes down."""
+"""Questions to systemd: is a SIGTERM a stop or half of a restart, and does the machine shut down?"""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _ASK_DEADLINE = 5.0
 """Seconds to wait for systemd; it may be busy shutting the machine down."""
 
 _SUBSCRIBE_WAIT = 5.0
-"""Seconds between two attempts to have systemd tell of its jobs."""
+"""Seconds between two attempts to subscribe to the jobs of systemd."""
 
 _SERVICE = "org.freedesktop.systemd1"
 _MANAGER = Peer(_SERVICE, "/org/freedesktop/systemd1", f"{_SERVICE}.Manager")
 
 _SHUTDOWN = "shutdown.target"
-"""Every way down leads over it (systemd.special(7))."""
+"""Every kind of shutdown starts it (systemd.special(7))."""
 
 _SHUTDOWN_JOB = (
     f"type='signal',sender='{_SERVICE}',path='{_MANAGER.path}',interface='{_MANAGER.interface}',member='JobNew',"
@@ -33,7 +33,7 @@ _SHUTDOWN_JOB = (
 
 
 async def job_type(bus: MessageBus) -> str:
-    """The job that systemd has queued for our unit: "stop", "restart", …; "" for none, or where nobody knows."""
+    """The job that systemd has queued for our unit: "stop", "restart", …; "" for none, or without an answer."""
     try:
         async with asyncio.timeout(_ASK_DEADLINE):
             [unit] = await _MANAGER.call(bus, "GetUnitByPID", "u", [os.getpid()], returns="o")
@@ -44,20 +44,20 @@ async def job_type(bus: MessageBus) -> str:
 
 
 async def shutdown(bus: MessageBus) -> None:
-    """Return when the machine begins to go down: power-off, reboot, halt or kexec, whoever asked for it.
+    """Return when the machine begins to shut down: power-off, reboot, halt or kexec.
 
-    Long before SIGTERM: nbdd is stopped only when what is mounted on its devices is unmounted. Where nobody knows, this
-    never returns.
+    Long before SIGTERM: nbdd is stopped only when what is mounted on its devices is unmounted. If systemd does not
+    answer, this never returns.
     """
-    # A hint, which any user of the machine may send us: systemd is asked what it is worth.
+    # Only a hint, as any user of the machine may send us such a signal: systemd is asked.
     hint = asyncio.Event()
 
-    def heard(message: Message) -> bool:
+    def on_message(message: Message) -> bool:
         if message.message_type is MessageType.SIGNAL and message.member == "JobNew":
             hint.set()
         return False
 
-    bus.add_message_handler(heard)
+    bus.add_message_handler(on_message)
     try:
         await _subscribe(bus)
         while not await _has_shutdown_job(bus):
@@ -66,11 +66,11 @@ async def shutdown(bus: MessageBus) -> None:
     except (EOFError, OSError):
         await asyncio.Event().wait()
     finally:
-        bus.remove_message_handler(heard)
+        bus.remove_message_handler(on_message)
 
 
 async def _subscribe(bus: MessageBus) -> None:
-    """Have systemd tell of jobs, once it can: on a bus that has just been restarted it may not be yet."""
+    """Subscribe to the jobs of systemd, as soon as it is there: on a bus that was just restarted it may not be yet."""
     while True:
         try:
             await DBUS.call(bus, "AddMatch", "s", [_SHUTDOWN_JOB], returns="")
@@ -78,12 +78,12 @@ async def _subscribe(bus: MessageBus) -> None:
             await _MANAGER.call(bus, "Subscribe", "", [], returns="")
             return
         except CallError as error:
-            log.debug("systemd does not tell of a shutdown: %s", error)
+            log.debug("systemd sends no signals about its jobs yet: %s", error)
         await asyncio.sleep(_SUBSCRIBE_WAIT)
 
 
 async def is_going_down(bus: MessageBus) -> bool:
-    """Whether that has begun; False where nobody knows."""
+    """Whether the machine is shutting down; False if systemd does not answer."""
     try:
         async with asyncio.timeout(_ASK_DEADLINE):
             return await _has_shutdown_job(bus)
@@ -97,7 +97,7 @@ async def _has_shutdown_job(bus: MessageBus) -> bool:
         [unit] = await _MANAGER.call(bus, "GetUnit", "s", [_SHUTDOWN], returns="o")
         number, _ = await _property(bus, unit, "Unit", "Job")
     except CallError:
-        return False  # Nobody has needed the unit yet.
+        return False  # The unit is not loaded yet.
     return bool(number)
 
 

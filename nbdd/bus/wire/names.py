@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The names of org.nbdd1 on the bus, for the service and for those who call it."""
+"""The names of org.nbdd1 on the bus, for the service and its callers."""
 
 from __future__ import annotations
 

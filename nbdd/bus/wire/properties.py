@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The properties of org.nbdd1.Device: one table for the service and for those who call it.
+"""The properties of org.nbdd1.Device: one table for the service and its callers.
 
 dbus/org.nbdd1.Device.xml is the reference; a test holds this table against it.
 """

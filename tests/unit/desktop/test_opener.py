@@ -323,7 +323,7 @@ def test_udisks_that_does_not_answer_is_not_waited_for(world: World) -> None:
 def test_udisks_that_is_missing_is_a_sentence(buses: tuple[str, str], world: World) -> None:
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     world.udisks.leave()
-    assert world.fails(LINK) == "UDisks, which mounts for people, is not there; install udisks2."
+    assert world.fails(LINK) == "UDisks, which mounts disks for users, is missing; install udisks2."
     assert buses
 
 
@@ -442,7 +442,7 @@ def test_detach_without_a_session_folder_works(world: World) -> None:
 def test_detach_of_a_disk_in_use_is_refused_and_the_user_reads_why(world: World) -> None:
     opened(world, "photos")
     world.udisks.refuses["/dev/nbd0"] = (f"{UDISKS}.Error.DeviceBusy", "target is busy")
-    assert world.fails("--detach", "photos") == "Somebody still uses it: target is busy."
+    assert world.fails("--detach", "photos") == "It is still in use: target is busy."
     assert world.asked(world.nbdd, "Detach") == []
 
 
