@@ -28,7 +28,7 @@
     └── WorkerFailed                  org.freedesktop.DBus.Error.Failed
 
 The text of an error is written for a person: what happened, to what, and what they can do.
-The class tells programs; it crosses the worker's socket by its name and the bus by ``dbus_name``.
+The class is for programs; it crosses the worker's socket by its name, and the bus by ``dbus_name``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FREEDESKTOP = "org.freedesktop.DBus.Error."
 
 
 class NbddError(Exception):
-    """Anything nbdd can say about what went wrong; ``str()`` is one or two readable sentences."""
+    """Any error of nbdd; ``str()`` is one or two sentences for a person."""
 
     dbus_name: ClassVar[str] = _FREEDESKTOP + "Failed"
 
@@ -78,7 +78,7 @@ class InvalidURI(DefinitionError):
 
 
 class ServerError(NbddError):
-    """The NBD server, or the way to it, let us down."""
+    """The NBD server failed, or the network on the way to it."""
 
 
 class ConnectFailed(ServerError):
@@ -88,7 +88,7 @@ class ConnectFailed(ServerError):
 
 
 class NegotiationFailed(ServerError):
-    """The server was reached but did not agree on an export with us."""
+    """The server was reached, but the negotiation of an export with it failed."""
 
     dbus_name = _OWN + "NegotiationFailed"
 
@@ -104,7 +104,7 @@ class ExportChanged(NegotiationFailed):
 
 
 class TLSFailed(ServerError):
-    """Encryption was asked for, by us or by the server, and can't be had."""
+    """Encryption was asked for, by the URI or by the server, and is not available."""
 
     dbus_name = _OWN + "TLSFailed"
 
@@ -138,13 +138,13 @@ class NotAttached(DeviceError):
 
 
 class Busy(DeviceError):
-    """Somebody uses the device; the text names who."""
+    """The device is in use; the text names the users."""
 
     dbus_name = _OWN + "Busy"
 
 
 class KernelError(NbddError):
-    """The kernel refused; ``errno`` is its number, or None where there was none."""
+    """The kernel refused; ``errno`` is its number, or None if it gave none."""
 
     dbus_name = _OWN + "KernelError"
 
@@ -158,7 +158,7 @@ class KernelError(NbddError):
 
 
 class NoFreeDevice(KernelError):
-    """The kernel has no NBD device left to give."""
+    """The kernel has no free NBD device."""
 
     dbus_name = _OWN + "NoFreeDevice"
 
@@ -168,7 +168,7 @@ class ConnectionNotServiced(KernelError):
 
 
 class CallerError(NbddError):
-    """The caller asked in a way, or with rights, that can't be served."""
+    """The call is wrong, or the caller does not have the rights for it."""
 
 
 class InvalidArgs(CallerError, ValueError):
@@ -178,7 +178,7 @@ class InvalidArgs(CallerError, ValueError):
 
 
 class AccessDenied(CallerError):
-    """Polkit says no."""
+    """Polkit does not allow it."""
 
     dbus_name = _FREEDESKTOP + "AccessDenied"
 
@@ -190,7 +190,7 @@ class InteractiveAuthorizationRequired(CallerError):
 
 
 class WorkerFailed(NbddError):
-    """A worker process ended before it did what it was asked to do."""
+    """A worker process ended before it had done what was asked."""
 
 
 def _tree(root: type[NbddError]) -> dict[str, type[NbddError]]:

@@ -15,6 +15,9 @@ BLK_MAX_BLOCK_SIZE = 65536
 MAX_TIMEOUT = 2_000_000
 """23 days. The kernel keeps time limits as 32 bits of its clock ticks: one far above would come out short."""
 
+MAX_NETWORK_TIMEOUT = 32767
+"""What TCP_KEEPIDLE and TCP_KEEPINTVL allow."""
+
 MAX_CONNECTIONS = 16
 """How many connections one device may have."""
 

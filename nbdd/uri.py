@@ -4,9 +4,8 @@
 The form is doc/uri.md of the NBD project on top of RFC 3986. It is read by hand: urllib.parse accepts much that
 is no URI, and costs a worker process several milliseconds and its own pages of memory.
 
-Stricter than the RFC where leniency would connect somewhere else than meant: a relative socket path, half an
-IPv4 address, a query key that nobody knows. Where it is harmless, kinder: raw non-ASCII letters in an export name
-are taken as UTF-8.
+Stricter than the RFC if leniency would connect somewhere else than meant: a relative socket path, half an IPv4 address,
+an unknown query key. More lenient if that is harmless: raw non-ASCII letters in an export name are taken as UTF-8.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ _FORBIDDEN = frozenset(' "<>\\^`{|}')
 
 @dataclass(frozen=True, slots=True)
 class URI:
-    """One export on one server. `parse` checks; the constructor believes its caller."""
+    """One export on one server. `parse` checks its text; the constructor checks nothing."""
 
     tls: bool
     """Whether encryption was asked for. Then nothing may ever go in the clear."""
@@ -77,7 +76,7 @@ class URI:
 
     @classmethod
     def parse(cls, text: str) -> URI:
-        """Read a URI; raise `InvalidURI` with the one thing that is wrong with it, and no secret in the sentence."""
+        """Read a URI; raise `InvalidURI` with one thing that is wrong with it, and no secret in the sentence."""
         return _Parser(text).parse()
 
     def __str__(self) -> str:
@@ -104,7 +103,7 @@ class URI:
 
 
 class _Parser:
-    """One parse. It exists to have the text at hand when something is wrong with a part of it."""
+    """Parses one text; errors about a part of it repeat the whole."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -142,7 +141,7 @@ class _Parser:
             if char in _FORBIDDEN:
                 self.fail(f"the character {char!r} must be written %{ord(char):02X}.")
             if char < " " or char == "\x7f":
-                self.fail(f"the control character {char!r} must not stand in it.")
+                self.fail(f"the control character {char!r} is not allowed in it.")
             if "\ud800" <= char <= "\udfff":
                 self.fail("it is not valid UTF-8.")
 
@@ -152,7 +151,7 @@ class _Parser:
         user = ""
         if at:
             if ":" in userinfo:
-                self.fail("a password must not stand in a URI, where everyone can read it.")
+                self.fail("a password must not be in a URI, which everyone can read.")
             if not tls:
                 self.fail("a user name is of use with TLS only; leave it out, or use nbds://.")
             user = self.decode(userinfo, "user name")
@@ -170,14 +169,14 @@ class _Parser:
                 self.fail("after the ] of an IPv6 address only :PORT may follow.")
             return user, self.ipv6(literal), self.port(after[1:])
         if host.count(":") > 1:
-            self.fail("an IPv6 address must stand in brackets, as in nbd://[::1]:10809/export.")
+            self.fail("an IPv6 address must be in brackets, as in nbd://[::1]:10809/export.")
         name, _, port = host.partition(":")
         return user, self.host(name), self.port(port)
 
     def host(self, name: str) -> str:
         if not name:
             self.fail("the host is missing; for this machine write nbd://localhost/export.")
-        # The host is quoted only where it can't be the beginning of user:password@.
+        # The host is not repeated: it may be the beginning of user:password@.
         bad = next((char for char in name if char not in _HOST), None)
         if bad is not None:
             hint = "; write an international name in its xn-- form" if not bad.isascii() else ""
@@ -200,7 +199,7 @@ class _Parser:
         try:
             packed = inet_pton(AF_INET6, address)
         except (OSError, ValueError):
-            self.fail("what stands in the brackets is not an IPv6 address.")
+            self.fail("the text in the brackets is not an IPv6 address.")
         canonical = inet_ntop(AF_INET6, packed)
         if not percent:
             return canonical
@@ -214,7 +213,7 @@ class _Parser:
         if not digits:
             return DEFAULT_PORT
         if not (digits.isascii() and digits.isdigit()):
-            # Perhaps a password with a "/" in it; then the "@" is further on, and the text is nobody's business.
+            # Perhaps a password with a "/" in it; then the "@" is further on, and the text must not be repeated.
             what = "what follows the colon" if "@" in self.text else quoted(digits, _SHOWN)
             self.fail(f"the port must be a number from 1 to 65535, and {what} is not.")
         # Only so many digits go to int(): it refuses thousands of them with a ValueError.
@@ -232,7 +231,7 @@ class _Parser:
                 self.fail("everything after the ? has the form key=value, and values are separated by &.")
             key = self.decode(key, "query")
             if key in found:
-                self.fail(f"the key {quoted(key, _SHOWN)} stands in it twice.")
+                self.fail(f"the key {quoted(key, _SHOWN)} is given twice.")
             if key != "socket" and key not in _TLS_KEYS:
                 self.fail(f"the key {quoted(key, _SHOWN)} is unknown; known are socket, {', '.join(_TLS_KEYS)}.")
             value = self.decode(raw, f"value of {key}")
@@ -247,7 +246,7 @@ class _Parser:
         elif socket is not None:
             self.fail("the key socket needs the scheme nbd+unix:// or nbds+unix://.")
         if found and not tls:
-            # Somebody expects encryption here. Never go on without it.
+            # Encryption is expected here. Never go on without it.
             self.fail(f"the key {min(found)} asks for TLS; use nbds:// or nbds+unix:// with it, or leave it out.")
         return socket, tuple(sorted(found.items()))
 
@@ -297,7 +296,7 @@ def _without_secrets(text: str) -> str:
 
 
 def same_export(one: str, other: str) -> bool:
-    """Whether two URIs mean the same export; of texts that are none, whether they are equal."""
+    """Whether two URIs mean the same export; for texts that are not URIs, whether they are equal."""
     try:
         return URI.parse(one) == URI.parse(other)
     except InvalidURI:

@@ -29,7 +29,12 @@ DEFAULT_DEAD_TIMEOUT = 300
 """Seconds."""
 
 DEFAULT_NETWORK_TIMEOUT = 30
-"""Seconds: a switch restarts a port, or a route moves, in less; and a person still waits for so long."""
+"""Seconds: a switch restarts a port, or a route moves, in less; and a person still waits for so long.
+
+It is about the network and the peer's kernel, which acknowledges for a server however slow, with one exception
+(measured on 6.18; net/ipv4/tcp_timer.c, tcp_probe_timer): the connection of a server that *reads* nothing for so long,
+while requests fill its receive buffer, is closed too. A disk that spins up takes 10 s of that, so it is more.
+"""
 
 
 class Attach(StrEnum):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""NBD negotiation without I/O. It knows neither sockets nor the kernel."""
+"""NBD negotiation without I/O, sockets or the kernel."""
 
 from __future__ import annotations
 

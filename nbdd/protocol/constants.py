@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Numbers of the NBD protocol, by the names that doc/proto.md of the NBD project gives them.
+"""Numbers of the NBD protocol, by their names in doc/proto.md of the NBD project.
 
-Only what a client needs that hands its socket to the kernel: the handshake phase, the transmission flags, and the few
-requests of its own that it makes or answers.
+Only what a client needs that passes its socket to the kernel: the handshake phase, the transmission flags, and the few
+requests that nbdd itself sends or answers.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ NBD_CMD_READ = 0
 NBD_CMD_WRITE = 1
 """The type of the one request that has data behind it."""
 NBD_CMD_DISC = 2
-"""The farewell of a client; it has no reply."""
+"""A client disconnects; there is no reply."""
 
 EXPORT_NAME_PADDING = 124
-"""Zero bytes after the answer to NBD_OPT_EXPORT_NAME, unless NO_ZEROES was agreed on."""
+"""Zero bytes after the answer to NBD_OPT_EXPORT_NAME, unless both sides set NO_ZEROES."""
 
 REP_FLAG_ERROR = 1 << 31
 """Set in the type of every reply that is an error, the unknown ones too."""
 
 
 class HandshakeFlags(IntFlag):
-    """What a server says about itself in its greeting, 16 bits."""
+    """Handshake flags of the server, 16 bits, in its greeting."""
 
     NBD_FLAG_FIXED_NEWSTYLE = 1 << 0
     NBD_FLAG_NO_ZEROES = 1 << 1
 
 
 class ClientFlags(IntFlag):
-    """What a client answers to the greeting, 32 bits."""
+    """Client flags, 32 bits, the answer to the greeting."""
 
     NBD_FLAG_C_FIXED_NEWSTYLE = 1 << 0
     NBD_FLAG_C_NO_ZEROES = 1 << 1
@@ -107,7 +107,7 @@ class RepErr(IntEnum):
 
 
 class Info(IntEnum):
-    """What NBD_OPT_GO and NBD_OPT_INFO tell about an export."""
+    """What NBD_OPT_GO and NBD_OPT_INFO report about an export."""
 
     NBD_INFO_EXPORT = 0
     NBD_INFO_NAME = 1

@@ -24,22 +24,22 @@ _BLOCK_SIZE = struct.Struct(">III")
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """One export, in the server's words. Sizes in bytes."""
+    """One export as the server describes it. Sizes in bytes."""
 
     name: str
     """As the server calls it; may hold control characters and, as lone surrogates, bytes that are no UTF-8."""
     size: int
-    """0 to 2^63-1. 0 is what the server said and no good for a device, or, in a list, not known."""
+    """0 to 2^63-1. 0 is of no use for a device; in a list, it may also mean that the size is not known."""
     flags: Flags
     """The transmission flags with all the server's bits, those unknown to us included."""
     minimum: int | None = None
-    """Minimum block size: a power of two, 1 to 65536; None where the server said nothing."""
+    """Minimum block size: a power of two, 1 to 65536; None if the server did not say."""
     preferred: int | None = None
     """Preferred block size: a power of two, at least `minimum` and 512."""
     maximum: int | None = None
     """Largest payload of a request, at least `preferred`; 0xffffffff is no limit."""
     description: str = ""
-    """For people; from a stranger, like the name."""
+    """For people; not to be trusted, like the name."""
     problem: str = ""
     """In a list: the sentence why the size of this export is not known; without flags, nothing is."""
 
@@ -72,7 +72,7 @@ class Export:
 
 
 def parse_size_and_flags(payload: bytes) -> tuple[int, Flags]:
-    """Read the size and the flags, ten bytes, which two options put in the same way; refuse a size past 2^63-1."""
+    """Read the size and the flags, ten bytes, which two options send in the same way; refuse a size above 2^63-1."""
     size, flags = _EXPORT.unpack(payload)
     if size > MAX_SIZE:
         raise NegotiationFailed(f"claims that the export has {size} bytes, more than any device can have ({MAX_SIZE}).")
@@ -80,7 +80,7 @@ def parse_size_and_flags(payload: bytes) -> tuple[int, Flags]:
 
 
 class Infos:
-    """The NBD_REP_INFO replies to one option, as they come in, in any order."""
+    """Collects the NBD_REP_INFO replies to one option, in any order."""
 
     __slots__ = ("_blocks", "_description", "_name", "_seen", "_size_and_flags")
 
@@ -102,7 +102,7 @@ class Infos:
         except ValueError:
             return
         if self._seen.setdefault(info, payload) != payload:
-            raise NegotiationFailed(f"sent {info.name} twice for one export, and not the same.")
+            raise NegotiationFailed(f"sent {info.name} twice for one export, with different content.")
         if info is Info.NBD_INFO_EXPORT:
             self._expect(info, payload, _EXPORT.size)
             self._size_and_flags = parse_size_and_flags(payload)
@@ -115,9 +115,9 @@ class Infos:
             self._description = decode(payload, "a description")
 
     def export(self, asked: str) -> Export:
-        """The export, once the server has said that this was all; `asked` is its name unless the server told one."""
+        """The export, after the server's last reply; its name is `asked` unless the server gave one."""
         if self._size_and_flags is None:
-            raise NegotiationFailed("opened the export without telling its size (no NBD_INFO_EXPORT).")
+            raise NegotiationFailed("opened the export without saying its size (no NBD_INFO_EXPORT).")
         size, flags = self._size_and_flags
         name = asked if self._name is None else self._name
         return Export(name, size, flags, *self._blocks, description=self._description)
@@ -125,11 +125,11 @@ class Infos:
     @staticmethod
     def _expect(info: Info, payload: bytes, length: int) -> None:
         if len(payload) != length:
-            raise NegotiationFailed(f"sent {info.name} with {len(payload)} bytes of payload; it has {length}.")
+            raise NegotiationFailed(f"sent {info.name} with {len(payload)} bytes of payload; it must be {length}.")
 
 
 def _check_block_sizes(minimum: int, preferred: int, maximum: int) -> tuple[int, int, int]:
-    """The three as they are, or `NegotiationFailed` with the rule that they break."""
+    """Return the three as they are; raise `NegotiationFailed` with the rule that they break."""
     sizes = f"block sizes that break the protocol (minimum {minimum}, preferred {preferred}, maximum {maximum})"
     if not _power_of_two(minimum) or minimum > MAX_MINIMUM_BLOCK:
         raise NegotiationFailed(f"sent {sizes}: the minimum must be a power of two up to {MAX_MINIMUM_BLOCK}.")

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The handshake phase of fixed newstyle NBD, as a client, without any I/O.
 
-Each of `go`, `info` and `list_exports` is a generator that yields what it needs done, a `Send` or a `Receive`, and is
-sent the bytes that were received: exactly as many as it asked for, so that not one byte of the transmission phase is
-ever read here; after `go` the connection belongs to the kernel.
-Where the request can't be fulfilled, the driver throws a `ServerError` in.
+Each of `go`, `info` and `list_exports` is a generator. It yields a `Send` or a `Receive`, and is sent the bytes that
+were received: exactly as many as it asked for, so that no byte of the transmission phase is read here. After `go` the
+connection belongs to the kernel. If the request fails, the driver throws a `ServerError` into the generator.
 
 The text of an error begins with a verb: the driver puts "The NBD server <address>" before it.
 
@@ -36,16 +35,16 @@ from nbdd.protocol.constants import (
     Rep,
     RepErr,
 )
+from nbdd.protocol.error_reply import ErrorReply
 from nbdd.protocol.export import Export, Infos, parse_size_and_flags
-from nbdd.protocol.refusal import Refusal
 from nbdd.protocol.text import MAX_SHOWN, MAX_STRING, decode, encode
 from nbdd.text import quoted
 
 MAX_REPLY = 4 * MAX_STRING
-"""Bytes in one reply. The longest that we know holds two strings; the rest is room for replies that we only skip."""
+"""Bytes in one reply. The longest known one holds two strings; the rest is for unknown ones, which are skipped."""
 
 MAX_INFOS = 256
-"""Replies to one question about an export. Four are asked for; a server may add some that we skip, not thousands."""
+"""Replies to one question about an export. Four are requested; a server may add some, which are skipped."""
 
 MAX_EXPORTS = 100_000
 """Names in a list: far beyond what any server offers, and still a list that this machine can hold."""
@@ -54,7 +53,7 @@ MAX_LIST = 16 << 20
 """Bytes of all names and descriptions in a list: 160 for each of MAX_EXPORTS, so that one does not imply gigabytes."""
 
 MAX_DESCRIBED = 1000
-"""Exports of a list whose size is asked for. Each costs a round trip, since the protocol allows one open question."""
+"""Exports of a list whose size is asked for. Each costs a round trip, since the protocol allows one open option."""
 
 MAX_NEGOTIATION = 32 << 20
 """Bytes of all replies in one negotiation, the skipped ones too. MAX_LIST, the headers of MAX_EXPORTS replies, and the
@@ -76,7 +75,7 @@ _REPLY = struct.Struct(">QIII")
 
 
 class Send:
-    """The driver shall send `data`, which is `what` for a person."""
+    """Asks the driver to send `data`, called `what` in messages."""
 
     __slots__ = ("data", "what")
 
@@ -86,7 +85,7 @@ class Send:
 
 
 class Receive:
-    """The driver shall receive exactly `count` bytes; `hint` is a sentence for the case that nothing comes at all."""
+    """Asks the driver to receive exactly `count` bytes; `hint` is a sentence for the error if nothing comes at all."""
 
     __slots__ = ("count", "hint", "what")
 
@@ -104,8 +103,8 @@ Steps: TypeAlias = Generator[Send | Receive, bytes, _T]
 def go(export: str) -> Steps[Export]:
     """Open `export` (empty: the server's default). When this returns the connection is in the transmission phase.
 
-    NBD_OPT_GO; NBD_OPT_EXPORT_NAME only where the server says that it does not know NBD_OPT_GO. Any other refusal
-    stands, the demand for TLS above all.
+    NBD_OPT_GO is used, and NBD_OPT_EXPORT_NAME only if the server says that it does not know NBD_OPT_GO: any other
+    error is final, above all the demand for TLS.
     Raises `NoSuchExport`, `TLSFailed`, and `NegotiationFailed` for the rest.
     """
     no_zeroes = yield from _greet()
@@ -119,7 +118,7 @@ def go(export: str) -> Steps[Export]:
 
 
 def info(export: str) -> Steps[Export]:
-    """Ask what `go` would give and leave. Raises what `go` raises; a server without NBD_OPT_INFO can't be asked."""
+    """Ask what `go` would give, and end the session. Raises what `go` raises, and if there is no NBD_OPT_INFO."""
     yield from _greet()
     answer = yield from _describe(Opt.NBD_OPT_INFO, export, _Budget())
     yield from _abort()
@@ -129,37 +128,36 @@ def info(export: str) -> Steps[Export]:
 
 
 def list_exports() -> Steps[list[Export]]:
-    """All exports that the server shows, in its order, each described as far as it goes, and leave.
+    """List all exports that the server shows, in its order, each described as far as possible, and end the session.
 
-    An export that the server lists but does not describe has a `problem`, and so have those after MAX_DESCRIBED, and
-    those for which there was no time left.
-    Raises `NegotiationFailed` where the server does not list, `TLSFailed` where it wants TLS for that.
+    An export that the server does not describe has a `problem`, and so have those after MAX_DESCRIBED and those for
+    which there was no time left. Raises `NegotiationFailed` if the server does not list, `TLSFailed` if it wants TLS.
     """
     yield from _greet()
     budget = _Budget()
     listed = yield from _list(budget)
-    if isinstance(listed, Refusal):
+    if isinstance(listed, ErrorReply):
         yield from _abort()
         raise listed.error("")
     exports: list[Export] = []
-    untold = ""
+    undescribed = ""
     for name, description in listed:
-        if not untold and len(exports) >= MAX_DESCRIBED:
-            untold = _NOT_ASKED
-        if not untold:
+        if not undescribed and len(exports) >= MAX_DESCRIBED:
+            undescribed = _NOT_ASKED
+        if not undescribed:
             try:
                 answer = yield from _describe(Opt.NBD_OPT_INFO, name, budget)
             except TimedOut:
                 if not exports:
                     raise
-                # A question costs a round trip: a thousand of them are more than the time allows where the server is
-                # far. What it has told is worth more than an error.
-                untold = _TOO_SLOW
-        if untold:
-            exports.append(Export(name, 0, Flags(0), description=description, problem=untold))
+                # A question costs a round trip, and a thousand of them to a server far away more than the time allows.
+                # The descriptions that came are worth more than an error.
+                undescribed = _TOO_SLOW
+        if undescribed:
+            exports.append(Export(name, 0, Flags(0), description=description, problem=undescribed))
             continue
         if isinstance(answer, Export):
-            # The name of the list stays: it is the one that leads here. INFO's may be the same for several.
+            # Keep the name of the list, by which the export can be opened. INFO's may be the same for several.
             problem = "" if answer.size else _SIZE_ZERO
             described = answer.description or description
             exports.append(replace(answer, name=name, description=described, problem=problem))
@@ -168,7 +166,7 @@ def list_exports() -> Steps[list[Export]]:
             yield from _abort()
             raise answer.error(name)
         if answer.kind == RepErr.NBD_REP_ERR_UNSUP:
-            untold = _TOO_OLD
+            undescribed = _TOO_OLD
         problem = f"The server {answer.error(name)}"
         exports.append(Export(name, 0, Flags(0), description=description, problem=problem))
     yield from _abort()
@@ -176,7 +174,7 @@ def list_exports() -> Steps[list[Export]]:
 
 
 def _greet() -> Steps[bool]:
-    """Exchange greetings (Newstyle negotiation); returns whether NO_ZEROES was agreed on."""
+    """Exchange greetings (Newstyle negotiation); return whether both sides set NO_ZEROES."""
     what = "its greeting"
     magic = yield Receive(8, what, "Perhaps it is not an NBD server, or does not let this machine in.")
     if magic != NBDMAGIC:
@@ -186,7 +184,7 @@ def _greet() -> Steps[bool]:
     if style == OLDSTYLE_MAGIC:
         raise NegotiationFailed("speaks the oldstyle NBD protocol, which has no export names; nbdd needs newstyle.")
     if style != IHAVEOPT:
-        raise NegotiationFailed(f"greeted with {quoted(style, MAX_SHOWN)} where NBD has 'IHAVEOPT'.")
+        raise NegotiationFailed(f"greeted with {quoted(style, MAX_SHOWN)} instead of 'IHAVEOPT'.")
     offered = HandshakeFlags(int.from_bytes((yield Receive(2, what)), "big"))
     if HandshakeFlags.NBD_FLAG_FIXED_NEWSTYLE not in offered:
         raise NegotiationFailed("speaks newstyle NBD as it was before 2012; nbdd needs the fixed newstyle.")
@@ -203,7 +201,7 @@ def _option(option: Opt, data: bytes = b"") -> Send:
 
 
 class _Budget:
-    """How many bytes of replies are still taken."""
+    """How many bytes of replies are still accepted."""
 
     __slots__ = ("left",)
 
@@ -211,7 +209,7 @@ class _Budget:
         self.left = MAX_NEGOTIATION
 
     def spend(self, count: int) -> int:
-        """The count, if there is room for it; otherwise `NegotiationFailed`."""
+        """Return the count if the budget has room for it; otherwise raise `NegotiationFailed`."""
         self.left -= count
         if self.left < 0:
             raise NegotiationFailed(f"sent replies without end; nbdd reads {MAX_NEGOTIATION >> 20} MiB of them.")
@@ -225,17 +223,17 @@ def _reply(option: Opt, budget: _Budget) -> Steps[tuple[int, bytes]]:
     if magic != REPLY_MAGIC:
         raise NegotiationFailed(f"sent something else than {what}: it does not begin with the magic number of replies.")
     if echoed != option:
-        raise NegotiationFailed(f"answered to option {echoed} when {option.name} ({int(option)}) was open.")
+        raise NegotiationFailed(f"answered option {echoed} when {option.name} ({int(option)}) was open.")
     if length > MAX_REPLY:
         raise NegotiationFailed(f"announced {what} with {length} bytes; nbdd reads up to {MAX_REPLY}.")
     data = (yield Receive(budget.spend(length), what)) if length else b""
     if kind == Rep.NBD_REP_ACK and data:
-        # "No data." For NBD_OPT_GO, the next byte already belongs to the kernel: better no doubt about where it is.
-        raise NegotiationFailed(f"put {length} bytes of data into the end of {what}, where there are none.")
+        # "No data." After NBD_OPT_GO the next byte belongs to the kernel, so there must be no doubt about which it is.
+        raise NegotiationFailed(f"sent {length} bytes of data with the end of {what}, which has none.")
     return kind, data
 
 
-def _describe(option: Opt, export: str, budget: _Budget) -> Steps[Export | Refusal]:
+def _describe(option: Opt, export: str, budget: _Budget) -> Steps[Export | ErrorReply]:
     """NBD_OPT_GO or NBD_OPT_INFO, which have the same question and answers."""
     name = encode(export)
     wanted = struct.pack(f">H{len(REQUESTED)}H", len(REQUESTED), *REQUESTED)
@@ -246,7 +244,7 @@ def _describe(option: Opt, export: str, budget: _Budget) -> Steps[Export | Refus
         if kind == Rep.NBD_REP_ACK:
             return infos.export(export)
         if kind & REP_FLAG_ERROR:
-            return Refusal(option, kind, data)
+            return ErrorReply(option, kind, data)
         if kind == Rep.NBD_REP_INFO:
             infos.add(data)
         else:
@@ -254,7 +252,7 @@ def _describe(option: Opt, export: str, budget: _Budget) -> Steps[Export | Refus
     raise NegotiationFailed(f"sent more than {MAX_INFOS} replies to {option.name}.")
 
 
-def _list(budget: _Budget) -> Steps[list[tuple[str, str]] | Refusal]:
+def _list(budget: _Budget) -> Steps[list[tuple[str, str]] | ErrorReply]:
     """NBD_OPT_LIST: name and description of each export."""
     option = Opt.NBD_OPT_LIST
     yield _option(option)
@@ -265,7 +263,7 @@ def _list(budget: _Budget) -> Steps[list[tuple[str, str]] | Refusal]:
         if kind == Rep.NBD_REP_ACK:
             return found
         if kind & REP_FLAG_ERROR:
-            return Refusal(option, kind, data)
+            return ErrorReply(option, kind, data)
         if kind != Rep.NBD_REP_SERVER:
             _skip(option, kind)
             continue
@@ -280,13 +278,13 @@ def _list(budget: _Budget) -> Steps[list[tuple[str, str]] | Refusal]:
 
 
 def _skip(option: Opt, kind: int) -> None:
-    """Pass over a reply of a type that we don't know; one that we know has no place here, since others were due."""
+    """Skip a reply of an unknown type; raise `NegotiationFailed` for a known type, which is out of place here."""
     if kind in (Rep.NBD_REP_SERVER, Rep.NBD_REP_INFO, Rep.NBD_REP_META_CONTEXT):
         raise NegotiationFailed(f"answered {option.name} with {Rep(kind).name}, which is no answer to that.")
 
 
 def _export_name(export: str, no_zeroes: bool) -> Steps[Export]:
-    """NBD_OPT_EXPORT_NAME. The only error that it knows is to hang up."""
+    """NBD_OPT_EXPORT_NAME. A server that does not have the export can only close the connection."""
     yield _option(Opt.NBD_OPT_EXPORT_NAME, encode(export))
     name = quoted(export, MAX_SHOWN) if export else "a default export"
     what = f"its reply to {Opt.NBD_OPT_EXPORT_NAME.name}"
@@ -298,9 +296,9 @@ def _export_name(export: str, no_zeroes: bool) -> Steps[Export]:
 
 
 def _abort() -> Steps[None]:
-    """Take leave, as a client must where the server did nothing wrong (Termination of the session).
+    """End the session with NBD_OPT_ABORT, as a client must if there was no error (Termination of the session).
 
-    The acknowledgement is not waited for: some servers just close, and a slow one would cost us what it has told.
+    The acknowledgement is not awaited: some servers just close, and a timeout would discard what a slow one has sent.
     """
     with contextlib.suppress(ServerError):
         yield _option(Opt.NBD_OPT_ABORT)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Strings of the NBD protocol: bytes from a stranger on their way to a person."""
+"""Strings of the NBD protocol, and the bytes that they are on the wire."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ MAX_STRING = 4096
 """Bytes of a string: "MUST be no longer than 4096 bytes" (proto.md, Conventions)."""
 
 MAX_SHOWN = 200
-"""Characters of a stranger's string that a message repeats; more would bury the sentence around it."""
+"""Characters of a server's string that a message repeats."""
 
 
 def decode(octets: bytes, what: str) -> str:
-    """The string of a server, or `NegotiationFailed` where it breaks the rules of the protocol.
+    """The string that a server sent; `NegotiationFailed` if it breaks the rules of the protocol.
 
     It should be UTF-8. Bytes that are not become lone surrogates, as in file names, so that `encode` gives the same
-    bytes again and an export with such a name can at least be seen. Its control characters stay: `quoted` escapes them.
+    bytes again and an export with such a name can be listed. Its control characters stay: `quoted` escapes them.
     """
     if len(octets) > MAX_STRING:
         raise NegotiationFailed(f"sent {what} of {len(octets)} bytes; NBD allows {MAX_STRING}.")
@@ -27,7 +27,7 @@ def decode(octets: bytes, what: str) -> str:
 
 
 def encode(text: str) -> bytes:
-    """The inverse of `decode`; `NegotiationFailed` where the text can't be an export's name."""
+    """The inverse of `decode`; `NegotiationFailed` if the text can't be the name of an export."""
     try:
         octets = text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A little of the transmission phase: the form of its messages, and reads before the kernel gets the connection.
+"""The part of the transmission phase that nbdd needs: reads before the kernel gets the connection, and NBD_CMD_DISC.
 
 Simple replies only, as nothing else was negotiated. Like the negotiation it is a generator without any I/O.
 """
@@ -21,14 +21,14 @@ SIMPLE_REPLY = struct.Struct(">IIQ")
 """Magic, error, cookie."""
 
 DISCONNECT = REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_DISC, 0, 0, 0)
-"""What a client says that needs a connection no longer."""
+"""The request of type NBD_CMD_DISC, after which a client closes its connection."""
 
 
 def read(places: Sequence[tuple[int, int]]) -> Steps[list[bytes]]:
-    """Read the offsets and lengths, all asked for at once; no request is under way when this returns.
+    """Read at these offsets and lengths, in bytes, all requested at once; no request is open when this returns.
 
-    Raises NegotiationFailed where the reply is none, and ServerError where the server can't read: the connection is
-    of no more use then.
+    Raises NegotiationFailed if something else than a reply comes, and ServerError if the server can't read. The
+    connection is of no use then.
     """
     requests = b"".join(
         REQUEST.pack(REQUEST_MAGIC, 0, NBD_CMD_READ, cookie, offset, length)

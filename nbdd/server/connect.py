@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """From a URI to a socket in NBD's transmission phase: resolve, connect, negotiate, all under one deadline.
 
-Blocking calls, meant for a process of their own. No encryption yet: where it is asked for nothing is ever sent.
+The calls block; they are meant for a process of their own. There is no encryption yet: if it is asked for, nothing is
+ever sent.
 """
 
 from __future__ import annotations
@@ -15,20 +16,11 @@ import time
 from typing import Any, NoReturn, TypeVar
 
 from nbdd import protocol
+from nbdd.config.definition import DEFAULT_NETWORK_TIMEOUT
 from nbdd.errors import ConnectFailed, NegotiationFailed, ServerError, TimedOut, TLSFailed
+from nbdd.limits import MAX_NETWORK_TIMEOUT
 from nbdd.protocol import Export, Receive, Send, Steps
 from nbdd.uri import MAX_SOCKET_PATH, URI
-
-NETWORK_TIMEOUT = 30
-"""Seconds without a sign of life from the other machine until its link is given up, where nobody says otherwise.
-
-It is about the network and the peer's kernel, which acknowledges for a server however slow, with one exception
-(measured on 6.18; net/ipv4/tcp_timer.c, tcp_probe_timer): a server that *reads* nothing for so long, while requests
-fill its receive buffer, is given up too. A disk that spins up takes 10 s of that, so it is more.
-"""
-
-MAX_NETWORK_TIMEOUT = 32767
-"""Seconds; what TCP_KEEPIDLE and TCP_KEEPINTVL allow."""
 
 MAX_ADDRESSES = 16
 """Addresses of one name that are tried, so that each still gets a useful part of the time."""
@@ -42,23 +34,18 @@ _REASONS = {
     errno.ENOENT: "there is no such socket, the server may not be running",
     errno.EACCES: "permission denied",
     errno.EPROTOTYPE: "the socket is not a stream socket",
-    errno.ENOTCONN: "the server hung up at once",
+    errno.ENOTCONN: "the server closed the connection at once",
 }
 
 
 class Deadline:
-    """A moment after which nobody waits any longer; it is set once and covers all that follows."""
+    """A moment at which waiting ends; it is set once and covers all that follows."""
 
     __slots__ = ("_end", "seconds")
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._end = time.monotonic() + seconds
-
-    @property
-    def expired(self) -> bool:
-        """Whether no time is left."""
-        return time.monotonic() >= self._end
 
     def remaining(self, what: str = "It was not done") -> float:
         """The seconds left, more than 0; otherwise raise `TimedOut`: `what` and "within N s."."""
@@ -69,7 +56,7 @@ class Deadline:
 
 
 def open_export(
-    uri: URI, deadline: Deadline, *, network_timeout: int = NETWORK_TIMEOUT
+    uri: URI, deadline: Deadline, *, network_timeout: int = DEFAULT_NETWORK_TIMEOUT
 ) -> tuple[socket.socket, Export]:
     """Connect and open the export; the socket is ready for the kernel. Raises any `ServerError`."""
     sock = connect(uri, deadline, network_timeout=network_timeout)
@@ -81,18 +68,18 @@ def open_export(
 
 
 def list_exports(uri: URI, deadline: Deadline) -> list[Export]:
-    """What the server of `uri` offers; the URI's own export name plays no part. Raises any `ServerError`."""
+    """List the exports of the server of `uri`; the export name in the URI is not used. Raises any `ServerError`."""
     with connect(uri, deadline) as sock:
         return negotiate(sock, protocol.list_exports(), deadline, address=uri.address)
 
 
 def negotiate(sock: socket.socket, steps: Steps[_T], deadline: Deadline, *, address: str | None = None) -> _T:
-    """Do what a generator of `nbdd.protocol` asks for and return what it returns.
+    """Run a generator of `nbdd.protocol` on a socket, and return what it returns.
 
-    Not a byte more is read than it asked for. Afterwards `sock` blocks without a timeout, as the kernel needs it;
-    after an error it is of no more use. `address` is the server's name in errors, by default the socket's peer.
+    No byte more is read than it asked for. Afterwards `sock` blocks without a timeout, as the kernel needs it; after an
+    error it is of no use. `address` is the server's name in errors, by default the socket's peer.
     """
-    # Asked for now: a connection that broke has no peer.
+    # Now, since a connection that broke has no peer.
     address = address or _peer(sock)
     try:
         request = next(steps)
@@ -113,12 +100,12 @@ def negotiate(sock: socket.socket, steps: Steps[_T], deadline: Deadline, *, addr
         steps.close()
 
 
-def connect(uri: URI, deadline: Deadline, *, network_timeout: int = NETWORK_TIMEOUT) -> socket.socket:
-    """A connected stream socket, not inherited by children, set up for a link that lives long.
+def connect(uri: URI, deadline: Deadline, *, network_timeout: int = DEFAULT_NETWORK_TIMEOUT) -> socket.socket:
+    """Connect to the server: a stream socket, not inherited by children, set up for a long life in the kernel.
 
     Every address of the host is tried in the resolver's order, each with a fair part of the time that is left.
-    `network_timeout` in seconds, 1 to MAX_NETWORK_TIMEOUT: see NETWORK_TIMEOUT.
-    Raises `ConnectFailed`; `TimedOut` where nothing answered at all; `TLSFailed` where the URI asks for TLS.
+    `network_timeout` in seconds, 1 to MAX_NETWORK_TIMEOUT, is how long the server's machine may be silent.
+    Raises `ConnectFailed`; `TimedOut` if nothing answered at all; `TLSFailed` if the URI asks for TLS.
     """
     if uri.tls:
         raise TLSFailed(f"{uri} asks for encryption (TLS), which nbdd does not speak yet; nothing was sent.")
@@ -193,21 +180,21 @@ def _connect_address(family: int, sockaddr: Any, seconds: float, network_timeout
 
 
 def _refuse_self(sock: socket.socket) -> None:
-    # To a port of this machine where nobody listens, TCP may connect a socket to itself, if that port happens to be
+    # To a port of this machine without a listener, TCP may connect a socket to itself, if that port happens to be
     # picked as its own. It would wait for its own greeting, and keep the port from the server.
     if sock.getsockname() == sock.getpeername():
         raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def _prepare(sock: socket.socket, network_timeout: int) -> None:
-    """Set what can't wait for the hand-over: from there on the kernel alone uses the socket."""
+    """Set the options of a socket that the kernel will use."""
     seconds = min(max(network_timeout, 1), MAX_NETWORK_TIMEOUT)
     # The kernel sends a request's header and its data in pieces; Nagle's algorithm would hold the last one back.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     # Two ways to lose a peer, two clocks (tcp(7)). With requests on the wire it is the time that they, sent again and
     # again, go unacknowledged. That defaults to some 15 minutes.
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, seconds * 1000)
-    # With nothing on the wire only a probe can tell: the first after 2/5 of the time, and one every 1/5 from then on.
+    # With nothing on the wire, probes find it out: the first after 2/5 of the time, and one every 1/5 from then on.
     idle, interval = max(seconds * 2 // 5, 1), max(seconds // 5, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
@@ -216,7 +203,7 @@ def _prepare(sock: socket.socket, network_timeout: int) -> None:
 
 
 def _resolve(uri: URI, deadline: Deadline) -> list[tuple[int, Any]]:
-    """Family and address of each place where the host may be; never longer than the deadline."""
+    """Family and address of each address of the host; returns before the deadline."""
     if uri.host is None:
         raise ConnectFailed(f"{uri} names neither a host nor a socket.")
     # Bytes, or Python would run the name through its IDNA codec, and load that first.
@@ -237,8 +224,8 @@ def _resolve(uri: URI, deadline: Deadline) -> list[tuple[int, Any]]:
         except socket.gaierror as error:
             failed.append(error)
 
-    # getaddrinfo can't be interrupted and has its own idea of patience. A thread that outstays the deadline is left
-    # behind; it ends with the process.
+    # getaddrinfo can't be interrupted, and has its own time limits. A thread that takes longer than the deadline is
+    # left behind, and ends with the process.
     thread = threading.Thread(target=look_up, name="nbdd-resolver", daemon=True)
     try:
         thread.start()
@@ -285,7 +272,7 @@ def _perform(sock: socket.socket, request: Send | Receive, deadline: Deadline) -
 
 
 def _receive(sock: socket.socket, request: Receive, deadline: Deadline) -> bytes:
-    """Exactly the bytes asked for, however slowly they come."""
+    """Receive exactly the bytes asked for, however slowly they come."""
     octets = bytearray()
     while len(octets) < request.count:
         partly = f"only {len(octets)} of {request.count} bytes of {request.what}"
@@ -293,7 +280,7 @@ def _receive(sock: socket.socket, request: Receive, deadline: Deadline) -> bytes
         hint = f" {request.hint}" if request.hint and not octets else ""
         try:
             sock.settimeout(deadline.remaining(late))
-            _hurry(sock)
+            _acknowledge_at_once(sock)
             chunk = sock.recv(request.count - len(octets))
         except (TimeoutError, TimedOut):
             raise TimedOut(f"{late} within {deadline.seconds:g} s.{hint}") from None
@@ -306,11 +293,11 @@ def _receive(sock: socket.socket, request: Receive, deadline: Deadline) -> bytes
     return bytes(octets)
 
 
-def _hurry(sock: socket.socket) -> None:
-    """Acknowledge at once, this time: the kernel forgets it again.
+def _acknowledge_at_once(sock: socket.socket) -> None:
+    """Have the kernel acknowledge at once; it returns to delayed acknowledgements by itself.
 
-    Servers send a reply in small pieces, and one without TCP_NODELAY holds back each until we acknowledge the last,
-    for which the kernel otherwise takes its time. Measured on loopback with qemu-nbd: 44 ms for NBD_OPT_GO.
+    Servers send a reply in small pieces, and one without TCP_NODELAY holds back each until the last is acknowledged,
+    which the kernel otherwise delays. Measured on loopback with qemu-nbd: 44 ms for NBD_OPT_GO.
     """
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -321,7 +308,7 @@ def _unconnected(uri: URI, tried: list[str]) -> str:
 
 
 def _attempts(uri: URI, tried: list[str]) -> str:
-    """The server and, for each of its addresses, why it was of no use."""
+    """The server and, for each of its addresses, why the connection failed."""
     if not tried:
         return uri.address
     if len(tried) == 1 and tried[0].startswith(uri.address + ": "):
@@ -330,13 +317,13 @@ def _attempts(uri: URI, tried: list[str]) -> str:
 
 
 def _reason(error: OSError) -> str:
-    """What failed, as a part of a sentence."""
+    """The error as a part of a sentence."""
     text = os.strerror(error.errno) if error.errno else str(error)
     return _REASONS.get(error.errno or 0, text[:1].lower() + text[1:])
 
 
 def _text(sockaddr: Any) -> str:
-    """An address as a URI has it. Only IPv6 has a scope, the interface for addresses of one link."""
+    """An address as in a URI. Only IPv6 has a scope: the interface of a link-local address."""
     host, port, *rest = sockaddr
     if not rest:
         return f"{host}:{port}"
@@ -352,7 +339,7 @@ def _peer(sock: socket.socket) -> str:
     try:
         peer = sock.getpeername()
     except OSError:
-        return "that hung up"
+        return "that closed the connection"
     if isinstance(peer, tuple):
         return _text(peer)
     return str(peer) or "on a Unix socket"

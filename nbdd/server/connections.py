@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Links: connections to a server, negotiated and checked against what the device is to be."""
+"""The connections of a device: negotiated, and checked against its definition."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TCP_INFO = struct.Struct("=B55xI")
 
 @dataclass(frozen=True, slots=True)
 class Connections:
-    """Open links to one export, all of one mind about it."""
+    """Negotiated connections to one export, which is the same on all of them."""
 
     uri: URI
     export: Export
@@ -45,22 +45,23 @@ class Connections:
         self.close()
 
     def close(self) -> None:
-        """Take leave of the server and close; only for links that the kernel never got."""
+        """Disconnect and close; only for connections that the kernel never got."""
         for sock in self.sockets:
             disconnect(sock)
 
 
 Check: TypeAlias = Callable[[Connections], None]
-"""Raises a ServerError where a server has not what is wanted."""
+"""Raises a ServerError if a server does not have what is wanted."""
 
 
 def open_connections(
     definition: Definition, deadline: Deadline, connections: int | None = None, *, check: Check | None = None
 ) -> Connections:
-    """Connect to the first server of the definition that gives what it asks for, and that `check` lets pass.
+    """Connect to the first server of the definition that offers what it asks for, and that passes `check`.
 
-    `connections` is how many links to open, where it is not the definition's number.
-    Raises the ServerError of the only server, or one that tells of each: ExportChanged, where that is one of them.
+    `connections` is how many to open, by default the definition's number.
+    Raises the ServerError of the only server, or one with the text of each: ExportChanged, if one of them is that, and
+    otherwise the class of the last.
     """
     failures: list[ServerError] = []
     for number, uri in enumerate(definition.uri):
@@ -68,23 +69,23 @@ def open_connections(
             # A server that is silent must leave time for the next one.
             left = len(definition.uri) - number
             share = deadline if left == 1 else Deadline(deadline.remaining() / left)
-            links = _open(definition, uri, share, connections or definition.connections)
+            opened = _open(definition, uri, share, connections or definition.connections)
             try:
                 if check is not None:
-                    check(links)
+                    check(opened)
             except BaseException:
-                links.close()
+                opened.close()
                 raise
-            return links
+            return opened
         except ServerError as error:
             failures.append(error)
     if len(failures) == 1:
         raise failures[0]
     if not failures:
         raise ConnectFailed(f"{definition.name!r} names no server.")
-    # Every one is told; the class is the gravest, or the last one's, which the person just waited for.
-    grave = any(isinstance(failure, ExportChanged) for failure in failures)
-    raise (ExportChanged if grave else type(failures[-1]))(" ".join(str(failure) for failure in failures))
+    # ExportChanged says that data is at risk; else the last error is the one that the person just waited for.
+    changed = any(isinstance(failure, ExportChanged) for failure in failures)
+    raise (ExportChanged if changed else type(failures[-1]))(" ".join(str(failure) for failure in failures))
 
 
 def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> Connections:
@@ -114,31 +115,31 @@ def _open(definition: Definition, uri: URI, deadline: Deadline, wanted: int) -> 
                 raise NegotiationFailed(f"{uri} is not the same on every connection: {difference}.")
         return Connections(uri, export, tuple(sockets), block_size, read_only, tuple(warnings))
     except BaseException:
-        for opened in sockets:
-            disconnect(opened)
+        for sock in sockets:
+            disconnect(sock)
         raise
 
 
 def disconnect(sock: socket.socket) -> None:
-    """Close a link that never carried a request, in good order: without the farewell servers log an error."""
+    """Send NBD_CMD_DISC and close a connection that never carried a request; servers log an error without it."""
     with suppress(OSError):
         sock.send(DISCONNECT, socket.MSG_DONTWAIT)
     sock.close()
 
 
 def disconnect_reason(sock: socket.socket) -> str:
-    """Why a link of the kernel is dead, as a part of a sentence, as far as its socket still knows."""
+    """Why a connection of the kernel is dead, as a part of a sentence, as far as its socket still knows."""
     error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if error == errno.ECONNRESET:
         return "the server reset it"
     if error not in (0, errno.ETIMEDOUT, errno.EPIPE):
         return os.strerror(error)[:1].lower() + os.strerror(error)[1:]
-    # The driver reads the same error, and who comes first takes it away. What TCP noted down stays.
+    # Reading the error clears it, and the driver may have read it first. The state of TCP stays.
     state, silent, patience = _tcp(sock)
     if error == errno.ETIMEDOUT or (state == _CLOSED and 0 < patience * 0.9 <= silent):
-        return f"the other machine gave no sign of life for {patience // 1000} s"
+        return f"the server's machine was silent for {patience // 1000} s"
     if state in (_FIN_WAIT1, _FIN_WAIT2, _CLOSING):
-        return "the kernel gave it up, since a request took too long or got no proper answer"
+        return "the kernel closed it, since a request took too long or got no proper answer"
     return "the server closed it"
 
 
@@ -151,7 +152,7 @@ def _tcp(sock: socket.socket) -> tuple[int, int, int]:
 
 
 def export_difference(one: Export, other: Export) -> str:
-    """What makes two answers about an export different for a block device; "" where nothing does."""
+    """What differs for a block device between two descriptions of an export, as a part of a sentence; "" if nothing."""
     for what in ("size", "flags", "minimum", "maximum"):
         before, now = getattr(one, what), getattr(other, what)
         if before != now:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What lies on a disk, told by the UUIDs in it: is an export that came back still the same one?
+"""The UUIDs on a disk, by which an export is recognized after a reconnect.
 
-Size and flags say little: a server that was set up anew, or the next one of a list, may offer another disk of the same
-size. What is on the export is read through the new link before the kernel gets it, and put to libblkid, as udev does
-for the device itself; what was on the device stands in udev's database. Both must agree.
+Size and flags say little: a server that was installed again, or the next one of a list, may offer another disk of the
+same size. What is on the export now is read through the new connection, before the kernel gets it, and given to
+libblkid, as udev does with the device itself. What was on the device is in udev's database. Both must agree.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from nbdd.protocol.transmission import read as read_export
 from nbdd.server.connect import Deadline, negotiate
 
 _EDGE = 128 << 10
-"""Bytes that are read at the start and at the end: where filesystems, LUKS, LVM, mdraid and partition tables say who
-they are. (A superblock that lies deeper, as of ZFS or of a reiserfs, is not seen, and so not compared.)"""
+"""Bytes that are read at the start and at the end: where filesystems, LUKS, LVM, mdraid and partition tables
+have their UUIDs. (A superblock that lies deeper, as of ZFS or of a reiserfs, is not seen, and so not compared.)"""
 
 _BLKID = "/usr/sbin/blkid"
 _BLKID_SECONDS = 10.0
@@ -34,7 +34,7 @@ class Fingerprint:
     partition_table: str = ""
 
     def difference(self, other: Fingerprint) -> str:
-        """What both have and have differently, as a part of a sentence; "" where they agree or one does not know."""
+        """The UUID that differs, as a part of a sentence; "" if both agree, or only one of them has a UUID."""
         for field in fields(self):
             one, two = getattr(self, field.name), getattr(other, field.name)
             if one and two and one != two:
@@ -47,10 +47,10 @@ _KEYS = {"ID_FS_UUID": "filesystem", "ID_PART_TABLE_UUID": "partition_table"}
 
 
 def of_device(node: Node, usage: Usage, *, udev: str = "/run/udev") -> Fingerprint:
-    """What udev found on the device when it last looked; nothing where that may be out of date.
+    """What udev found on the device when it last looked; nothing if that may be out of date.
 
     It is out of date while a program writes to the disk itself, as mkfs does: udev looks again when that is closed.
-    And as long as udev is busy, unless somebody has mounted or stacked what it had found.
+    And as long as udev is busy, unless what it had found is mounted or stacked.
     """
     number = node.devices().get(node.name)
     stale = usage.written(node) or (os.path.exists(f"{udev}/queue") and not usage.claims(node))
@@ -79,7 +79,7 @@ def _probe(size: int, parts: list[tuple[int, bytes]]) -> Fingerprint:
             for offset, part in parts:
                 file.seek(offset)
                 file.write(part)
-            told = subprocess.run(
+            result = subprocess.run(
                 [_BLKID, "--probe", "--output", "udev", f"/proc/self/fd/{file.fileno()}"],
                 pass_fds=[file.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -90,7 +90,7 @@ def _probe(size: int, parts: list[tuple[int, bytes]]) -> Fingerprint:
             )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServerError(f"What is on the export could not be looked at: {error}.") from error
-    return _parse(told.stdout.decode("utf-8", "replace"), "")
+    return _parse(result.stdout.decode("utf-8", "replace"), "")
 
 
 def _parse(text: str, prefix: str) -> Fingerprint:

@@ -79,5 +79,5 @@ def test_dunst_that_died_is_followed_by_one_that_shows_the_same(session: Session
 def test_link_that_is_bad_is_a_sentence_on_the_screen(session: Session) -> None:
     assert session.click("nbd://eve:secret@storage.example/photos") == 1
     session.picture("The network disk can't be opened")
-    assert "a password must not stand in a URI" in session.dunst.shown[-1].body
+    assert "a password must not be in a URI" in session.dunst.shown[-1].body
     assert "secret" not in session.dunst.shown[-1].body

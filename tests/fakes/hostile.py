@@ -113,11 +113,11 @@ MISDEEDS: dict[str, Misdeed] = {
     "two-gigabytes": Misdeed(lambda option: [reply(option, 99, length=1 << 31)], "with 2147483648 bytes; nbdd reads"),
     "one-byte-too-many": Misdeed(lambda option: [reply(option, 99, length=16385)], "with 16385 bytes; nbdd reads"),
     "wrong-magic": Misdeed(lambda option: [reply(option, 1, magic=1)], "does not begin with the magic number"),
-    "wrong-option": Misdeed(lambda option: [reply(option + 1, 1)], "answered to option"),
-    "no-option": Misdeed(lambda _: [reply(0, 1)], "answered to option 0 when"),
+    "wrong-option": Misdeed(lambda option: [reply(option + 1, 1)], "answered option"),
+    "no-option": Misdeed(lambda _: [reply(0, 1)], "answered option 0 when"),
     "a-web-page": Misdeed(lambda _: [b"HTTP/1.1 400 Bad Request\r\n\r\n"], "does not begin with the magic number"),
     "a-second-greeting": Misdeed(lambda _: [greeting() + bytes(20)], "does not begin with the magic number"),
-    "data-at-the-end": Misdeed(lambda option: [reply(option, 1, b"data")], "put 4 bytes of data into the end"),
+    "data-at-the-end": Misdeed(lambda option: [reply(option, 1, b"data")], "sent 4 bytes of data with the end"),
     "meta-context": Misdeed(lambda option: [reply(option, Rep.NBD_REP_META_CONTEXT)], "which is no answer to that"),
     "a-million-replies": Misdeed(
         lambda option: itertools.repeat(1000 * reply(option, 99), MANY // 1000),
@@ -140,9 +140,9 @@ MISDEEDS: dict[str, Misdeed] = {
     "size-minus-one-block": Misdeed(
         lambda option: [accepts(option, (1 << 64) - 512)], "more than any device", options=DESCRIBING
     ),
-    "no-size": Misdeed(lambda option: [ack(option)], "without telling its size", options=DESCRIBING),
-    "a-short-size": Misdeed(lambda option: [info(option, 0, bytes(9))], "it has 10", options=DESCRIBING),
-    "a-long-size": Misdeed(lambda option: [info(option, 0, bytes(11))], "it has 10", options=DESCRIBING),
+    "no-size": Misdeed(lambda option: [ack(option)], "without saying its size", options=DESCRIBING),
+    "a-short-size": Misdeed(lambda option: [info(option, 0, bytes(9))], "it must be 10", options=DESCRIBING),
+    "a-long-size": Misdeed(lambda option: [info(option, 0, bytes(11))], "it must be 10", options=DESCRIBING),
     "an-info-of-nothing": Misdeed(lambda option: [reply(option, 3, b"\0")], "without its type", options=DESCRIBING),
     "minimum-0": blocks(0, 512, 512),
     "minimum-3": blocks(3, 512, 512),
@@ -158,7 +158,7 @@ MISDEEDS: dict[str, Misdeed] = {
     ),
     "two-block-sizes": Misdeed(
         lambda option: [info_blocks(option, 1, 512, 512), info_blocks(option, 512, 512, 512)],
-        "sent NBD_INFO_BLOCK_SIZE twice for one export, and not the same",
+        "sent NBD_INFO_BLOCK_SIZE twice for one export, with different content",
         options=DESCRIBING,
     ),
     "two-names": Misdeed(

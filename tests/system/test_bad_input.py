@@ -423,7 +423,7 @@ URIS: dict[str, tuple[str, str, str]] = {
     "socket-missing": ("nbd+unix:///x", OWN + "InvalidURI", "socket=/path"),
     "socket-relative": ("nbd+unix:///x?socket=a", OWN + "InvalidURI", "must be absolute"),
     "huge": ("nbd://server/" + "x" * 20000, OWN + "InvalidURI", "NBD allows 4096"),
-    "password": ("nbd://me:hunter2@server/x", OWN + "InvalidURI", "a password must not stand in a URI"),
+    "password": ("nbd://me:hunter2@server/x", OWN + "InvalidURI", "a password must not be in a URI"),
     "tls": ("nbds://server.example/x", OWN + "TLSFailed", "TLS"),
     "tls-unix": ("nbds+unix:///x?socket=/a", OWN + "TLSFailed", "TLS"),
 }

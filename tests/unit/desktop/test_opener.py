@@ -199,7 +199,7 @@ def wait_until_open(pid: int, file: Path) -> None:
     ("uri", "sentence"),
     [
         ("http://storage.example/x", "the scheme must be one of nbd, nbds"),
-        ("nbd://eve:secret@storage.example/x", "a password must not stand in a URI"),
+        ("nbd://eve:secret@storage.example/x", "a password must not be in a URI"),
         ("nbds://eve@storage.example/x", "A link must not name a user or a file with keys"),
         ("nbds://storage.example/x?tls-psk-file=/home/eve/.key", "A link must not name a user or a file with keys"),
         ("nbd://storage.example/%zz", "is not followed by two hexadecimal digits"),

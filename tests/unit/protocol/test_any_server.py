@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import nbdd.text
 from nbdd.errors import NegotiationFailed, ServerError, TimedOut
 from nbdd.limits import MAX_SIZE
-from nbdd.protocol import Export, Flags, negotiation, refusal, text
+from nbdd.protocol import Export, Flags, error_reply, negotiation, text
 from nbdd.protocol import export as export_module
 from nbdd.protocol.constants import NBDMAGIC, Info, Rep, RepErr
 from tests.fakes import servers
@@ -120,13 +120,13 @@ def test_no_script_of_the_corpus_breaks_a_promise() -> None:
 
 # What a mistake would look like: the module, the name in it, and what is put there.
 MISTAKES: dict[str, tuple[Any, str, Any]] = {
-    "strings-shown-as-they-are": (refusal, "quoted", lambda octets, _limit: f"'{octets!s}'"),
+    "strings-shown-as-they-are": (error_reply, "quoted", lambda octets, _limit: f"'{octets!s}'"),
     "names-shown-as-they-are": (nbdd.text, "_escape", lambda char: char),
     "strings-lose-their-end": (negotiation, "decode", lambda octets, what: text.decode(octets[:-1], what)),
     "sizes-past-the-kernels": (export_module, "MAX_SIZE", 1 << 64),
     "any-block-size": (export_module, "_check_block_sizes", lambda *sizes: sizes),
     "strings-of-any-length": (text, "MAX_STRING", 1 << 32),
-    "nameless-errors": (refusal, "NoSuchExport", ServerError),
+    "nameless-errors": (error_reply, "NoSuchExport", ServerError),
     "zeroes-left-on-the-wire": (negotiation, "EXPORT_NAME_PADDING", 123),
 }
 

@@ -389,7 +389,7 @@ def test_a_server_that_resets_at_once_is_told_wherever_we_notice() -> None:
         sentences = {
             f"The NBD server {address} broke the connection when its greeting was due: connection reset by peer.",
             f"Can't connect to {address}: connection reset by peer.",
-            f"Can't connect to {address}: the server hung up at once.",
+            f"Can't connect to {address}: the server closed the connection at once.",
         }
         for _ in range(50):
             assert str(refusal_of(server.uri())) in sentences
@@ -482,10 +482,8 @@ def test_no_socket_is_left_behind_by_a_failure(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_deadline_that_has_passed_says_what_was_not_done() -> None:
     deadline = Deadline(0)
-    assert deadline.expired
     with pytest.raises(TimedOut, match=r"^The node did not appear within 0 s\.$"):
         deadline.remaining("The node did not appear")
-    assert not Deadline(LONG).expired
     assert 0 < Deadline(LONG).remaining() <= LONG
 
 
@@ -505,4 +503,5 @@ def test_one_deadline_covers_connecting_and_negotiating() -> None:
         for _ in range(2):
             with pytest.raises(TimedOut, match=f"within {SHORT:g} s"):
                 negotiate(near, ask(), deadline)
-        assert deadline.expired
+        with pytest.raises(TimedOut):
+            deadline.remaining()

@@ -234,7 +234,7 @@ def test_a_link_that_was_reset_says_so(tcp: tuple[socket.socket, socket.socket])
 def test_a_link_that_the_kernel_gave_up_says_so(tcp: tuple[socket.socket, socket.socket]) -> None:
     ours, _theirs = tcp
     # As the driver does with a socket whose request took too long.
-    assert ending_of(ours, lambda: ours.shutdown(socket.SHUT_RDWR)).startswith("the kernel gave it up")
+    assert ending_of(ours, lambda: ours.shutdown(socket.SHUT_RDWR)).startswith("the kernel closed it")
 
 
 def test_a_unix_link_that_the_server_closed_says_so() -> None:
@@ -259,8 +259,8 @@ class DeadSocket:
 @pytest.mark.parametrize(
     ("error", "silent", "why"),
     [
-        (errno.ETIMEDOUT, 0, "the other machine gave no sign of life for 30 s"),
-        (0, 30_100, "the other machine gave no sign of life for 30 s"),
+        (errno.ETIMEDOUT, 0, "the server's machine was silent for 30 s"),
+        (0, 30_100, "the server's machine was silent for 30 s"),
         (0, 12_000, "the server closed it"),
         (errno.EHOSTUNREACH, 30_100, "no route to host"),
     ],

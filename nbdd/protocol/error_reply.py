@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What it means, in words, when a server answers an option with an error."""
+"""Error replies to options, as sentences."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _TO_ANY: dict[int, str] = {
     RepErr.NBD_REP_ERR_TLS_REQD: TLS_REQUIRED,
     RepErr.NBD_REP_ERR_UNKNOWN: "answered {option} with NBD_REP_ERR_UNKNOWN, though no export was named.",
     RepErr.NBD_REP_ERR_SHUTDOWN: "is shutting down; try again when it is back.",
-    RepErr.NBD_REP_ERR_BLOCK_SIZE_REQD: "wants block sizes asked for before {option}.",
+    RepErr.NBD_REP_ERR_BLOCK_SIZE_REQD: "requires a request for its block sizes before {option}.",
     RepErr.NBD_REP_ERR_TOO_BIG: "calls our request {option}, or its own answer to it, too big.",
-    RepErr.NBD_REP_ERR_EXT_HEADER_REQD: "insists on extended headers, which the kernel's NBD driver does not speak.",
+    RepErr.NBD_REP_ERR_EXT_HEADER_REQD: "requires extended headers, which the kernel's NBD driver does not have.",
 }
 
 _TO_LIST: dict[int, str] = {
-    RepErr.NBD_REP_ERR_UNSUP: "is not able to list its exports.",
+    RepErr.NBD_REP_ERR_UNSUP: "can't list its exports.",
     RepErr.NBD_REP_ERR_POLICY: "is configured not to list its exports (for nbd-server, see allowlist).",
 }
 
@@ -32,13 +32,13 @@ _TO_DESCRIBE: dict[int, str] = {
     RepErr.NBD_REP_ERR_UNSUP: "is too old to describe {name} without opening it ({option}).",
     RepErr.NBD_REP_ERR_POLICY: "does not let this machine use {name}; its policy forbids it.",
     RepErr.NBD_REP_ERR_UNKNOWN: "has no export called {name}.",
-    RepErr.NBD_REP_ERR_BLOCK_SIZE_REQD: "wants its block sizes heeded for {name}, but does not tell them when asked.",
+    RepErr.NBD_REP_ERR_BLOCK_SIZE_REQD: "requires its block sizes for {name}, but does not say them when asked.",
 }
 """What follows "The NBD server <address> ", for NBD_OPT_INFO and NBD_OPT_GO."""
 
 
-class Refusal:
-    """An error reply: which option it refuses, the number, and what the server said to it."""
+class ErrorReply:
+    """An error reply to an option: its number, and the message of the server."""
 
     __slots__ = ("kind", "message", "option")
 
@@ -48,7 +48,7 @@ class Refusal:
         self.message = message
 
     def error(self, export: str) -> ServerError:
-        """The exception to raise. Like all of protocol/, its text is what follows "The NBD server <address> "."""
+        """The exception to raise; as everywhere in protocol/, its text is what follows "The NBD server <address> "."""
         text = self._text(export)
         if self.message:
             text += f" It says: {quoted(self.message, MAX_SHOWN)}."
