@@ -18,6 +18,8 @@ export SOURCE_DATE_EPOCH := $(shell date --date="$$(sed -n 's/^ -- .*>  //p;T;q'
 
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
 CHECK_TESTS := tests/unit tests/interop
+# Groups, in the order of tests/conftest.py, for whichever process is free.
+GROUPS := --dist loadgroup --no-loadscope-reorder
 # What the package is made from; the build sees nothing else of the tree.
 DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus desktop systemd completions man debian $(shell cat debian/nbdd.docs)
 SOURCES = tar --create --sort=name --owner=0 --group=0 --mtime=@0 --exclude=__pycache__ --exclude=.mypy_cache $(DEB_SOURCES)
@@ -104,11 +106,11 @@ screenshots: deps host-tools desktop-tools ## docs/screenshots, from what nbdd-n
 .PHONY: test
 test: deps host-tools desktop-tools deb lint-deb reproducible ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
-	@$(PY) -m pytest tests -n 2 --dist loadgroup --durations=40 $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
+	@$(PY) -m pytest tests -n 2 $(GROUPS) $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
 
 .PHONY: prove
 prove: deps deb ## the promises of docs/reliability.md with their full numbers, in guests of both Debians: an hour
-	@NBDD_TESTS=full $(PY) -m pytest tests -m guest -n 2 --dist loadgroup
+	@NBDD_TESTS=full $(PY) -m pytest tests -m guest -n 2 $(GROUPS)
 
 .PHONY: demo
 demo: deps deb ## attach, use and detach a device on a real kernel, shown step by step

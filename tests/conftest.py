@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Guests for tests: `guest` is shared by all tests of a release, `clean_guest` boots one for a single test.
+"""Guests for tests: `guest` is shared by tests of a release, `clean_guest` makes one for a single test.
 
-A test that asks for either runs once for each release, and is marked `guest`. With `-n 2 --dist loadgroup`
-(pytest-xdist) all that use the shared guest of one release run in one process, so that both releases go side by side;
-a test that boots a guest of its own is a group by itself, for whichever process is free.
+A test that asks for either runs once for each release, and is marked `guest`. With `-n 2 --dist loadgroup
+--no-loadscope-reorder` (pytest-xdist) the tests of a file with the shared guest of a release are a group, and a test
+with a guest of its own is one by itself; each group runs in whichever process is free. A process has one shared guest,
+and changes it when the next group is of the other release: a restore takes a second (tests/guest/snapshot.py).
 `--guest-release debian12` (repeatable) runs those of one alone. A guest that does not come up is a failure, not a skip.
 """
 
@@ -17,12 +18,17 @@ from typing import Any
 
 import pytest
 
-from tests.guest import RELEASES, Guest, GuestError, deb
+from tests.guest import RELEASES, Guest, GuestError, costs, deb
 from tests.scale import is_full
 
 FAILURES = Path(__file__).parent / "failures"
 GUEST_TEST_SECONDS = 600
 _LIVE = pytest.StashKey[list[Guest]]()
+_COSTS = pytest.StashKey[list[tuple[str, float]]]()
+"""What guests took to come up, and no report has said yet."""
+
+LONGEST = ("test_shutdown", "test_mending", "test_survival", "test_desktop", "test_bad_input", "test_proving_ground")
+"""Files that take longest in a guest: they are begun first, or one of them is what all wait for at the end."""
 
 CleanGuest = Callable[..., Guest]
 Show = Callable[[str], None]
@@ -40,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LIVE] = []
+    config.stash[_COSTS] = []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -61,22 +68,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             callspec = getattr(item, "callspec", None)
             if callspec is not None:
                 own = "clean_guest" in getattr(item, "fixturenames", ())
-                item.add_marker(pytest.mark.xdist_group(f"own-{item.name}" if own else callspec.params["release"]))
+                name = item.name if own else f"{item.path.stem}-{callspec.params['release']}"
+                item.add_marker(pytest.mark.xdist_group(name))
             # The fixtures have deadlines of their own; what is timed here is the test.
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(GUEST_TEST_SECONDS, func_only=True))
 
     if hasattr(config, "workerinput"):
-        # The long groups first: a process that begins with something else comes to them too late.
-        items.sort(key=_length_of_group)
+        items.sort(key=_place_of_group)
 
 
-def _length_of_group(item: pytest.Item) -> int:
-    """0 for those that share a guest, 1 for one with a guest of its own, 2 for one without a guest."""
+def _place_of_group(item: pytest.Item) -> tuple[int, str]:
+    """The long groups first; those without a guest last, for whichever process has nothing else left."""
     group = item.get_closest_marker("xdist_group")
     if group is None:
-        return 2
-    return 1 if str(group.args[0]).startswith("own-") else 0
+        return len(LONGEST) + 1, ""
+    stem = item.path.stem
+    return LONGEST.index(stem) if stem in LONGEST else len(LONGEST), str(group.args[0])
 
 
 def _belongs_to_another_release(item: pytest.Item) -> bool:
@@ -111,6 +119,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for name, text in (found for report in reports for found in report.user_properties):
             if name == _SHOWN:
                 terminalreporter.write_line(f"\n{text}")
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    for line in costs.table([report for report in reports if isinstance(report, pytest.TestReport)]):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -162,12 +173,14 @@ def _make(request: pytest.FixtureRequest, release: str, package: Path | None, **
     request.addfinalizer(end)
     problem = ""
     try:
-        made.boot()
-        if package is not None:
-            made.install(package)
+        if package is None:
+            made.boot()
+        else:
+            made.come_up(package)
     except GuestError as error:
         # Outside of here, or the report shows the same text twice.
         problem = str(error)
+    request.config.stash[_COSTS] += made.costs
     if problem:
         pytest.fail(problem, pytrace=False)
     return made
@@ -178,6 +191,9 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    # Whichever report comes first: a process of pytest-xdist has no other way to say it.
+    report.user_properties += [(costs.CAME_UP, entry) for entry in item.config.stash[_COSTS]]
+    item.config.stash[_COSTS].clear()
     if call.when == "setup":
         shutil.rmtree(_evidence(item), ignore_errors=True)
     if report.failed and "release" in getattr(item, "fixturenames", ()):

@@ -4,24 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.guest import host
+from tests.guest import host, snapshot, ssh
 from tests.guest.errors import GuestError
 from tests.guest.image import Image, ensure
-from tests.guest.progress import stage
-from tests.guest.qemu import Qemu
+from tests.guest.progress import say, stage
+from tests.guest.qemu import Qemu, Saved
 from tests.guest.scratch import PREFIX, Scratch
+from tests.guest.snapshot import Snapshot
 
 BOOT_SECONDS = 600.0
 """A boot takes 10 s under TCG on two idle cores, and was seen to take 130 s where ten processes wanted them."""
+
+RESTORE_SECONDS = 120.0
+"""A restore takes a second or two; one that takes longer than a boot would is none."""
 
 
 HOST = "10.0.2.2"
@@ -75,6 +81,8 @@ class Guest:
         self._image: Image | None = None
         self._qemu: Qemu | None = None
         self._held = contextlib.ExitStack()
+        self.costs: list[tuple[str, float]] = []
+        """What it took to come up, each time: boots, restores and installations, with their seconds."""
 
     def __enter__(self) -> Self:
         try:
@@ -114,8 +122,80 @@ class Guest:
         host.ensure_runtime()
         if self._image is None:
             self._image = self._take_image()
-            argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", str(self._image.disk)]
-            host.command([*argv, str(self._overlay)], "making the guest's disk", timeout=60)
+            self._make_overlay(self._image.disk, "raw")
+        self._start()
+        with self._stage("booting", f" ({self.accelerator})"):
+            self._wait_up(time.monotonic() + timeout)
+
+    def come_up(self, package: Path) -> None:
+        """Be up with a package installed: restored from a snapshot of just that, which is made if it is missing.
+
+        One that can't be made or restored is thrown away, with a word of it, and the guest is booted.
+        """
+        if self.alive or self._image is not None:
+            raise GuestError(f"{self.release} was up already")
+        if snapshot.wanted():
+            host.ensure_runtime()
+            self._image = image = self._take_image()
+            try:
+                self._restore(image, package)
+                return
+            except GuestError as error:
+                say(f"{self.release}: no snapshot, so the guest is booted: {error}")
+                self._drop_qemu()
+                self._make_overlay(image.disk, "raw")
+        self.boot()
+        self.install(package)
+
+    def _restore(self, image: Image, package: Path) -> None:
+        def make(empty: Snapshot) -> None:
+            first = Guest(self.release, memory=self._memory, cpus=self._cpus)
+            with contextlib.closing(first):
+                first._fill(empty, package)
+                self.costs += first.costs
+
+        with contextlib.ExitStack() as using:
+            while True:
+                found = snapshot.ensure(image, package, make, memory=self._memory, cpus=self._cpus)
+                # Another checkout may have removed it at this very moment.
+                with contextlib.suppress(FileNotFoundError):
+                    using.enter_context(found.in_use())
+                    break
+            try:
+                with self._stage("restoring", f" {package.name}"):
+                    self._make_overlay(found.disk, "qcow2")
+                    self._start(restores=found.saved)
+                    self._connect(time.monotonic() + RESTORE_SECONDS)
+                    # It goes on at the moment it was saved: by the clock that shows the time of day, too.
+                    fresh = f"date --set=@{time.time():.3f} >/dev/null && cat >/dev/urandom"
+                    self.run(fresh, input=os.urandom(64), timeout=RESTORE_SECONDS)
+            except GuestError:
+                using.close()
+                found.discard()
+                raise
+            self._held.push(using.pop_all())
+
+    def _fill(self, empty: Snapshot, package: Path) -> None:
+        """Boot, install, and be saved; then this guest is gone, but for what the snapshot holds."""
+        host.ensure_runtime()
+        self._image = self._take_image()
+        self._overlay = empty.disk
+        self._make_overlay(self._image.disk, "raw")
+        self._start(keeps=empty.saved)
+        with self._stage("booting", f" ({self.accelerator})"):
+            self._wait_up(time.monotonic() + BOOT_SECONDS)
+        with self._stage("installing", f" {package.name}"):
+            self.install(package)
+        with self._stage("saving", ""):
+            self.run(f"rm -f /var/tmp/{shlex.quote(package.name)}; {snapshot.QUIESCE}", timeout=BOOT_SECONDS)
+            self._end_ssh()
+            self._running().save()
+        self._drop_qemu()
+        # What is left of it belongs to the snapshot.
+        self._overlay = self._work / "overlay.qcow2"
+
+    def _start(self, *, keeps: Saved | None = None, restores: Saved | None = None) -> None:
+        assert self._image is not None
         self._drop_qemu()
         self._qemu = Qemu(
             self._image,
@@ -125,9 +205,21 @@ class Guest:
             memory=self._memory,
             cpus=self._cpus,
             sees_host=self._sees_host,
+            keeps=keeps,
+            restores=restores,
         )
-        with stage(f"{self.release}: booting ({self.accelerator})"):
-            self._wait_up(time.monotonic() + timeout)
+
+    def _make_overlay(self, below: Path, kind: str) -> None:
+        argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", kind, "-b", str(below), str(self._overlay)]
+        host.command(argv, "making the guest's disk", timeout=60)
+
+    @contextlib.contextmanager
+    def _stage(self, what: str, more: str) -> Iterator[None]:
+        """Say what is done, and note what it took."""
+        start = time.monotonic()
+        with stage(f"{self.release}: {what}{more}"):
+            yield
+        self.costs.append((what, time.monotonic() - start))
 
     def run(
         self,
@@ -261,24 +353,8 @@ class Guest:
 
     def ssh_argv(self) -> list[str]:
         """Return the ssh command line that reaches this guest as root; a command may follow after `--`."""
-        qemu = self._running()
-        image = self._image
-        assert image is not None
-        options = {
-            "UserKnownHostsFile": str(image.known_hosts),
-            "GlobalKnownHostsFile": "/dev/null",
-            "HostKeyAlias": "guest",
-            "StrictHostKeyChecking": "yes",
-            "IdentitiesOnly": "yes",
-            "BatchMode": "yes",
-            "LogLevel": "ERROR",
-            "ConnectTimeout": "30",
-            "ControlPath": f"{self._run}/ssh",
-        }
-        argv = ["ssh", "-F", "none", "-i", str(image.key), "-p", str(qemu.ssh_port)]
-        for name, value in options.items():
-            argv += ["-o", f"{name}={value}"]
-        return [*argv, "root@127.0.0.1"]
+        assert self._image is not None
+        return ssh.argv(self._image, self._running().ssh_port, self._run / "ssh")
 
     def _take_image(self) -> Image:
         while True:
@@ -291,9 +367,14 @@ class Guest:
             return image
 
     def _wait_up(self, deadline: float) -> None:
-        qemu = self._running()
         try:
-            qemu.wait_ready(deadline)
+            self._running().wait_ready(deadline)
+        except GuestError as error:
+            raise GuestError(f"{self.release}: {error}\n{self._console_words()}") from None
+        self._connect(deadline)
+
+    def _connect(self, deadline: float) -> None:
+        try:
             # One connection carries all commands: each costs a fork in the guest, not a key exchange.
             self._end_ssh()
             argv = [*self.ssh_argv()[:-1], "-o", "ControlMaster=yes", "-N", "-f", "root@127.0.0.1"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import hashlib
 import json
 import lzma
 import os
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tests.guest import host
 from tests.guest.errors import GuestError
+from tests.guest.locks import exclusive, in_use, remove_unused
 from tests.guest.progress import say, stage
 from tests.guest.recipe import (
     DEFAULT_TARGET,
@@ -69,11 +70,15 @@ class Image:
         """The guest's host key, under the name `guest`."""
         return self.directory / "known_hosts"
 
+    @property
+    def identity(self) -> str:
+        """What no other build has, of the same recipe neither: each makes keys of its own."""
+        return hashlib.sha256(self.known_hosts.read_bytes() + self.key.read_bytes()).hexdigest()
+
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Keep the image from being removed by a build of a newer recipe."""
-        with (self.directory / "manifest.json").open("rb") as held:
-            fcntl.flock(held, fcntl.LOCK_SH)
+        with in_use(self.directory):
             yield
 
 
@@ -100,7 +105,7 @@ def ensure(release: str) -> Image:
     image = Image(release, home / f"{release}-{wanted.digest}")
     if image.directory.is_dir():
         return image
-    with _lock(home / f"{release}.lock", f"another build of {release}"):
+    with exclusive(home / f"{release}.lock", f"another build of {release}"):
         if not image.directory.is_dir():
             _remove_leftovers(home, release)
             _build(wanted, image)
@@ -280,17 +285,6 @@ def _chroot(root: Path, *argv: str) -> None:
     host.command(["chroot", str(root), *argv], f"running {argv[0]} in the new system", timeout=120)
 
 
-@contextlib.contextmanager
-def _lock(path: Path, who: str) -> Iterator[None]:
-    with path.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with stage(f"waiting for {who}"):
-                fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-
-
 def _remove_leftovers(home: Path, release: str) -> None:
     # Under the lock: whoever made these is dead.
     for path in home.glob(f"{release}.building-*"):
@@ -301,11 +295,5 @@ def _remove_others(home: Path, image: Image) -> None:
     for path in home.glob(f"{image.release}-*"):
         if path == image.directory:
             continue
-        try:
-            with (path / "manifest.json").open("rb") as held:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-        except FileNotFoundError:
-            shutil.rmtree(path, ignore_errors=True)
-        except BlockingIOError:
+        if not remove_unused(path):
             say(f"{path.name}: an older image, in use by a running guest, is kept")

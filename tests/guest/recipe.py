@@ -177,7 +177,10 @@ KERNEL_COMMAND_LINE = (
     "root=/dev/vda rw rootfstype=ext4 console=ttyS0 quiet loglevel=5 mitigations=off edd=off nokaslr audit=0 "
     "net.ifnames=0 random.trust_cpu=on 8250.nr_uarts=2 fsck.mode=skip panic=10 cryptomgr.notests systemd.ssh_auto=no "
     # On a busy host an emulated processor may not run for seconds: that is no fault of the guest's kernel.
-    "no_timer_check nosoftlockup rcupdate.rcu_cpu_stall_suppress=1"
+    "no_timer_check nosoftlockup rcupdate.rcu_cpu_stall_suppress=1 "
+    # QEMU translates a program again for each address it is loaded to: if each start has other addresses, `true` takes
+    # 28 ms instead of 11, a command over ssh 103 ms instead of 39. And Debian's kernel clears each page it gives out.
+    "norandmaps init_on_alloc=0"
 )
 """No part of the recipe's digest: it belongs to a boot. Kernel warnings show on the console (loglevel 5)."""
 

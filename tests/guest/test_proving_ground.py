@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.guest import Guest, GuestError
+from tests.guest import Guest, GuestError, ensure, snapshot
 from tests.scale import times
 
 CleanGuest = Callable[..., Guest]
@@ -21,7 +24,7 @@ CleanGuest = Callable[..., Guest]
 # Prints QEMU's pid as soon as there is one, and is killed while it waits for the guest, or for that.
 _DRIVER = """
 import sys, threading, time
-from tests.guest import Guest, GuestError
+from tests.guest import Guest, GuestError, ensure, snapshot
 guest = Guest(sys.argv[1])
 def tell():
     while True:
@@ -66,6 +69,55 @@ def test_a_guest_is_booted_used_rebooted_and_crashed(clean_guest: CleanGuest, re
     assert guest.read("/root/a b/c'd") == "text\n"
     guest.power_off()
     assert not guest.alive
+
+
+@pytest.mark.quick_on("debian13")
+def test_a_restored_guest_is_as_a_booted_one_and_its_snapshot_stays_as_it_is(
+    clean_guest: CleanGuest, nbdd_deb: Path
+) -> None:
+    first = clean_guest()
+    assert first.costs[-1][0] == "restoring", "it was booted"
+    assert first.run("systemctl is-system-running; systemctl is-active nbdd").stdout == "running\nactive\n"
+    assert abs(float(first.run("date +%s.%N").stdout) - time.time()) < 5
+    assert first.run("nbdctl list").returncode == 0
+    _use_nbd(first)
+    first.write("/root/mark", "first\n")
+    first.run("sync")
+
+    # Another one beside it, with other options of the host's side: it has nothing of the first.
+    with contextlib.closing(Guest(first.release, sees_host=True)) as second:
+        second.come_up(nbdd_deb)
+        assert [what for what, _ in second.costs] == ["restoring"]
+        assert second.run("test -e /root/mark", check=False).returncode == 1
+        second.run("dmesg --level=err,crit,alert,emerg | grep . && exit 1 || :")
+    # It has no boot of its own to go back to, but a disk.
+    first.reboot()
+    assert first.read("/root/mark") == "first\n"
+    # A boot is over when sshd answers; nbdd may be starting still.
+    assert first.run("systemctl start nbdd; systemctl is-active nbdd").stdout == "active\n"
+
+
+@pytest.mark.quick_on("debian12")
+def test_a_snapshot_that_can_not_be_restored_is_thrown_away(
+    clean_guest: CleanGuest, nbdd_deb: Path, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    clean_guest().kill()
+    image = ensure(release)
+    whole = snapshot.ensure(image, nbdd_deb, _never, memory=2048, cpus=2)
+    broken = snapshot.Snapshot(whole.directory.with_name(f"{release}-broken-{os.getpid()}"))
+    shutil.copytree(whole.directory, broken.directory)
+    os.truncate(broken.saved.devices, broken.saved.devices.stat().st_size // 2)
+    monkeypatch.setattr(snapshot, "key", lambda *_, **__: broken.directory.name.removeprefix(f"{release}-"))
+    with contextlib.closing(Guest(release)) as guest:
+        guest._image = guest._take_image()
+        with pytest.raises(GuestError, match=r"QEMU (ended|failed)"):
+            guest._restore(guest._image, nbdd_deb)
+        assert not broken.directory.exists()
+    assert whole.directory.is_dir()
+
+
+def _never(_: snapshot.Snapshot) -> None:
+    raise AssertionError("it is there already")
 
 
 def test_no_qemu_outlives_a_killed_driver(release: str) -> None:
