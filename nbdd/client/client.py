@@ -236,7 +236,7 @@ class Client:
             self._device.close_netlink()
             close_all_but(*(sock.fileno() for sock in self.sockets))
         with Stop() as stop:
-            return serve(self._device, stop, lambda _node: None)
+            return serve(self._device, stop, lambda _node: None, index=self._index)
 
     def run_async(self) -> int:
         """Do what `run` does in a child process, and return its process id once the device is bound and usable.
@@ -252,7 +252,7 @@ class Client:
 
         self._prepare()
         self._device.close_netlink()
-        service = Service.start(self.backend, self.sockets, partial(serve, self._device))
+        service = Service.start(self.backend, self.sockets, partial(serve, self._device, index=self._index))
         try:
             bound = service.bound()
         except BaseException:

@@ -156,11 +156,14 @@ def watch(
     return End(Reason.SERVER_DIED if died >= len(sockets) else Reason.DISCONNECTED)
 
 
-def serve(device: KernelDevice, stop: Stop, bound: Callable[[Node], None]) -> End:
-    """Bind the device, call `bound` once it is usable, wait for its end, free it; closes its sockets."""
+def serve(device: KernelDevice, stop: Stop, bound: Callable[[Node], None], *, index: int | None) -> End:
+    """Bind the device to /dev/nbdX or a free one, call `bound` once it is usable, wait for its end, free it.
+
+    Closes its sockets.
+    """
     # Before the device is there, to miss no connection that dies.
     with device.watch_connections() as reports:
-        node = device.connect(None)
+        node = device.connect(index)
         try:
             try:
                 device.make_usable(node)
