@@ -42,16 +42,6 @@ def lost(left: float = 200.0, dead_timeout: int = 300) -> dict[str, Any]:
     return {"State": "reconnecting", "LiveConnections": 0, "FailsAt": fails, "DeadTimeout": dead_timeout}
 
 
-@pytest.fixture(scope="module")
-def buses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The addresses of a system bus and of a session's."""
-    with (
-        private_bus(tmp_path_factory.mktemp("s")) as (system, _),
-        private_bus(tmp_path_factory.mktemp("u")) as (own, _),
-    ):
-        yield system, own
-
-
 @pytest.fixture
 def nbdd(buses: tuple[str, str]) -> Iterator[FakeManager]:
     with FakeManager(buses[0]) as manager:

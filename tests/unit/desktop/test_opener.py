@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.desktop import UDISKS, FakeBlock, FakeFileManager, FakeShower, FakeUDisks
-from tests.fakes.manager import DEADLINE, PRESENT, FakeManager, private_bus
+from tests.fakes.manager import DEADLINE, PRESENT, FakeManager
 
 EVE = 1000
 OPEN = [
@@ -68,15 +68,6 @@ class World:
 
     def asked(self, fake: FakeManager, member: str) -> list[list[Any]]:
         return [call.body for call in fake.calls if call.member == member]
-
-
-@pytest.fixture(scope="module")
-def buses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    with (
-        private_bus(tmp_path_factory.mktemp("s")) as (system, _),
-        private_bus(tmp_path_factory.mktemp("u")) as (own, _),
-    ):
-        yield system, own
 
 
 @pytest.fixture

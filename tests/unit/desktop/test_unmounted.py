@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.desktop import FakeBlock, FakeShower, FakeUDisks
-from tests.fakes.manager import DEADLINE, PRESENT, FakeManager, private_bus
+from tests.fakes.manager import DEADLINE, PRESENT, FakeManager
 
 EVE = 1000
 
@@ -71,15 +71,6 @@ class World:
     @property
     def looks(self) -> int:
         return sum(call.member == "GetManagedObjects" for call in self.udisks.calls)
-
-
-@pytest.fixture(scope="module")
-def buses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    with (
-        private_bus(tmp_path_factory.mktemp("s")) as (system, _),
-        private_bus(tmp_path_factory.mktemp("u")) as (own, _),
-    ):
-        yield system, own
 
 
 @pytest.fixture

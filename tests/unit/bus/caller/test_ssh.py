@@ -107,7 +107,7 @@ def asked(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("bridge", "fake")
-def test_a_command_is_done_on_the_other_machine(run: Run, tmp_path: Path) -> None:
+def test_host_option_runs_command_on_other_machine(run: Run, tmp_path: Path) -> None:
     status, out, err = run("--host", HOST, "list", "--json")
     assert (status, [device["name"] for device in json.loads(out)["devices"]], err) == (0, ["backup"], "")
     assert asked(tmp_path) == ["-xT", "--", HOST, "systemd-stdio-bridge"]
@@ -132,14 +132,14 @@ HERE = {"doctor", "import"}
 
 @pytest.mark.usefixtures("bridge")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_takes_a_host_before_and_after_its_name(fake: FakeManager, run: Run, command: str) -> None:
+def test_host_option_is_taken_before_and_after_every_command(fake: FakeManager, run: Run, command: str) -> None:
     arguments, member = COMMANDS[command]
     assert run("-H", HOST, command, *arguments)[0] == 0
     assert run(command, *arguments, "--host", HOST)[0] == 0
     assert [call.member for call in fake.calls].count(member) == (4 if command == "top" else 2)  # which looks twice
 
 
-def test_no_command_is_without_a_host() -> None:
+def test_host_option_is_missing_in_no_command() -> None:
     assert COMMANDS.keys() | {"monitor"} | HERE == cli.commands.keys()
     for name, command in cli.commands.items():
         has = any("--host" in option.opts for option in command.params if isinstance(option, click.Option))
@@ -147,16 +147,14 @@ def test_no_command_is_without_a_host() -> None:
 
 
 @pytest.mark.parametrize("command", sorted(HERE))
-def test_what_is_about_this_machine_is_refused_for_another(run: Run, command: str) -> None:
+def test_host_option_is_refused_by_commands_about_this_machine(run: Run, command: str) -> None:
     status, out, err = run("--host", HOST, command)
     assert (status, out) == (2, "")
     assert "run it there" in err
 
 
 @pytest.mark.usefixtures("bridge", "fake")
-def test_who_uses_a_device_of_another_machine_is_not_looked_for_on_this_one(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_users_of_a_remote_device_are_not_searched_on_this_machine(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def look(*_: object) -> None:
         pytest.fail("looked at this machine")
 
@@ -171,7 +169,7 @@ def test_who_uses_a_device_of_another_machine_is_not_looked_for_on_this_one(
 
 
 @pytest.mark.usefixtures("bridge", "fake")
-def test_the_host_of_the_command_itself_counts(run: Run, tmp_path: Path) -> None:
+def test_host_option_of_the_command_itself_wins(run: Run, tmp_path: Path) -> None:
     assert run("--host", "one.example", "list", "--host", "two.example")[0] == 0
     assert asked(tmp_path)[2] == "two.example"
 
@@ -206,7 +204,7 @@ class Monitor:
 
 
 @pytest.mark.usefixtures("bridge")
-def test_monitor_tells_what_happens_there_until_ctrl_c_which_ssh_gets_too(fake: FakeManager) -> None:
+def test_monitor_of_remote_host_ends_with_ctrl_c_which_ssh_gets_too(fake: FakeManager) -> None:
     with Monitor() as monitor:
         fake.change("backup", State="degraded")
         assert monitor.process.stdout is not None
@@ -218,7 +216,7 @@ def test_monitor_tells_what_happens_there_until_ctrl_c_which_ssh_gets_too(fake: 
 
 
 @pytest.mark.usefixtures("bridge", "fake")
-def test_a_connection_that_is_lost_is_one_sentence(tmp_path: Path) -> None:
+def test_ssh_connection_that_is_lost_is_one_sentence(tmp_path: Path) -> None:
     with Monitor() as monitor:
         os.kill(int((tmp_path / "arguments.pids").read_text()), signal.SIGKILL)
         said = f"nbdctl: The connection to the system bus of {HOST} was lost. See `systemctl status nbdd`.\r\n"
@@ -243,32 +241,32 @@ CHATTY = " came instead of D-Bus; perhaps a start-up file of the shell there say
         ("printf 'REJECTED EXTERNAL\\r\\n'; cat >/dev/null", f"'REJECTED EXTERNAL'{CHATTY}"),
     ],
 )
-def test_what_keeps_ssh_from_the_bus_is_one_sentence(ssh: Ssh, run: Run, script: str, reason: str) -> None:
+def test_ssh_failure_is_one_sentence(ssh: Ssh, run: Run, script: str, reason: str) -> None:
     ssh(script)
     said = f"nbdctl: The system bus of {HOST} can't be reached with ssh: {reason}.\n"
     assert run("--host", HOST, "list") == (1, "", said)
 
 
-def test_nobody_is_named_to_the_bridge_as_a_number_of_this_machine_means_nothing_there(ssh: Ssh, run: Run) -> None:
+def test_bridge_is_sent_no_user_id_of_this_machine(ssh: Ssh, run: Run) -> None:
     ssh("head -c 16 | tr -d '\\0' >&2; exit 255")
     assert run("--host", HOST, "list")[2].endswith(": AUTH EXTERNAL.\n")
 
 
-def test_an_ssh_that_hangs_is_given_up(ssh: Ssh, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssh_that_hangs_is_given_up(ssh: Ssh, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ssh("exec sleep 60")
     monkeypatch.setattr("nbdd.bus.caller.client._REMOTE_SECONDS", 0.5)
     said = f"nbdctl: The system bus of {HOST} can't be reached with ssh: it does not answer.\n"
     assert run("--host", HOST, "list") == (1, "", said)
 
 
-def test_without_ssh_there_is_one_sentence(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssh_that_is_missing_is_one_sentence(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     said = f"nbdctl: There is no ssh to reach {HOST} with: install it (package openssh-client).\n"
     assert run("--host", HOST, "list") == (1, "", said)
 
 
 @pytest.mark.parametrize("host", ["", " ", "-oProxyCommand=touch /tmp/x", "a\nb"])
-def test_a_host_that_is_none_never_reaches_ssh(ssh: Ssh, run: Run, tmp_path: Path, host: str) -> None:
+def test_host_that_is_invalid_never_reaches_ssh(ssh: Ssh, run: Run, tmp_path: Path, host: str) -> None:
     ssh("exit 0")
     assert run(f"--host={host}", "list")[0] == 2
     assert not (tmp_path / "arguments").exists()
@@ -285,13 +283,13 @@ def complete(line: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("bridge", "fake")
-def test_the_shell_completes_the_names_of_the_other_machine_and_never_asks_for_a_password(tmp_path: Path) -> None:
+def test_completion_of_remote_names_never_asks_for_a_password(tmp_path: Path) -> None:
     assert complete(f"nbdctl --host {HOST} status b") == ["backup"]
     assert "-oBatchMode=yes" in asked(tmp_path)
     assert complete(f"nbdctl status -H {HOST} b") == ["backup"]
     assert complete("nbdctl status --h") == ["--host", "--help"]
 
 
-def test_the_shell_completes_nothing_silently_where_ssh_fails(ssh: Ssh) -> None:
+def test_completion_is_empty_and_silent_if_ssh_fails(ssh: Ssh) -> None:
     ssh("echo 'Permission denied (publickey).' >&2; exit 255")
     assert complete(f"nbdctl --host {HOST} status b") == []

@@ -207,12 +207,6 @@ def bus() -> Iterator[BusDaemon]:
         yield daemon
 
 
-@pytest.fixture
-def address(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
-    return bus.address
-
-
 @asynccontextmanager
 async def world(address: str) -> AsyncIterator[World]:
     bus: Any = ServiceBus(ROOT_PATH)
@@ -251,7 +245,7 @@ def members(interface: ET.Element) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("path", "interface"), [(ROOT_PATH, MANAGER), (BACKUP, DEVICE)])
-async def test_the_service_introspects_as_the_xml_member_by_member(address: str, path: str, interface: str) -> None:
+async def test_introspection_equals_the_xml_member_by_member(address: str, path: str, interface: str) -> None:
     async with world(address) as here:
         here.exporter.added(cast("Device", FakeDevice()))
         told = ET.fromstring(await here.client.ask(here.bus.unique_name, path, INTROSPECTABLE, "Introspect"))
@@ -260,7 +254,7 @@ async def test_the_service_introspects_as_the_xml_member_by_member(address: str,
 
 
 @pytest.mark.parametrize("interface", [MANAGER, DEVICE])
-def test_the_xml_names_every_argument_and_every_member_follows_the_conventions(interface: str) -> None:
+def test_xml_names_every_argument_and_follows_the_conventions(interface: str) -> None:
     for element in written(interface):
         if element.tag == "annotation":
             continue
@@ -278,7 +272,7 @@ def properties(interface: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("status", [STATUS, ATTACHED], ids=["detached", "attached"])
-async def test_a_device_has_every_property_of_the_xml_with_its_type(address: str, status: Status) -> None:
+async def test_device_has_every_property_of_the_xml_with_its_type(address: str, status: Status) -> None:
     async with world(address) as here:
         here.exporter.added(cast("Device", FakeDevice(status)))
         to = here.bus.unique_name
@@ -313,11 +307,11 @@ async def test_a_device_has_every_property_of_the_xml_with_its_type(address: str
         assert objects == {BACKUP: {DEVICE: told}}
 
 
-def test_every_field_of_a_status_is_told() -> None:
+def test_status_fields_are_all_properties() -> None:
     assert len(fields(Status)) == len(properties(DEVICE))
 
 
-async def test_the_manager_has_every_property_of_the_xml(address: str) -> None:
+async def test_manager_has_every_property_of_the_xml(address: str) -> None:
     async with world(address) as here:
         told = await here.client.ask(here.bus.unique_name, ROOT_PATH, PROPERTIES, "GetAll", MANAGER, types="s")
         assert told == {"Version": Variant("s", __version__)}
@@ -327,7 +321,7 @@ async def test_the_manager_has_every_property_of_the_xml(address: str) -> None:
 # Devices come, change and go
 
 
-async def test_devices_appear_change_and_disappear_as_objects(address: str) -> None:
+async def test_exporter_adds_changes_and_removes_objects_of_devices(address: str) -> None:
     async with world(address) as here:
         await here.client.listen(here.bus.unique_name)
         device = FakeDevice()
@@ -358,7 +352,7 @@ async def test_devices_appear_change_and_disappear_as_objects(address: str) -> N
         assert here.client.signals.empty()
 
 
-async def test_statistics_are_told_with_their_names_to_everyone(address: str) -> None:
+async def test_statistics_are_returned_to_every_caller(address: str) -> None:
     async with world(address) as here:
         device = FakeDevice()
         here.exporter.added(cast("Device", device))
@@ -374,7 +368,7 @@ async def test_statistics_are_told_with_their_names_to_everyone(address: str) ->
 # Methods
 
 
-async def test_arguments_reach_the_manager_and_its_answers_the_caller(address: str) -> None:
+async def test_manager_gets_the_arguments_and_the_caller_its_replies(address: str) -> None:
     async with world(address) as here:
         assert await here.call("Attach", "backup", {}, types="sa{sv}") == BACKUP
         assert await here.call("AttachURI", "nbd://x/y", {}, types="sa{sv}") == f"{ROOT_PATH}/device/a_2db_2ec"
@@ -397,7 +391,7 @@ async def test_arguments_reach_the_manager_and_its_answers_the_caller(address: s
         ]
 
 
-async def test_exports_are_told_without_what_the_server_did_not_say(address: str) -> None:
+async def test_list_exports_leaves_out_what_the_server_did_not_say(address: str) -> None:
     said = {"description": "", "flags": 0xFFFF, "minimum": None, "preferred": None, "maximum": None, "problem": ""}
     async with world(address) as here:
         here.manager.exports = [
@@ -431,7 +425,7 @@ async def test_exports_are_told_without_what_the_server_did_not_say(address: str
         ]
 
 
-async def test_a_list_too_long_for_the_bus_is_an_error_and_not_the_end_of_our_connection(address: str) -> None:
+async def test_list_exports_too_long_for_the_bus_is_an_error(address: str) -> None:
     one = {"description": "", "size": 0, "flags": 0, "minimum": None, "preferred": None, "maximum": None, "problem": ""}
     async with world(address) as here:
         # As much as fits: 4000 bytes of name, and what goes with them.
@@ -455,7 +449,7 @@ FIRST = {"Attach": "backup", "AttachURI": "nbd://x/y", "Detach": "backup", "List
 
 
 @pytest.mark.parametrize("member", TAKES)
-async def test_every_option_of_its_type_gets_through(address: str, member: str) -> None:
+async def test_options_of_their_types_get_through(address: str, member: str) -> None:
     async with world(address) as here:
         for key, kind in TAKES[member].items():
             for value in VALUES[kind] if key != "wait" else (0, 7, MAX_WAIT):
@@ -471,9 +465,7 @@ async def test_every_option_of_its_type_gets_through(address: str, member: str) 
 
 
 @pytest.mark.parametrize("member", TAKES)
-async def test_an_unknown_option_or_one_of_another_type_is_refused_before_anybody_is_asked(
-    address: str, member: str
-) -> None:
+async def test_options_unknown_or_of_wrong_types_are_refused_before_polkit_is_asked(address: str, member: str) -> None:
     async with world(address) as here:
         for options, named in [
             ({"colour": Variant("s", "red")}, "'colour'"),
@@ -491,7 +483,7 @@ async def test_an_unknown_option_or_one_of_another_type_is_refused_before_anybod
         assert here.authority.asked == []
 
 
-def test_what_an_option_must_be_is_said_and_what_options_there_are() -> None:
+def test_options_error_names_the_type_and_the_known_options() -> None:
     with pytest.raises(InvalidArgs, match=r"^There is no option 'x'; known are force, wait\.$"):
         read_options({"x": Variant("s", "")}, DETACH_OPTIONS)
     with pytest.raises(InvalidArgs, match=r"^There is no option 'x'; known are none\.$"):
@@ -500,13 +492,13 @@ def test_what_an_option_must_be_is_said_and_what_options_there_are() -> None:
         read_options({"wait": Variant("i", 1)}, DETACH_OPTIONS)
 
 
-def test_the_options_are_the_keys_of_the_yaml_files() -> None:
+def test_options_are_the_keys_of_the_yaml_files() -> None:
     """What attaches by hand can be written down, under the same name."""
     assert set(ATTACH_URI_OPTIONS) - {"name"} == set(shipped().device_keys) - {"uri", "attach", "tls"}
     assert set(ATTACH_OPTIONS) == set(ATTACH_URI_OPTIONS) - {"name", "desktop"}
 
 
-def test_the_xml_documents_every_option_with_its_type() -> None:
+def test_xml_documents_every_option_with_its_type() -> None:
     text = (TREE / "dbus" / "org.nbdd1.Manager.xml").read_text()
     for key, kind in (ATTACH_URI_OPTIONS | DETACH_OPTIONS).items():
         assert f'"{key}" ({kind}' in text
@@ -531,7 +523,7 @@ ASKS: list[tuple[str, tuple[Any, ...], str, str, Mapping[str, str]]] = [
 
 
 @pytest.mark.parametrize("member", ["AttachURI", "ListExports"])
-async def test_polkit_is_never_shown_a_text_that_is_no_uri(address: str, member: str) -> None:
+async def test_polkit_details_never_hold_a_text_that_is_not_a_uri(address: str, member: str) -> None:
     """A person reads it and types a password."""
     async with world(address) as here:
         for text in ("nbd://x/\nAll is well", "nbd://a:secret@x/", "x" * 70000, ""):
@@ -545,7 +537,7 @@ async def test_polkit_is_never_shown_a_text_that_is_no_uri(address: str, member:
         assert details == {"uri": "nbd://x.example:7/%C3%A4", "server": "x.example:7"}
 
 
-def test_the_messages_of_polkit_name_only_what_each_call_tells() -> None:
+def test_polkit_messages_use_only_the_details_of_each_call() -> None:
     told: dict[str, set[str]] = {}
     for _, _, _, action, details in ASKS:
         told.setdefault(action, set()).update(details)
@@ -558,7 +550,7 @@ def test_the_messages_of_polkit_name_only_what_each_call_tells() -> None:
 
 
 @pytest.mark.parametrize(("member", "body", "types", "action", "details"), ASKS)
-async def test_every_method_asks_for_its_own_action_and_does_nothing_when_denied(
+async def test_methods_ask_for_their_own_action_and_do_nothing_if_denied(
     address: str, *, member: str, body: tuple[Any, ...], types: str, action: str, details: Mapping[str, str]
 ) -> None:
     async with world(address) as here:
@@ -572,7 +564,7 @@ async def test_every_method_asks_for_its_own_action_and_does_nothing_when_denied
         assert here.authority.asked == [(name, False, action, details), (name, True, action, details)]
 
 
-async def test_who_attached_a_device_may_detach_it_but_not_by_force_and_nobody_else_may(address: str) -> None:
+async def test_detach_without_polkit_is_for_the_attaching_user_and_not_by_force(address: str) -> None:
     async with world(address) as here:
         here.authority.error = AccessDenied("You may not.")
         here.manager.known["backup"].status = ATTACHED
@@ -586,7 +578,7 @@ async def test_who_attached_a_device_may_detach_it_but_not_by_force_and_nobody_e
         assert len(here.manager.calls) == 1
 
 
-def test_the_actions_are_those_of_the_polkit_policy_and_every_method_has_one() -> None:
+def test_polkit_policy_has_an_action_for_every_method() -> None:
     policy = ET.parse(TREE / "dbus" / "org.nbdd1.policy").getroot()
     assert {action for *_, action, _ in ASKS} == {element.attrib["id"] for element in policy.findall("action")}
     assert {member for member, *_ in ASKS} == {element.attrib["name"] for element in written(MANAGER).iter("method")}
@@ -597,7 +589,7 @@ def test_the_actions_are_those_of_the_polkit_policy_and_every_method_has_one() -
 
 
 @pytest.mark.parametrize(("member", "body", "types"), [ask[:3] for ask in ASKS if ask[1][:1] == ("backup",)])
-async def test_a_device_that_is_not_there_is_told_before_anybody_is_asked(
+async def test_missing_device_is_an_error_before_polkit_is_asked(
     address: str, member: str, body: tuple[Any, ...], types: str
 ) -> None:
     async with world(address) as here:
@@ -623,7 +615,7 @@ STANDARD = {"InvalidArgs", "AccessDenied", "InteractiveAuthorizationRequired"}
 
 
 @pytest.mark.parametrize("kind", errors())
-async def test_every_error_crosses_the_bus_by_its_name_and_text(address: str, kind: type[NbddError]) -> None:
+async def test_errors_cross_the_bus_by_name_and_text(address: str, kind: type[NbddError]) -> None:
     async with world(address) as here:
         here.manager.error = kind("First line.\nSecond, über\0 lines.")
         name, text = await here.fails("Attach", "backup", {}, types="sa{sv}")
@@ -637,7 +629,7 @@ async def test_every_error_crosses_the_bus_by_its_name_and_text(address: str, ki
         assert text == "First line.\nSecond, über\ufffd lines."
 
 
-def test_every_error_of_the_contract_is_there_and_no_other() -> None:
+def test_errors_are_those_of_the_contract() -> None:
     own = {kind.dbus_name.removeprefix("org.nbdd1.Error.") for kind in errors() if "nbdd1" in kind.dbus_name}
     assert own == CONTRACT
     assert {kind.dbus_name.removeprefix(ERROR) for kind in errors() if "nbdd1" not in kind.dbus_name} == {
@@ -646,7 +638,7 @@ def test_every_error_of_the_contract_is_there_and_no_other() -> None:
     }
 
 
-async def test_a_bad_configuration_is_told_with_all_its_problems(address: str) -> None:
+async def test_reload_of_a_bad_configuration_reports_all_its_problems(address: str) -> None:
     async with world(address) as here:
         here.manager.error = InvalidConfig("nbdd.yaml:1:1: one.", "nbdd.yaml:2:3: two.")
         assert await here.fails("Reload") == (
@@ -656,7 +648,7 @@ async def test_a_bad_configuration_is_told_with_all_its_problems(address: str) -
 
 
 @pytest.mark.parametrize("field", [0, 1])
-def test_the_texts_of_the_xml_speak_of_errors_that_there_are(field: int) -> None:
+def test_xml_texts_name_errors_that_there_are(field: int) -> None:
     interface = (MANAGER, DEVICE)[field]
     text = (TREE / "dbus" / f"{interface}.xml").read_text()
     named = {
@@ -685,7 +677,7 @@ def test_the_texts_of_the_xml_speak_of_errors_that_there_are(field: int) -> None
         ("A-Z.", "A_2dZ_2e"),
     ],
 )
-def test_a_name_is_escaped_as_systemd_does_it(name: str, label: str) -> None:
+def test_device_path_escapes_as_systemd_does(name: str, label: str) -> None:
     assert device_path(name) == f"{ROOT_PATH}/device/{label}"
 
 
@@ -710,7 +702,7 @@ def encode() -> Callable[[str], str]:
 
 @settings(deadline=None)  # a busy machine is no fault of the code
 @given(name=st.from_regex(NAME_PATTERN, fullmatch=True))
-def test_every_name_is_escaped_as_systemd_does_it(name: str, encode: Callable[[str], str]) -> None:
+def test_device_path_escapes_every_name_as_systemd_does(name: str, encode: Callable[[str], str]) -> None:
     name = name.removesuffix("\n")
     assert device_path(name) == encode(name)
     Message(path=device_path(name), member="CanBeSent")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from nbdd.bus.daemon.polkit import Polkit
 from nbdd.bus.daemon.service import Caller as Asker
 from nbdd.bus.wire.calls import DBUS, Peer
 from nbdd.errors import AccessDenied, InteractiveAuthorizationRequired
-from tests.fakes.bus import ERROR, BusDaemon, Caller, FakePolkit, caller, private_bus
+from tests.fakes.bus import ERROR, BusDaemon, Caller, FakePolkit, caller
 
 # isort: split
 from dbus_next.message import Message
@@ -26,12 +26,6 @@ ACTION = "org.nbdd1.attach"
 DETAILS = {"device": "backup"}
 ASKED = "CheckAuthorization"
 NOBODY = 65534
-
-
-@pytest.fixture
-def bus() -> Iterator[BusDaemon]:
-    with private_bus() as daemon:
-        yield daemon
 
 
 class World:
@@ -70,14 +64,14 @@ async def world(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, uid: int = NOBO
             yield made
 
 
-async def test_root_may_without_anybody_being_asked(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_polkit_is_not_asked_about_root(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     async with world(bus, monkeypatch, uid=0) as here:
         here.polkit.authorized = False
         await here.check()
         assert here.polkit.asked == []
 
 
-async def test_root_may_where_there_is_no_polkit_at_all(bus: BusDaemon) -> None:
+async def test_polkit_may_be_missing_for_root(bus: BusDaemon) -> None:
     """... and who root is, the bus itself says."""
     async with caller(bus.address) as stranger, caller(bus.address) as ours:
         check = Polkit(ours.bus).check(Asker(stranger.name, interactive=False), ACTION, DETAILS)
@@ -88,7 +82,7 @@ async def test_root_may_where_there_is_no_polkit_at_all(bus: BusDaemon) -> None:
                 await check
 
 
-async def test_polkit_is_asked_about_the_callers_bus_name_and_never_about_a_process(
+async def test_polkit_subject_is_the_bus_name_and_never_a_process(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with world(bus, monkeypatch) as here:
@@ -100,7 +94,7 @@ async def test_polkit_is_asked_about_the_callers_bus_name_and_never_about_a_proc
 
 @pytest.mark.parametrize("interactive", [False, True])
 @pytest.mark.parametrize(("authorized", "challenge"), [(True, False), (True, True), (False, False), (False, True)])
-async def test_what_polkit_says_is_what_happens(
+async def test_polkit_answer_decides(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, *, interactive: bool, authorized: bool, challenge: bool
 ) -> None:
     async with world(bus, monkeypatch) as here:
@@ -123,7 +117,7 @@ async def test_what_polkit_says_is_what_happens(
         (False, False, "You are not allowed to do this"),
     ],
 )
-async def test_who_was_asked_in_vain_is_told_why(
+async def test_polkit_refusal_says_why(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, *, challenge: bool, dismissed: bool, words: str
 ) -> None:
     async with world(bus, monkeypatch) as here:
@@ -139,7 +133,7 @@ async def test_who_was_asked_in_vain_is_told_why(
         (f"{ERROR}NoReply", "polkitd fell over"),
     ],
 )
-async def test_a_polkit_that_fails_is_a_no_with_the_reason_in_the_journal(
+async def test_polkit_error_denies_with_the_reason_in_the_journal(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, error: tuple[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with world(bus, monkeypatch) as here:
@@ -149,14 +143,14 @@ async def test_a_polkit_that_fails_is_a_no_with_the_reason_in_the_journal(
     assert error[1] in caplog.text
 
 
-async def test_a_machine_without_polkit_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_polkit_missing_denies(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(polkit, "_AUTHORITY", Peer("org.example.Absent", "/a", "org.example.Absent"))
     async with world(bus, monkeypatch) as here:
         with pytest.raises(AccessDenied, match="so only root may"):
             await here.check(interactive=True)
 
 
-async def test_a_caller_who_has_left_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_polkit_denies_a_caller_that_left_the_bus(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     async with world(bus, monkeypatch) as here:
         here.uids.clear()
         with pytest.raises(AccessDenied, match="left the bus"):
@@ -164,7 +158,7 @@ async def test_a_caller_who_has_left_is_a_no(bus: BusDaemon, monkeypatch: pytest
         assert here.polkit.asked == []
 
 
-async def test_a_polkit_that_dies_over_the_question_is_a_no(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_polkit_that_dies_before_it_answers_denies(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         polkit, "_AUTHORITY", Peer("org.example.Dying", polkit._AUTHORITY.path, polkit._AUTHORITY.interface)
     )
@@ -181,7 +175,7 @@ async def test_a_polkit_that_dies_over_the_question_is_a_no(bus: BusDaemon, monk
 
 
 @pytest.mark.parametrize("answer", [("", []), ("s", ["yes"]), ("b", [True]), ("(bb)", [[True, True]])])
-async def test_an_answer_that_is_not_polkits_allows_nothing(
+async def test_polkit_reply_of_wrong_types_denies(
     bus: BusDaemon, monkeypatch: pytest.MonkeyPatch, answer: tuple[str, list[Any]]
 ) -> None:
     async with world(bus, monkeypatch) as here:

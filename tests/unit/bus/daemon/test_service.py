@@ -11,9 +11,8 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import xml.etree.ElementTree as ET
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,7 @@ from nbdd.bus.wire.calls import DBUS
 from nbdd.bus.wire.interface import Interface
 from nbdd.bus.wire.names import BUS_NAME
 from nbdd.bus.wire.reader import MAX_BODY, Reader
-from nbdd.errors import Busy, InvalidConfig, NbddError
-from tests.fakes.asserts import run
+from nbdd.errors import Busy, InvalidConfig
 from tests.fakes.bus import (
     DEADLINE,
     ERROR,
@@ -44,7 +42,6 @@ from tests.fakes.bus import (
     RawCaller,
     caller,
     close,
-    private_bus,
 )
 
 # isort: split
@@ -125,18 +122,6 @@ class Test(ExportedInterface):
         return self.said
 
 
-@pytest.fixture
-def bus() -> Iterator[BusDaemon]:
-    with private_bus() as daemon:
-        yield daemon
-
-
-@pytest.fixture
-def address(bus: BusDaemon, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
-    return bus.address
-
-
 class Service:
     """A ServiceBus with a Test object at its root."""
 
@@ -190,7 +175,7 @@ async def fails(work: Any) -> tuple[str, str]:
 # Who calls: fault 1
 
 
-async def test_a_method_sees_its_caller_across_awaits_and_among_calls_at_once(address: str) -> None:
+async def test_method_sees_its_caller_across_awaits_and_concurrent_calls(address: str) -> None:
     async with both(address) as (service, one), caller(address) as other:
         service.root.meet = asyncio.Barrier(4)
         answers: Any = await asyncio.gather(
@@ -205,7 +190,7 @@ async def test_a_method_sees_its_caller_across_awaits_and_among_calls_at_once(ad
 # The object manager: fault 2
 
 
-async def test_objects_that_come_and_go_are_told_from_the_object_managers_path(address: str) -> None:
+async def test_objects_added_and_removed_are_signalled_from_the_root_path(address: str) -> None:
     async with both(address) as (service, client):
         await client.listen(service.name)
         service.bus.add_object(ITEM, Test())
@@ -225,7 +210,7 @@ async def test_objects_that_come_and_go_are_told_from_the_object_managers_path(a
         assert removed.body == [ITEM, [TEST]]
 
 
-async def test_more_signals_at_once_than_the_socket_takes_are_all_sent_and_the_bus_stays(address: str) -> None:
+async def test_signals_beyond_the_socket_buffer_are_all_sent(address: str) -> None:
     async with both(address) as (service, client):
         service.bus._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         await client.listen(service.name)
@@ -236,7 +221,7 @@ async def test_more_signals_at_once_than_the_socket_takes_are_all_sent_and_the_b
         assert service.bus.connected
 
 
-async def test_managed_objects_are_told_at_the_root_alone(address: str) -> None:
+async def test_managed_objects_are_listed_at_the_root_alone(address: str) -> None:
     async with both(address) as (service, client):
         service.bus.add_object(ITEM, Test())
         objects = await client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects")
@@ -249,7 +234,7 @@ async def test_managed_objects_are_told_at_the_root_alone(address: str) -> None:
         assert await client.ask(service.name, ROOT, OBJECT_MANAGER, "GetManagedObjects") == {}
 
 
-async def test_a_change_tells_the_properties_that_changed_and_no_others(address: str) -> None:
+async def test_properties_changed_has_the_changed_ones_alone(address: str) -> None:
     async with both(address) as (service, client):
         await client.listen(service.name)
         service.root.text = "new"
@@ -270,7 +255,7 @@ async def introspect(client: Caller, to: str, path: str) -> ET.Element:
     return ET.fromstring(await client.ask(to, path, INTROSPECTABLE, "Introspect"))
 
 
-async def test_children_are_whole_path_elements(address: str) -> None:
+async def test_introspection_children_are_whole_path_elements(address: str) -> None:
     async with both(address) as (service, client):
         for name in ("nbd1", "nbd10", "nbd"):
             service.bus.add_object(f"{ITEM}/{name}", Test())
@@ -306,21 +291,18 @@ async def test_introspection_is_the_xml_with_argument_names_and_annotations(addr
 # Errors: fault 4
 
 
-def test_an_error_of_ours_reaches_the_caller_by_name_and_text_and_no_journal(
+async def test_error_reaches_the_caller_by_name_and_text_and_not_the_journal(
     address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def main() -> None:
+    with caplog.at_level(logging.INFO):
         async with both(address) as (service, client):
             name, text = await fails(client.ask(service.name, ROOT, TEST, "Fail"))
             assert (name, text) == ("org.nbdd1.Error.Busy", "in use")
-
-    with caplog.at_level(logging.INFO):
-        run(main())
     assert not caplog.records
 
 
 @pytest.mark.parametrize("error", [ValueError("secret"), EOFError("secret"), OSError(5, "secret"), TimeoutError()])
-async def test_the_trace_of_an_internal_error_goes_to_the_journal_and_not_to_the_caller(
+async def test_internal_error_is_traced_in_the_journal_and_not_to_the_caller(
     address: str, error: Exception, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with both(address) as (service, client):
@@ -334,7 +316,7 @@ async def test_the_trace_of_an_internal_error_goes_to_the_journal_and_not_to_the
 
 
 @pytest.mark.parametrize("said", [[], [[{"a": 1}]], ["text"], [[], []], [None]])
-async def test_an_answer_that_is_not_of_the_promised_type_is_an_internal_error(
+async def test_reply_of_a_wrong_type_is_an_internal_error(
     address: str, said: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     async with both(address) as (service, client):
@@ -348,7 +330,7 @@ async def test_an_answer_that_is_not_of_the_promised_type_is_an_internal_error(
 # Every call is answered, once: fault 5
 
 
-async def test_calls_under_way_are_answered_when_the_service_ends(address: str) -> None:
+async def test_finish_answers_running_calls(address: str) -> None:
     async with serving() as service, caller(address) as client:
         service.root.meet = asyncio.Barrier(9)
         open_calls = [asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing"))) for _ in range(3)]
@@ -359,7 +341,7 @@ async def test_calls_under_way_are_answered_when_the_service_ends(address: str) 
         assert len(client.replies) == 3
 
 
-async def test_calls_that_started_a_service_which_can_not_serve_get_the_reason(address: str) -> None:
+async def test_finish_answers_early_calls_with_the_reason(address: str) -> None:
     async with serving(opened=False) as service, caller(address) as client:
         call = asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing")))
         await until(lambda: bool(service.bus._calls))
@@ -367,7 +349,7 @@ async def test_calls_that_started_a_service_which_can_not_serve_get_the_reason(a
         assert await call == (InvalidConfig.dbus_name, "a.yaml:1:2: it is bad.\nnbdd does not start with that.")
 
 
-async def test_a_call_that_came_in_the_last_moment_is_answered_too(address: str) -> None:
+async def test_finish_answers_a_call_of_the_last_moment(address: str) -> None:
     async with serving(opened=False) as service, caller(address) as client:
         call = asyncio.create_task(fails(client.ask(service.name, ROOT, TEST, "Nothing")))
         await until(lambda: bool(service.bus._calls))
@@ -377,7 +359,7 @@ async def test_a_call_that_came_in_the_last_moment_is_answered_too(address: str)
         assert service.root.came == 0
 
 
-async def test_no_call_is_answered_twice_when_the_end_meets_the_answer(address: str) -> None:
+async def test_finish_answers_no_call_twice(address: str) -> None:
     async with serving() as service, caller(address) as client:
         before = len(client.replies)
         calls = [asyncio.create_task(client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii")) for _ in range(20)]
@@ -390,7 +372,7 @@ async def test_no_call_is_answered_twice_when_the_end_meets_the_answer(address: 
         assert len(client.replies) - before == 21
 
 
-async def test_a_call_that_wants_no_reply_gets_none(address: str) -> None:
+async def test_call_without_reply_expected_gets_none(address: str) -> None:
     async with both(address) as (service, client):
         service.bus._on_message = noted = Noted(service.bus._on_message)
         for member in ("Nothing", "Fail", "Nonsense"):
@@ -403,7 +385,7 @@ async def test_a_call_that_wants_no_reply_gets_none(address: str) -> None:
         assert [message.error_name for message in noted.messages if message.error_name] == []
 
 
-async def test_calls_that_come_early_wait_until_the_service_is_open(address: str) -> None:
+async def test_calls_before_open_wait(address: str) -> None:
     async with both(address, opened=False) as (service, client):
         await client.listen(service.name)
         ping = asyncio.create_task(client.ask(service.name, ROOT, PEER, "Ping"))
@@ -424,7 +406,7 @@ async def test_calls_that_come_early_wait_until_the_service_is_open(address: str
 # Descriptors: fault 6
 
 
-async def test_a_descriptor_is_refused_by_the_bus_and_never_reaches_us(address: str) -> None:
+async def test_descriptors_are_refused_by_the_bus(address: str) -> None:
     async with serving() as service, caller(address, fds=True) as client:
         before = len(os.listdir("/proc/self/fd"))
         message = Message(
@@ -445,11 +427,11 @@ async def test_a_descriptor_is_refused_by_the_bus_and_never_reaches_us(address: 
 # Handlers are plain: faults 7 and 10
 
 
-async def test_a_handler_can_be_called_without_a_bus() -> None:
+async def test_handler_can_be_called_without_a_bus() -> None:
     assert await Test().methods["Add"](Asker(":1.1", interactive=False), [1, 2]) == [3]
 
 
-async def test_nothing_and_tuples_can_be_returned(address: str) -> None:
+async def test_handler_may_return_nothing_or_tuples(address: str) -> None:
     async with both(address) as (service, client):
         assert await client.ask(service.name, ROOT, TEST, "Nothing") is None
         service.root.said = [("one", "two")]
@@ -457,12 +439,12 @@ async def test_nothing_and_tuples_can_be_returned(address: str) -> None:
         assert await client.get(service.name, ROOT, TEST, "Pair") == ["a", "b"]
 
 
-def test_methods_that_differ_from_the_xml_are_found_at_once() -> None:
+def test_exported_interface_with_methods_unlike_the_xml_is_refused() -> None:
     with pytest.raises(TypeError, match=r"org\.example\.Test"):
         ExportedInterface(Interface.parse(XML), {})
 
 
-def test_a_document_without_an_interface_is_refused() -> None:
+def test_interface_parse_refuses_a_document_without_an_interface() -> None:
     with pytest.raises(ValueError, match="no interface"):
         Interface.parse("<node/>")
 
@@ -470,7 +452,7 @@ def test_a_document_without_an_interface_is_refused() -> None:
 # The bus goes away: fault 8
 
 
-async def test_the_loss_of_the_bus_is_told_and_ends_open_calls_quietly(
+async def test_bus_loss_is_reported_and_ends_open_calls_quietly(
     address: str, bus: BusDaemon, caplog: pytest.LogCaptureFixture
 ) -> None:
     connection = BusConnection()
@@ -505,7 +487,7 @@ async def test_the_loss_of_the_bus_is_told_and_ends_open_calls_quietly(
 
 
 @pytest.mark.usefixtures("address")
-async def test_the_end_does_not_wait_for_a_bus_that_is_gone(bus: BusDaemon) -> None:
+async def test_finish_does_not_wait_for_a_lost_bus(bus: BusDaemon) -> None:
     connection = BusConnection()
     await connection.claim()
     bus.kill()
@@ -518,7 +500,7 @@ async def test_the_end_does_not_wait_for_a_bus_that_is_gone(bus: BusDaemon) -> N
 # Python 3.15: fault 11
 
 
-def test_the_library_can_be_imported_where_python_has_dropped_what_it_imports() -> None:
+def test_library_imports_without_no_type_check_decorator() -> None:
     code = (
         "import typing; vars(typing).pop('no_type_check_decorator', None); import nbdd.bus.daemon.service; "
         "from dbus_next.service import ServiceInterface"
@@ -559,7 +541,7 @@ def test_the_library_can_be_imported_where_python_has_dropped_what_it_imports() 
         (ROOT, PROPERTIES, "Set", "sss", [TEST, "Text", "x"], "InvalidArgs", "'ssv'"),
     ],
 )
-async def test_a_call_of_what_is_not_there_ends_with_the_standard_error_that_says_so(
+async def test_call_of_something_unknown_gets_the_standard_error(
     address: str, *, path: str, interface: str | None, member: str, types: str, body: list[Any], error: str, names: str
 ) -> None:
     async with both(address) as (service, client):
@@ -570,13 +552,13 @@ async def test_a_call_of_what_is_not_there_ends_with_the_standard_error_that_say
         assert await client.get(service.name, ROOT, TEST, "Text") == "hello"
 
 
-async def test_a_call_without_an_interface_finds_its_method(address: str) -> None:
+async def test_call_without_an_interface_finds_its_method(address: str) -> None:
     async with both(address) as (service, client):
         assert await client.ask(service.name, ROOT, None, "Add", 1, 2, types="ii") == 3
         assert await client.ask(service.name, ROOT, None, "Ping") is None
 
 
-async def test_properties_are_read_one_by_one_and_all_at_once(address: str) -> None:
+async def test_properties_can_be_read_one_by_one_and_all_at_once(address: str) -> None:
     async with both(address) as (service, client):
         wanted = {"Text": "hello", "Pair": ["a", "b"], "Size": 1 << 63}
         for interface in (TEST, ""):
@@ -587,7 +569,7 @@ async def test_properties_are_read_one_by_one_and_all_at_once(address: str) -> N
         assert await client.ask(service.name, ROOT, PROPERTIES, "GetAll", PEER, types="s") == {}
 
 
-async def test_every_service_pings_and_knows_its_machine(address: str) -> None:
+async def test_peer_interface_pings_and_knows_the_machine_id(address: str) -> None:
     known = machine_id()
     async with both(address) as (service, client):
         for path in ("/", "/org", ROOT):
@@ -599,7 +581,7 @@ async def test_every_service_pings_and_knows_its_machine(address: str) -> None:
 # What servers say
 
 
-async def test_strings_that_dbus_forbids_are_mended_in_answers_values_errors_and_signals(address: str) -> None:
+async def test_strings_that_dbus_forbids_are_cleaned_in_replies_values_errors_and_signals(address: str) -> None:
     async with both(address) as (service, client):
         await client.listen(service.name)
         service.root.text = HOSTILE
@@ -615,7 +597,7 @@ async def test_strings_that_dbus_forbids_are_mended_in_answers_values_errors_and
         assert (await client.signals.get()).body[1][TEST]["Text"] == Variant("s", CLEANED)
 
 
-def test_what_is_no_string_is_left_as_it_is() -> None:
+def test_clean_leaves_all_but_strings_alone() -> None:
     value = [1, True, 1.5, b"\0", None, {"a": (2, 3)}]
     assert clean(value) == [1, True, 1.5, b"\0", None, {"a": [2, 3]}]
 
@@ -623,7 +605,7 @@ def test_what_is_no_string_is_left_as_it_is() -> None:
 # What strangers send: faults of dbus-next that facts never listed, found by sending it
 
 
-async def test_a_call_with_too_much_in_it_is_refused_unread(address: str) -> None:
+async def test_call_over_the_size_limit_is_refused_unread(address: str) -> None:
     async with both(address) as (service, client):
         service.bus._on_message = note = Noted(service.bus._on_message)
         values = [[Variant("y", 1)] * (2 * MAX_BODY)]
@@ -652,7 +634,7 @@ class Noted:
         self._to(message)
 
 
-async def test_messages_that_nobody_asked_for_are_ignored(address: str) -> None:
+async def test_unexpected_messages_are_ignored(address: str) -> None:
     async with both(address) as (service, client):
         to: dict[str, Any] = {"destination": service.name, "path": ROOT, "interface": TEST, "member": "Add"}
         for message in (
@@ -664,7 +646,7 @@ async def test_messages_that_nobody_asked_for_are_ignored(address: str) -> None:
         assert await client.ask(service.name, ROOT, TEST, "Add", 1, 2, types="ii") == 3
 
 
-async def test_a_call_in_the_other_byte_order_is_answered(address: str) -> None:
+async def test_call_in_big_endian_is_answered(address: str) -> None:
     """A machine has one, but a caller need not use it."""
 
     def field(code: int, kind: str, text: str) -> bytes:
@@ -682,7 +664,7 @@ async def test_a_call_in_the_other_byte_order_is_answered(address: str) -> None:
         assert await client.ask(service.name, ROOT, PEER, "Ping") is None
 
 
-async def test_a_flood_of_calls_leaves_turns_for_everything_else(address: str) -> None:
+async def test_call_flood_leaves_turns_of_the_loop(address: str) -> None:
     """Else the watchdog would find the loop standing still, and systemd end nbdd."""
 
     count = 1000
@@ -705,7 +687,7 @@ async def test_a_flood_of_calls_leaves_turns_for_everything_else(address: str) -
 
 
 @pytest.mark.parametrize("long_replies", [False, True])
-def test_what_is_long_is_let_through_only_where_it_was_asked_for(long_replies: bool) -> None:
+def test_reader_passes_long_messages_only_as_replies(long_replies: bool) -> None:
     text = "x" * (MAX_BODY + 1)
     call: Any = Message(path="/", interface="a.b", member="Call", serial=1, signature="s", body=[text])
     call.sender = ":1.1"
@@ -730,7 +712,7 @@ def test_what_is_long_is_let_through_only_where_it_was_asked_for(long_replies: b
     assert got == [("Call", None, 0), (None, 1, 1 if long_replies else 0)]
 
 
-def test_a_message_that_cannot_be_read_is_skipped_and_the_next_one_read() -> None:
+def test_reader_skips_a_message_that_cannot_be_read() -> None:
     good: Any = Message(path="/", member="Good", serial=7)
     bad = bytearray(good._marshall())
     bad[1] = 5  # a type that the specification has not, and wants ignored
@@ -752,72 +734,3 @@ def test_a_message_that_cannot_be_read_is_skipped_and_the_next_one_read() -> Non
         theirs.close()
         with pytest.raises(EOFError):
             reader.next()
-
-
-# The way onto the bus
-
-
-@pytest.mark.usefixtures("address")
-async def test_a_second_nbdd_is_told_that_it_is_the_second() -> None:
-    first, second = BusConnection(), BusConnection()
-    await first.claim()
-    with pytest.raises(NbddError, match=r"^Another nbdd is running: .*\.$"):
-        await second.claim()
-    await second.close()
-    third = BusConnection()
-    await first.close()
-    await first.lost()
-    await third.claim()
-    for connection in (first, second, third):
-        await close(connection._bus)
-
-
-def test_a_bus_that_keeps_the_name_from_us_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with private_bus(f'<deny own="{BUS_NAME}"/>') as bus:
-        monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", bus.address)
-
-        async def main() -> None:
-            connection = BusConnection()
-            with pytest.raises(
-                NbddError, match=r"The bus name org\.nbdd1 can't be owned: .*as root, with its bus policy"
-            ):
-                await connection.claim()
-            await close(connection._bus)
-
-        run(main())
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # dbus-next forgets the socket
-@pytest.mark.parametrize("where", ["unix:path=/nonexistent/bus", "nonsense", "unix:what=1", ""])
-async def test_a_machine_without_a_bus_is_told_so(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", where)
-    with pytest.raises(NbddError, match=r"^The system bus can't be reached: .*dbus\.service\.$"):
-        BusConnection()
-
-
-@pytest.mark.parametrize("says", [b"", b"REJECTED EXTERNAL\r\n", b"OK 1234", b"OK 1234deadbeef\r\n"])
-def test_a_bus_that_hangs_up_during_the_login_is_an_error_and_not_the_end_of_the_loop(
-    says: bytes, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path_factory.mktemp("b") / "s"
-    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", f"unix:path={path}")
-
-    def serve(listener: socket.socket) -> None:
-        conn, _ = listener.accept()
-        with conn:
-            conn.recv(100)
-            conn.sendall(says)
-
-    async def main() -> None:
-        connection = BusConnection()
-        with pytest.raises(NbddError, match=r"^The system bus does not let us in: .+\.$"):
-            await connection.claim()
-        await close(connection._bus)
-
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        server = threading.Thread(target=serve, args=(listener,))
-        server.start()
-        run(main())
-        server.join(DEADLINE)

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from nbdd.bus.daemon import systemd1
 from nbdd.bus.daemon.systemd1 import is_going_down, job_type, shutdown
-from tests.fakes.bus import PROPERTIES, BusDaemon, Caller, caller, private_bus
+from tests.fakes.bus import PROPERTIES, BusDaemon, Caller, caller
 
 # isort: split
 from dbus_next.constants import MessageType
@@ -25,12 +24,6 @@ from dbus_next.signature import Variant
 UNIT = "/org/freedesktop/systemd1/unit/nbdd_2eservice"
 JOB = "/org/freedesktop/systemd1/job/77"
 SYSTEMD = "org.freedesktop.systemd1"
-
-
-@pytest.fixture
-def bus() -> Iterator[BusDaemon]:
-    with private_bus() as daemon:
-        yield daemon
 
 
 async def fake_systemd(on: Caller, job: str, *, silent: bool = False) -> None:
