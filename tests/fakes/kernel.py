@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A kernel for real workers and their errands: it lives in the test, and they call it over a socket.
+"""A kernel for real workers and their children: it lives in the test, and they call it over a socket.
 
 As a program, ``python -m tests.fakes.kernel FD``, this is nbdd's own fork server with that kernel under it.
 """
@@ -58,7 +58,7 @@ class FakeKernel:
         """Forget everything, as after a boot."""
         self.bound: dict[str, Message] = {}
         """Name to what its node says."""
-        self.links: dict[str, list[socket.socket]] = defaultdict(list)
+        self.connections: dict[str, list[socket.socket]] = defaultdict(list)
         """The kernel's own hold of the sockets."""
         self.asked: list[tuple[str, Any]] = []
         self.askers: dict[str, int] = {}
@@ -86,7 +86,7 @@ class FakeKernel:
         for thread in self._threads:
             thread.join(SECONDS)
         self._threads.clear()
-        for sock in (*self.reports, *(sock for links in self.links.values() for sock in links)):
+        for sock in (*self.reports, *(sock for connections in self.connections.values() for sock in connections)):
             sock.close()
         self.reset()
 
@@ -99,7 +99,7 @@ class FakeKernel:
         assert enough, what
 
     def report(self, index: int) -> None:
-        """Tell all who listen that a link of this device died."""
+        """Report to all listeners that a connection of this device died."""
         for sock in list(self.reports):
             with suppress(OSError):  # nobody listens there any more
                 sock.send(bytes([index]))
@@ -109,8 +109,8 @@ class FakeKernel:
         return len([sock for sock in self.reports if not hung_up(sock)])
 
     def live(self, name: str) -> int:
-        """How many links of the device live."""
-        return len([sock for sock in self.links[name] if not hung_up(sock)])
+        """How many connections of the device live."""
+        return len([sock for sock in self.connections[name] if not hung_up(sock)])
 
     # For the workers
 
@@ -181,7 +181,7 @@ class FakeKernel:
 
     def _bind(self, question: Message, sockets: list[socket.socket]) -> Any:
         asked = question["detail"]
-        self.links[question["name"]] = sockets
+        self.connections[question["name"]] = sockets
         self.bound[question["name"]] = node = {
             "index": asked["index"] or 0,
             "path": f"/dev/nbd{asked['index'] or 0}",
@@ -203,11 +203,11 @@ class FakeKernel:
         return node
 
     def _replace(self, question: Message, sockets: list[socket.socket]) -> Any:
-        links = self.links[question["name"]]
-        for number, link in enumerate(links):
-            if sockets and hung_up(link):
-                link.close()
-                links[number] = sockets.pop(0)
+        connections = self.connections[question["name"]]
+        for number, connection in enumerate(connections):
+            if sockets and hung_up(connection):
+                connection.close()
+                connections[number] = sockets.pop(0)
         for sock in sockets:
             sock.close()  # The kernel throws away what it needs not.
 
@@ -226,7 +226,7 @@ class FakeKernel:
     def _disconnect(self, question: Message, _sockets: list[socket.socket]) -> Any:
         if self.bound.pop(question["name"], None) is None:
             raise NotAttached("gone")
-        for sock in self.links.pop(question["name"], []):
+        for sock in self.connections.pop(question["name"], []):
             sock.shutdown(socket.SHUT_RDWR)
             sock.close()
         return ["blkid (5)"] if question["detail"]["force"] else []
@@ -240,7 +240,7 @@ def node(index: int, size: int, block_size: int, *, read_only: bool = False) -> 
     }  # fmt: skip
 
 
-# On the other side: what workers and errands have instead of nbdd.kernel.
+# On the other side: what workers and children have instead of nbdd.kernel.
 
 
 def ask(what: str, fds: Sequence[int] = (), **question: Any) -> Any:
@@ -256,18 +256,30 @@ def ask(what: str, fds: Sequence[int] = (), **question: Any) -> Any:
     return answer["answer"]
 
 
-def shown(told: Message) -> SimpleNamespace:
-    """A node as `nbdd.kernel.Node` shows it."""
-    return SimpleNamespace(**told, statistics=lambda: told["counted"])
+def shown(said: Message) -> SimpleNamespace:
+    """What `nbdd.kernel.sysfs.Node` says of a device."""
+    return SimpleNamespace(**said, statistics=lambda: said["counted"])
 
 
-def find(name: str) -> list[SimpleNamespace]:
-    return [shown(told) for told in ask("find", name=name)]
+def find(backend: str) -> list[SimpleNamespace]:
+    return [shown(said) for said in ask("find", name=backend)]
+
+
+class FakeNode:
+    """`nbdd.kernel.sysfs.Node`, as far as it is made of an index."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def statistics(self) -> dict[str, int]:
+        return cast(dict[str, int], ask("statistics", index=self._index))
 
 
 class FakeUsage:
-    def users(self, _node: object) -> list[str]:
-        return cast(list[str], ask("users"))
+    """`nbdd.kernel.usage.Usage`."""
+
+    def users(self, node: Any) -> list[str]:
+        return cast(list[str], ask("users", index=node.index))
 
 
 class FakeReports:
@@ -370,6 +382,10 @@ MODULES = (
 """Where workers and their children have names and constants that are replaced here."""
 
 
+FAKES: dict[str, Any] = {"KernelDevice": FakeKernelDevice, "find": find, "Usage": FakeUsage, "Node": FakeNode}
+"""By the names that they replace in those modules."""
+
+
 def main() -> None:
     work = nbdd.worker.worker.main
 
@@ -378,9 +394,10 @@ def main() -> None:
         failures, first = settings.pop("forks", 0), settings.pop("forks_after", 0)
         FakeKernelDevice.stuck = settings.pop("stuck", False)
         for key, value in settings.items():
-            for module in MODULES:
-                if hasattr(module, key):
-                    setattr(module, key, value)
+            owners = [module for module in MODULES if hasattr(module, key)]
+            assert owners, key
+            for module in owners:
+                setattr(module, key, value)
         fork = os.fork
 
         def failing() -> int:
@@ -394,14 +411,8 @@ def main() -> None:
         os.fork = failing
         return work(channel, name)
 
-    fakes = {
-        "KernelDevice": FakeKernelDevice,
-        "find": find,
-        "Usage": FakeUsage,
-        "Node": lambda index: SimpleNamespace(statistics=lambda: ask("statistics", index=index)),
-    }
     for module in MODULES:
-        for name, fake in fakes.items():
+        for name, fake in FAKES.items():
             if hasattr(module, name):
                 setattr(module, name, fake)
     for module, name, value in (

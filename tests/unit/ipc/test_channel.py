@@ -28,7 +28,7 @@ def pair() -> Iterator[Pair]:
     theirs.close()
 
 
-def test_messages_come_whole_and_in_order_however_they_are_cut(pair: Pair) -> None:
+def test_channel_delivers_messages_whole_and_in_order_however_cut(pair: Pair) -> None:
     channel, peer = pair
     wire = b'{"a":1}\n{"b":"\\u00e4"}\n{}\n'
     got: list[Message] = []
@@ -40,7 +40,7 @@ def test_messages_come_whole_and_in_order_however_they_are_cut(pair: Pair) -> No
     assert got == [{"a": 1}, {"b": "ä"}, {}]
 
 
-def test_several_messages_of_one_read_come_one_by_one(pair: Pair) -> None:
+def test_channel_delivers_messages_of_one_read_one_by_one(pair: Pair) -> None:
     channel, peer = pair
     peer.send(b'{"a":1}\n{"b":2}\n{"c"')
     assert channel.wait() == ({"a": 1}, [])
@@ -50,7 +50,7 @@ def test_several_messages_of_one_read_come_one_by_one(pair: Pair) -> None:
     assert channel.wait() == ({"c": 3}, [])
 
 
-def test_a_message_larger_than_every_buffer_arrives(pair: Pair) -> None:
+def test_channel_delivers_message_larger_than_every_buffer(pair: Pair) -> None:
     channel, peer = pair
     other = Channel(peer)
     message = {"exports": ["x" * 100] * 50_000}
@@ -60,7 +60,7 @@ def test_a_message_larger_than_every_buffer_arrives(pair: Pair) -> None:
     writer.join(30)
 
 
-def test_descriptors_go_with_the_message_that_brought_them(pair: Pair) -> None:
+def test_channel_delivers_descriptors_with_their_message(pair: Pair) -> None:
     channel, peer = pair
     other = Channel(peer)
     read_one, write_one = os.pipe()
@@ -80,7 +80,7 @@ def test_descriptors_go_with_the_message_that_brought_them(pair: Pair) -> None:
         os.close(fd)
 
 
-def test_descriptors_that_arrive_are_not_for_children(pair: Pair) -> None:
+def test_channel_descriptors_are_not_inherited(pair: Pair) -> None:
     channel, peer = pair
     Channel(peer).send({}, [0])
     found = channel.wait()
@@ -89,7 +89,7 @@ def test_descriptors_that_arrive_are_not_for_children(pair: Pair) -> None:
     os.close(found[1][0])
 
 
-def test_closing_closes_the_descriptors_that_nobody_took() -> None:
+def test_channel_close_closes_descriptors_not_taken() -> None:
     before = open_fds()
     ours, theirs = Channel.pair()
     channel = Channel(ours)
@@ -101,7 +101,7 @@ def test_closing_closes_the_descriptors_that_nobody_took() -> None:
     assert open_fds() == before
 
 
-def test_the_end_of_the_stream_is_no_error(pair: Pair) -> None:
+def test_channel_end_of_stream_is_no_error(pair: Pair) -> None:
     channel, peer = pair
     peer.send(b'{"last":1}\n')
     peer.close()
@@ -109,7 +109,7 @@ def test_the_end_of_the_stream_is_no_error(pair: Pair) -> None:
     assert channel.wait() is None
 
 
-def test_a_peer_that_goes_with_unread_messages_is_the_end_too(pair: Pair) -> None:
+def test_channel_peer_gone_with_unread_messages_is_end_of_stream(pair: Pair) -> None:
     channel, peer = pair
     channel.send({"unread": 1})
     peer.close()
@@ -133,7 +133,7 @@ def test_a_peer_that_goes_with_unread_messages_is_the_end_too(pair: Pair) -> Non
         (b'{"fds":99999999999}\n', "descriptors are missing"),
     ],
 )
-def test_what_is_no_message_breaks_the_channel(pair: Pair, line: bytes, why: str) -> None:
+def test_channel_refuses_what_is_no_message(pair: Pair, line: bytes, why: str) -> None:
     channel, peer = pair
     writer = threading.Thread(target=peer.sendall, args=(line,))
     writer.start()
@@ -142,7 +142,7 @@ def test_what_is_no_message_breaks_the_channel(pair: Pair, line: bytes, why: str
     writer.join(30)
 
 
-def test_a_line_without_end_breaks_the_channel_in_good_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channel_refuses_line_without_end_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbdd.ipc.channel, "MAX_LINE", 8 << 20)
     channel, peer = pair
 
@@ -162,7 +162,7 @@ def test_a_line_without_end_breaks_the_channel_in_good_time(pair: Pair, monkeypa
     assert not writer.is_alive()
 
 
-def test_descriptors_that_no_message_speaks_of_break_the_channel(pair: Pair) -> None:
+def test_channel_refuses_descriptors_not_announced(pair: Pair) -> None:
     channel, peer = pair
     before = open_fds()
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 50))]
@@ -178,7 +178,7 @@ def test_descriptors_that_no_message_speaks_of_break_the_channel(pair: Pair) -> 
     assert open_fds() == before - 1
 
 
-def test_a_non_blocking_channel_says_when_nothing_is_there_and_when_there_is_no_room(pair: Pair) -> None:
+def test_channel_non_blocking_raises_if_empty_or_full(pair: Pair) -> None:
     channel, _peer = pair
     channel.setblocking(False)
     with pytest.raises(BlockingIOError):

@@ -27,7 +27,7 @@ def pipe() -> Iterator[tuple[int, int]]:
             continue
 
 
-def test_who_watches_is_called_with_what_happened(pipe: tuple[int, int]) -> None:
+def test_poller_calls_callback_with_events(pipe: tuple[int, int]) -> None:
     poller, told = Poller(), list[int]()
     poller.register(pipe[0], select.POLLIN, told.append)
     poller.run_once(0)
@@ -38,7 +38,7 @@ def test_who_watches_is_called_with_what_happened(pipe: tuple[int, int]) -> None
     assert told == [select.POLLIN, select.POLLIN | select.POLLHUP]
 
 
-def test_a_turn_ends_when_its_time_is_over(pipe: tuple[int, int]) -> None:
+def test_poller_run_once_ends_after_its_time(pipe: tuple[int, int]) -> None:
     poller = Poller()
     poller.register(pipe[0], select.POLLIN, print)
     start = time.monotonic()
@@ -47,7 +47,7 @@ def test_a_turn_ends_when_its_time_is_over(pipe: tuple[int, int]) -> None:
     assert time.monotonic() - start < LONG
 
 
-def test_it_knows_what_is_watched(pipe: tuple[int, int]) -> None:
+def test_poller_knows_its_descriptors(pipe: tuple[int, int]) -> None:
     poller = Poller()
     poller.register(pipe[0], select.POLLIN, print)
     assert (list(poller), len(poller)) == ([pipe[0]], 1)
@@ -55,7 +55,7 @@ def test_it_knows_what_is_watched(pipe: tuple[int, int]) -> None:
     assert list(poller) == []
 
 
-def test_news_of_a_descriptor_that_is_another_by_now_are_told_to_nobody() -> None:
+def test_poller_drops_events_of_reused_descriptor() -> None:
     poller, told = Poller(), list[str]()
     pipes = [os.pipe(), os.pipe()]
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Connections and the kernel's own idea of them, where the two differ: how many live is told rightly in the end.
+"""Connections, if the worker and the kernel do not agree about them: the number reported is right in the end.
 
-The fake kernel here keeps its slots as drivers/block/nbd.c does: one is free for a new link only once the kernel itself
-has seen the old one die, which it reports, and what finds no free slot is dropped without a word.
+The fake kernel here keeps its slots as drivers/block/nbd.c does: one is free for a new connection only once the kernel
+itself has seen the old one die, which it reports, and what finds no free slot is dropped without an error.
 """
 
 from __future__ import annotations
@@ -29,11 +29,22 @@ from nbdd.worker.binding import Binding
 from nbdd.worker.request import Request
 from tests.fakes.kernel import SECONDS, FakeKernel
 from tests.fakes.servers import MIB, Server, offers
-from tests.unit.worker.test_worker import MULTI, NAME, SILENT, Boss, Nursery, cut, hiring, in_turn, until, wire
+from tests.fakes.worker_process import (
+    MULTI,
+    NAME,
+    SILENT,
+    ForkServerProcess,
+    WorkerDriver,
+    cut,
+    in_turn,
+    until,
+    wire,
+    workers,
+)
 
 
 class SlotKernel(FakeKernel):
-    """`lag` is how many seconds after a link's death it sees that."""
+    """`lag` is how many seconds after a connection's death it sees that."""
 
     def reset(self) -> None:
         super().reset()
@@ -46,8 +57,8 @@ class SlotKernel(FakeKernel):
         super().clean()
 
     def living(self) -> int:
-        """How many slots have a link that lives, as far as it has seen."""
-        return len([sock for sock in self.links[NAME] if sock not in self.dead])
+        """How many slots have a connection that lives, as far as it has seen."""
+        return len([sock for sock in self.connections[NAME] if sock not in self.dead])
 
     def _bind(self, question: Message, sockets: list[socket.socket]) -> Any:
         node = super()._bind(question, sockets)
@@ -56,17 +67,17 @@ class SlotKernel(FakeKernel):
         return node
 
     def _replace(self, question: Message, sockets: list[socket.socket]) -> Any:
-        links = self.links[question["name"]]
-        for number, link in enumerate(links):
-            if sockets and link in self.dead:
-                link.close()
-                links[number] = sockets.pop(0)
-                self._receive(links[number])
+        connections = self.connections[question["name"]]
+        for number, connection in enumerate(connections):
+            if sockets and connection in self.dead:
+                connection.close()
+                connections[number] = sockets.pop(0)
+                self._receive(connections[number])
         for sock in sockets:
             sock.close()
 
     def _receive(self, sock: socket.socket) -> None:
-        """recv_work: until the link ends."""
+        """recv_work: until the connection ends."""
 
         def work() -> None:
             poll = select.poll()
@@ -95,50 +106,50 @@ def kernel() -> Iterator[SlotKernel]:
 
 
 @pytest.fixture
-def hire(kernel: SlotKernel) -> Iterator[Callable[[], Boss]]:
-    nursery = Nursery(kernel)
-    with hiring(kernel, nursery) as make:
+def start_worker(kernel: SlotKernel) -> Iterator[Callable[[], WorkerDriver]]:
+    fork_server = ForkServerProcess(kernel)
+    with workers(kernel, fork_server) as make:
         yield make
-    nursery.close()
+    fork_server.close()
 
 
-def settled(boss: Boss, kernel: SlotKernel, live: int) -> Message:
-    """Wait until so many links are told and there, and nothing more is being done; returns what was told last."""
-    told: Message = {"live": None}
+def settled(worker: WorkerDriver, kernel: SlotKernel, live: int) -> Message:
+    """Wait until so many connections are reported and there, and no child is left; returns the last report."""
+    report: Message = {"live": None}
     end = time.monotonic() + SECONDS
-    while told["live"] != live or kernel.living() != live or boss.errands():
-        assert time.monotonic() < end, (told, kernel.living())
-        boss.sock.settimeout(0.2)
+    while report["live"] != live or kernel.living() != live or worker.children():
+        assert time.monotonic() < end, (report, kernel.living())
+        worker.sock.settimeout(0.2)
         with suppress(TimeoutError):
-            message, _ = boss.event()
-            told = message if message["event"] == "links" else told
-    boss.sock.settimeout(SECONDS)
-    return told
+            message, _ = worker.event()
+            report = message if message["event"] == "links" else report
+    worker.sock.settimeout(SECONDS)
+    return report
 
 
-def known(notes: Message, told: Message) -> Message:
-    """The manager's notes, with what the worker told last."""
-    return {**notes, **{key: told[key] for key in ("live", "reconnects", "uri", "lost", "size", "export")}}
+def known(binding: Message, report: Message) -> Message:
+    """The manager's copy of the binding, with the last report."""
+    return {**binding, **{key: report[key] for key in ("live", "reconnects", "uri", "lost", "size", "export")}}
 
 
 @pytest.mark.parametrize("lag", [0.0, 0.05, 0.2])
-def test_a_death_that_the_kernel_sees_later_than_the_worker_costs_one_more_attempt(
-    hire: Callable[[], Boss], kernel: SlotKernel, lag: float
+def test_death_seen_late_by_kernel_costs_one_more_attempt(
+    start_worker: Callable[[], WorkerDriver], kernel: SlotKernel, lag: float
 ) -> None:
-    boss = hire()
+    worker = start_worker()
     kernel.lag = lag
     with Server(offers({b"": MIB})) as server:
-        boss.order("attach", definition=wire(server), resume=False)
+        worker.order("attach", definition=wire(server), resume=False)
         cut(server)
-        settled(boss, kernel, 1)
+        settled(worker, kernel, 1)
         cut(server)
-        assert boss.event_with(live=0), "the one that the kernel has is the one that is watched"
-        settled(boss, kernel, 1)
+        assert worker.event_with(live=0), "the one that the kernel has is the one that is watched"
+        settled(worker, kernel, 1)
 
 
 @pytest.mark.parametrize("slow", [0.0, 1.6])
-def test_a_refuser_that_a_successor_gave_is_no_link_that_dies(
-    hire: Callable[[], Boss], kernel: SlotKernel, slow: float
+def test_error_server_of_successor_is_not_counted_as_connection(
+    start_worker: Callable[[], WorkerDriver], kernel: SlotKernel, slow: float
 ) -> None:
     good, away = offers({b"": MIB}), threading.Event()
 
@@ -149,116 +160,118 @@ def test_a_refuser_that_a_successor_gave_is_no_link_that_dies(
         time.sleep(slow)
         good(conn)
 
-    first = hire()
+    first = start_worker()
     with Server(serve) as server:
         definition = wire(server, dead_timeout=2)
-        notes = first.order("attach", definition=definition, resume=False)
+        binding = first.order("attach", definition=definition, resume=False)
         away.set()
         cut(server)
         assert first.event_with(failing=True)
-        first.dismiss()
-        boss = hire()
-        boss.order("adopt", definition=definition, binding={**notes, "live": 0, "lost": time.monotonic() - 100})
-        assert boss.event_with(failing=True)
+        first.disconnect()
+        worker = start_worker()
+        worker.order("adopt", definition=definition, binding={**binding, "live": 0, "lost": time.monotonic() - 100})
+        assert worker.event_with(failing=True)
         away.clear()
-        assert settled(boss, kernel, 1)["lost"] == 0
+        assert settled(worker, kernel, 1)["lost"] == 0
 
 
-def test_a_refuser_that_the_kernel_drops_shows_that_it_has_its_links(
-    hire: Callable[[], Boss], kernel: SlotKernel
+def test_error_server_dropped_by_kernel_shows_that_it_has_connections(
+    start_worker: Callable[[], WorkerDriver], kernel: SlotKernel
 ) -> None:
-    boss = hire()
-    # A server for one client at a time, as qemu-nbd is by default: the successor gets no link to offer.
+    worker = start_worker()
+    # A server for one client at a time, as qemu-nbd is by default: the successor gets no connection to offer.
     with Server(in_turn(offers({b"": MIB}), offers({b"": MIB}), SILENT)) as server:
         definition = wire(server, dead_timeout=2)
-        notes = boss.order("attach", definition=definition, resume=False)
+        binding = worker.order("attach", definition=definition, resume=False)
         held = kernel.after["replace"] = threading.Event()
         cut(server)
-        told = boss.event_with(live=0)
+        report = worker.event_with(live=0)
         kernel.wait_for("replace")
-        os.kill(boss.pid, signal.SIGKILL)
-        boss.ended()
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.ended()
         held.set()
         del kernel.after["replace"]
-        successor = hire()
-        successor.order("adopt", definition=definition, binding=known(notes, told))
-        told = successor.event_with(live=1)
-        assert (told["lost"], told["failing"], kernel.living()) == (0, False, 1)
+        successor = start_worker()
+        successor.order("adopt", definition=definition, binding=known(binding, report))
+        report = successor.event_with(live=1)
+        assert (report["lost"], report["failing"], kernel.living()) == (0, False, 1)
 
 
-def test_a_link_of_an_offer_that_is_given_up_is_not_counted_as_another(
-    hire: Callable[[], Boss], kernel: SlotKernel
+def test_handover_cancelled_is_not_counted_as_connection(
+    start_worker: Callable[[], WorkerDriver], kernel: SlotKernel
 ) -> None:
-    first = hire()
+    first = start_worker()
     with Server(offers({b"": MIB}, MULTI)) as server:
         definition = wire(server, connections=2)
-        notes = first.order("attach", definition=definition, resume=False)
-        first.dismiss()
-        boss = hire()
-        boss.order("adopt", definition=definition, binding=notes)
+        binding = first.order("attach", definition=definition, resume=False)
+        first.disconnect()
+        worker = start_worker()
+        worker.order("adopt", definition=definition, binding=binding)
         kernel.wait_for("replace")
-        until(lambda: not boss.errands())
+        until(lambda: not worker.children())
         held = kernel.after["replace"] = threading.Event()
         kernel.refusals["disconnect"] = Busy("in use")
-        kernel.links[NAME][0].shutdown(socket.SHUT_RDWR)
+        kernel.connections[NAME][0].shutdown(socket.SHUT_RDWR)
         kernel.wait_for("replace", 2)
-        number = boss.send("detach", binding=None, force=False)
+        number = worker.send("detach", binding=None, force=False)
         with pytest.raises(Busy):
-            boss.reply(number)
+            worker.reply(number)
         held.set()
         del kernel.after["replace"]
-        settled(boss, kernel, 2)
-        kernel.links[NAME][1].shutdown(socket.SHUT_RDWR)
-        assert boss.event_with(live=1), "it is watched"
-        settled(boss, kernel, 2)
+        settled(worker, kernel, 2)
+        kernel.connections[NAME][1].shutdown(socket.SHUT_RDWR)
+        assert worker.event_with(live=1), "it is watched"
+        settled(worker, kernel, 2)
 
 
-def test_a_worker_that_is_killed_while_a_size_is_set_leaves_links_that_are_known(
-    hire: Callable[[], Boss], kernel: SlotKernel
+def test_resize_killed_while_size_is_set_leaves_known_connections(
+    start_worker: Callable[[], WorkerDriver], kernel: SlotKernel
 ) -> None:
-    boss = hire()
+    worker = start_worker()
     with Server(in_turn(offers({b"": MIB}), offers({b"": 2 * MIB}), SILENT)) as server:
         definition = wire(server, dead_timeout=2)
-        notes = boss.order("attach", definition=definition, resume=False)
+        binding = worker.order("attach", definition=definition, resume=False)
         held = kernel.after["size"] = threading.Event()
-        boss.send("resize")
+        worker.send("resize")
         kernel.wait_for("size")
-        assert boss.event_with(live=0)
-        told, links = boss.event()
-        assert (told["live"], told["lost"], links) == (1, 0, 1), "the manager has them before the size is set"
-        os.kill(boss.pid, signal.SIGKILL)
-        boss.ended()
+        assert worker.event_with(live=0)
+        report, connections = worker.event()
+        assert (report["live"], report["lost"], connections) == (1, 0, 1), "the manager has them before the size is set"
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.ended()
         held.set()
-        assert known(notes, told)["export"]["size"] == 2 * MIB
+        assert known(binding, report)["export"]["size"] == 2 * MIB
 
 
-def test_a_short_dead_timeout_is_none_for_what_waits_for_an_exchange(
-    hire: Callable[[], Boss], kernel: SlotKernel
+def test_exchange_raises_short_dead_timeout_meanwhile(
+    start_worker: Callable[[], WorkerDriver], kernel: SlotKernel
 ) -> None:
-    boss = hire()
+    worker = start_worker()
     with Server(offers({b"": MIB})) as server:
-        boss.order("attach", definition=wire(server, dead_timeout=0), resume=False)
-        boss.order("reconnect")
+        worker.order("attach", definition=wire(server, dead_timeout=0), resume=False)
+        worker.order("reconnect")
     asked = [asked for asked in kernel.asked if asked[0] not in ("bind", "adopt")]
     assert asked == [("dead_timeout", replacement.EXCHANGE_PATIENCE), ("replace", 1), ("dead_timeout", 0)]
 
 
-def test_a_server_that_was_refused_is_not_taken_because_the_next_one_can_not_be_looked_at(
+def test_mend_does_not_take_refused_server_because_next_can_not_be_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with Server(offers({b"": MIB})) as other, Server(offers({b"": MIB})) as unseen:
 
-        def look(_node: object, links: Any, _size: int) -> None:
-            if str(links.uri) == str(other.uri()):
-                raise replacement._changed(links, "the UUID of its filesystem was one and is two")
-            raise replacement._CannotCompare(links.uri, "It is slow.")
+        def look(_node: object, connections: Any, _size: int) -> None:
+            if str(connections.uri) == str(other.uri()):
+                raise replacement._changed(connections, "the UUID of its filesystem was one and is two")
+            raise replacement._CannotCompare(connections.uri, "It is slow.")
 
         monkeypatch.setattr(replacement, "_look_same", look)
         definition = Definition(NAME, (other.uri(), unseen.uri()))
-        with open_connections(definition, Deadline(SECONDS)) as links:
-            binding = Binding(0, "", links.export, connections=1, live=0)
+        with open_connections(definition, Deadline(SECONDS)) as connections:
+            binding = Binding(0, "", connections.export, connections=1, live=0)
         warnings: list[Message] = []
         request = Request({}, NAME, definition.to_wire(), binding, ())
-        with replacement._open_same(request, definition, report=lambda message, _: warnings.append(message)) as links:
-            assert str(links.uri) == str(unseen.uri())
+        with replacement._open_same(
+            request, definition, report=lambda message, _: warnings.append(message)
+        ) as connections:
+            assert str(connections.uri) == str(unseen.uri())
         assert [warning["event"] for warning in warnings] == ["warning"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A link without a server: every request is answered with EIO, whatever its size and however it arrives."""
+"""A connection without a server: every request is answered with EIO, whatever its size and however it arrives."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def scene() -> Iterator[Scene]:
         found.error_server.close()
 
 
-def test_every_request_is_answered_with_eio_in_its_turn(scene: Scene) -> None:
+def test_error_server_answers_every_request_with_eio_in_order(scene: Scene) -> None:
     scene.kernel.sendall(request(READ, 1) + request(WRITE, 2) + request(FLUSH, 3, 0) + request(WRITE, 4, 8))
     assert scene.refused(4) == [1, 2, 3, 4]
 
 
-def test_requests_that_arrive_in_pieces_are_put_together(scene: Scene) -> None:
+def test_error_server_joins_requests_that_arrive_in_pieces(scene: Scene) -> None:
     octets = request(WRITE, 5, 50) + request(READ, 6)
     for octet in octets[:-1]:
         scene.kernel.sendall(bytes([octet]))
@@ -75,25 +75,25 @@ def test_requests_that_arrive_in_pieces_are_put_together(scene: Scene) -> None:
     assert scene.refused(2) == [5, 6]
 
 
-def test_a_write_of_megabytes_is_read_to_its_end(scene: Scene) -> None:
+def test_error_server_reads_write_of_megabytes_to_its_end(scene: Scene) -> None:
     sender = threading.Thread(target=scene.kernel.sendall, args=(request(WRITE, 7, 5 << 20) + request(READ, 8),))
     sender.start()
     assert scene.refused(2) == [7, 8]
     sender.join()
 
 
-def test_a_farewell_has_no_answer(scene: Scene) -> None:
+def test_error_server_does_not_answer_disconnect(scene: Scene) -> None:
     scene.kernel.sendall(request(DISC, 0, 0) + request(READ, 9))
     assert scene.refused(1) == [9]
 
 
-def test_it_says_once_that_the_kernel_has_gone_and_is_closed(scene: Scene) -> None:
+def test_error_server_closes_once_when_kernel_does(scene: Scene) -> None:
     scene.kernel.close()
     scene.poller.run_once(10)
     assert (scene.gone, len(scene.poller)) == (1, 0)
 
 
-def test_withdrawing_waits_until_the_kernel_has_closed_its_end(scene: Scene) -> None:
+def test_remove_waits_until_kernel_has_closed_its_end(scene: Scene) -> None:
     scene.kernel.sendall(request(READ, 1))
 
     def kernel() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The look at an export before the kernel gets a link to it: what refuses it, and what says nothing about it."""
+"""The look at an export before the kernel gets a connection to it: what refuses it, and what says nothing about it."""
 
 from __future__ import annotations
 
@@ -33,24 +33,22 @@ def look(monkeypatch: pytest.MonkeyPatch, found: Fingerprint | Exception) -> Non
 
 
 @pytest.mark.parametrize("found", [Fingerprint("one"), Fingerprint()])
-def test_the_same_or_nothing_is_let_pass(monkeypatch: pytest.MonkeyPatch, found: Fingerprint) -> None:
+def test_fingerprint_equal_or_unknown_passes(monkeypatch: pytest.MonkeyPatch, found: Fingerprint) -> None:
     look(monkeypatch, found)
 
 
-def test_another_filesystem_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fingerprint_of_another_filesystem_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportChanged, match="was one and is two"):
         look(monkeypatch, Fingerprint("two"))
 
 
 @pytest.mark.parametrize("error", [TimedOut("Slow."), ServerError("It can't read there.")])
-def test_what_can_not_be_read_is_no_reason_to_let_io_wait(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_fingerprint_that_can_not_be_read_is_not_compared(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     with pytest.raises(replacement._CannotCompare, match=str(error)):
         look(monkeypatch, error)
 
 
 @pytest.mark.parametrize("error", [ConnectFailed("Gone."), NegotiationFailed("Nonsense.")])
-def test_a_link_that_breaks_under_the_look_is_not_for_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
+def test_connection_that_breaks_during_comparison_is_refused(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     with pytest.raises(type(error)):
         look(monkeypatch, error)
