@@ -65,6 +65,7 @@ check: deps host-tools ## lint, format, types, units, fast tests: seconds, no ro
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-logo
 	$(PY) -m nbdd --check config
 	$(PY) -m pytest -q -n 2 $(CHECK_TESTS)
 

@@ -24,20 +24,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nbdd.errors import NotAttached, TimedOut, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.ipc.poller import Poller
 from nbdd.protocol import Export
+from nbdd.worker.binding import Binding
 from nbdd.worker.child import Job, Report
 from nbdd.worker.error_server import ErrorServer
 from nbdd.worker.handover import Handover
 from nbdd.worker.replacement import mend, serve_errors
 from nbdd.worker.request import Operation, Request
-
-if TYPE_CHECKING:
-    from nbdd.worker.attached import AttachedDevice
 
 MEND_WAITS = (0.0, 0.2, 0.5, 1.0, 2.0)
 """Seconds before each attempt to mend; the last one repeats. Up to a third more: see `_jittered`."""
@@ -69,10 +67,40 @@ class Phase(Enum):
     PAUSED = "paused"
 
 
+class Mended(Protocol):
+    """What a `Mender` needs of the device; `worker.attached.AttachedDevice` is one."""
+
+    name: str
+    definition: Message
+
+    @property
+    def binding(self) -> Binding:
+        """What the device is now."""
+
+    @property
+    def has_unknown_connections(self) -> bool:
+        """Whether the kernel may have connections that this process knows nothing of."""
+
+    def report(self, error: Message) -> None:
+        """Report the state of the connections to the manager, and what went wrong; {} if nothing did."""
+
+    def add_connections(self, sockets: list[int], number: int, uri: str) -> None:
+        """Count that many connections more to that server, and watch these sockets of them."""
+
+    def shut_down_connections(self, export: Export) -> None:
+        """End all connections, as others to that export take their place."""
+
+    def set_size(self, size: int) -> None:
+        """Note that the device has so many bytes now."""
+
+    def expect_deaths(self, number: int) -> None:
+        """Expect so many more reports of dead connections that are no loss."""
+
+
 class Mender:
     """Decides what is done about the connections of one device, one child at a time."""
 
-    def __init__(self, poller: Poller, device: AttachedDevice, on_progress: Report) -> None:
+    def __init__(self, poller: Poller, device: Mended, on_progress: Report) -> None:
         """It begins PAUSED. `on_progress` gets what children report for the manager."""
         self._poller = poller
         self._device = device
