@@ -83,14 +83,14 @@ class Closed:
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
+class ServerChanged:
     """There is another notification server: what was shown before is gone."""
 
-    shower: str
+    server: str
     """Its unique bus name."""
 
 
-NotificationEvent = Invoked | Closed | Renewed
+NotificationEvent = Invoked | Closed | ServerChanged
 
 
 class Notifications:
@@ -104,7 +104,7 @@ class Notifications:
         self._events: asyncio.Queue[NotificationEvent] = asyncio.Queue()
 
     @property
-    def shower(self) -> str:
+    def server(self) -> str:
         """The unique bus name of the notification server; "" if there is none."""
         return self._owner
 
@@ -188,7 +188,7 @@ class Notifications:
                 log.debug("notification server: %s", self._owner or "none")
                 self._capabilities = None
                 if self._owner:
-                    self._events.put_nowait(Renewed(self._owner))
+                    self._events.put_nowait(ServerChanged(self._owner))
         elif message.sender == self._owner and message.interface == _NAME:
             if signal == ("ActionInvoked", "us"):
                 self._events.put_nowait(Invoked(*message.body))

@@ -25,7 +25,7 @@ from nbdd.bus.caller.device import DeviceView
 from nbdd.bus.wire.calls import CallError
 from nbdd.desktop import notice
 from nbdd.desktop.notice import Notice
-from nbdd.desktop.notifications import Closed, Invoked, NotificationEvent, Notifications, NotShown, Renewed
+from nbdd.desktop.notifications import Closed, Invoked, NotificationEvent, Notifications, NotShown, ServerChanged
 from nbdd.desktop.udisks import UDisks
 from nbdd.desktop.unmounted import Unmounted
 from nbdd.errors import Busy, NbddError
@@ -72,7 +72,7 @@ class Watched:
     """What is on the screen now."""
     number: int = 0
     """Number of the notification about this device; 0 if there is none to replace."""
-    shower: str = ""
+    server: str = ""
     """Unique bus name of the notification server that gave the number."""
     shown: int = 0
     """`Notifications.shown` when it replaced one with the same number; else 0."""
@@ -152,8 +152,8 @@ class Notifier:
                 await self._show(watched, notice.refused(watched.device, action, str(problem), in_use=in_use))
             case MountsChanged():
                 await self._look_at_mounts()
-            case Renewed():
-                await self._server_changed(item.shower)
+            case ServerChanged():
+                await self._server_changed(item.server)
             case Closed() | Invoked():
                 self._notification_event(item)
             case NbddError():
@@ -271,7 +271,7 @@ class Notifier:
             # There is no notification server now. The next one gets what is true then.
             log.warning("not shown: %s (%s)", what.notification.summary, problem)
             watched.number = 0
-        watched.shower = self._notifications.shower
+        watched.server = self._notifications.server
         watched.shown = self._notifications.shown if watched.number == before else 0
         watched.open = what
 
@@ -280,10 +280,10 @@ class Notifier:
             await self._notifications.close(watched.number)
         watched.open, watched.number = None, 0
 
-    async def _server_changed(self, shower: str) -> None:
+    async def _server_changed(self, server: str) -> None:
         """Another notification server is there."""
         for watched in self._watched.values():
-            if watched.number and watched.shower == shower:
+            if watched.number and watched.server == server:
                 continue  # The bus started it for this notification.
             watched.number = 0
             if watched.open is not None and watched.open.kind is not notice.NoticeKind.BACK:

@@ -48,7 +48,7 @@ class History:
         return [shown.summary for shown in self.open.values()]
 
 
-class FakeShower(FakeManager):
+class FakeNotificationServer(FakeManager):
     """Answers on org.freedesktop.Notifications."""
 
     NAME = NOTIFICATIONS
@@ -73,7 +73,7 @@ class FakeShower(FakeManager):
         return [shown for shown in history.open.values() if part in shown.summary][-1]
 
     def invoke(self, number: int, action: str, *, close: bool = True) -> None:
-        """A person presses a button; most showers close the notification then."""
+        """A person presses a button; most servers close the notification then."""
         if close:
             self._forget(number)
         self._say("ActionInvoked", "us", [number, action])
@@ -129,25 +129,25 @@ class FakeShower(FakeManager):
 
 
 def activatable(address: str, log: Path) -> None:
-    """From now on a shower is started by the bus when somebody calls it; it writes every summary into `log`."""
+    """From now on a server is started by the bus when somebody calls it; it writes every summary into `log`."""
     services = Path(address.removeprefix("unix:path=") + "-services")
     services.mkdir(exist_ok=True)
     command = f"{sys.executable} -m tests.fakes.desktop {log}"
     script = services / "start"
     script.write_text(f"#!/bin/sh\ncd {Path(__file__).parents[2]} && exec {command}\n")
     script.chmod(0o755)
-    (services / "shower.service").write_text(f"[D-BUS Service]\nName={NOTIFICATIONS}\nExec={script}\n")
+    (services / "server.service").write_text(f"[D-BUS Service]\nName={NOTIFICATIONS}\nExec={script}\n")
 
 
 def main() -> None:
     """What the bus starts: it ends with the bus."""
-    with FakeShower(os.environ["DBUS_STARTER_ADDRESS"]) as shower:
+    with FakeNotificationServer(os.environ["DBUS_STARTER_ADDRESS"]) as server:
         seen = 0
-        while not shower.end.done():
-            with shower.called:
-                if len(shower.history.all) == seen:
-                    shower.called.wait(0.1)
-                new, seen = shower.history.summaries[seen:], len(shower.history.all)
+        while not server.end.done():
+            with server.called:
+                if len(server.history.all) == seen:
+                    server.called.wait(0.1)
+                new, seen = server.history.summaries[seen:], len(server.history.all)
             with Path(sys.argv[1]).open("a") as log:
                 log.writelines(f"{summary}\n" for summary in new)
 

@@ -70,6 +70,7 @@ def properties(interface: str) -> dict[str, str]:
 
 TYPES = properties("org.nbdd1.Device")
 TAKES = signatures("org.nbdd1.Manager", "in")
+RETURNS = signatures("org.nbdd1.Manager", "out")
 
 
 @contextlib.contextmanager
@@ -220,6 +221,8 @@ class FakeManager:
             self.calls.append(call)
             self.called.notify_all()
         takes = TAKES.get(str(call.member), call.signature)
+        if call.member in TAKES and (call.path, call.interface) != ("/org/nbdd1", "org.nbdd1.Manager"):
+            return Message.new_error(call, "org.freedesktop.DBus.Error.UnknownMethod", f"not at {call.path}")
         if call.signature != takes:
             return Message.new_error(call, "org.freedesktop.DBus.Error.InvalidArgs", f"{call.member} takes {takes}")
         return True if {call.member, call.path} & self.held else self._answer(call)
@@ -242,6 +245,10 @@ class FakeManager:
                 return Message.new_method_return(call, "a{oa{sa{sv}}}", [{"/org/nbdd1": {}} | found])
             case "GetAll" if call.path in paths:
                 return Message.new_method_return(call, "a{sv}", [typed(self.devices[paths[call.path]])])
+            case "Reload":
+                return Message.new_method_return(call, "asasas", [[], [], []])
+            case "ListExports":
+                return Message.new_method_return(call, "aa{sv}", [[]])
             case "Resize":
                 return Message.new_method_return(call, "t", [2 << 30])
             case "Detach" | "SetTimeout" | "Reconnect":

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.desktop import FakeShower, activatable
+from tests.fakes.desktop import FakeNotificationServer, activatable
 from tests.fakes.manager import ABSENT, DEADLINE, PRESENT, FakeManager, private_bus
 
 NOTIFY = [sys.executable, "-c", "import sys; from nbdd.desktop.notifier import main; sys.exit(main())"]
@@ -50,9 +50,9 @@ def nbdd(buses: tuple[str, str]) -> Iterator[FakeManager]:
 
 
 @pytest.fixture
-def shower(buses: tuple[str, str]) -> Iterator[FakeShower]:
-    with FakeShower(buses[1]) as shower:
-        yield shower
+def server(buses: tuple[str, str]) -> Iterator[FakeNotificationServer]:
+    with FakeNotificationServer(buses[1]) as server:
+        yield server
 
 
 class Notifier:
@@ -84,7 +84,7 @@ def notifier(buses: tuple[str, str], *arguments: str) -> Iterator[Notifier]:
 
 
 @pytest.fixture
-def running(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> Iterator[Notifier]:  # noqa: ARG001
+def running(buses: tuple[str, str], nbdd: FakeManager, server: FakeNotificationServer) -> Iterator[Notifier]:  # noqa: ARG001
     """The program, when it has asked nbdd for its devices."""
     with notifier(buses) as program:
         nbdd.wait_for("GetManagedObjects")
@@ -92,91 +92,97 @@ def running(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> It
 
 
 def test_notifier_shows_a_lost_server_and_its_return_in_the_same_place(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
     nbdd.change("photos", **lost())
-    first = shower.wait_for_summary("Photos has lost its server")
+    first = server.wait_for_summary("Photos has lost its server")
     assert first.hints == {"urgency": 1, "category": "network.disconnected", "desktop-entry": "org.nbdd1.open"}
     assert (first.icon, first.actions, first.timeout) == ("network-offline", ["detach", "Detach"], 0)
     nbdd.change("photos", **BACK)
-    then = shower.wait_for_summary("Photos is back")
+    then = server.wait_for_summary("Photos is back")
     assert (then.number, then.replaced) == (first.number, True)
     assert (then.hints["transient"], then.timeout) == (True, -1)
     assert running.end()[0] == 0
 
 
-def test_notifier_does_not_show_a_blip(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_does_not_show_a_blip(running: Notifier, nbdd: FakeManager, server: FakeNotificationServer) -> None:
     nbdd.add("other", PHOTOS | {"DisplayName": "Other"})
     nbdd.change("photos", **lost(299.9))
     nbdd.change("photos", **BACK)
     nbdd.change("other", **lost())
-    shower.wait_for_summary("Other has lost")
+    server.wait_for_summary("Other has lost")
     assert running.end()[0] == 0
-    assert shower.history.summaries == ["Other has lost its server"]
+    assert server.history.summaries == ["Other has lost its server"]
 
 
-def test_notifier_shows_failing_by_the_clock_alone(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_shows_failing_by_the_clock_alone(
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
+) -> None:
     nbdd.change("photos", **lost(61.5))
-    first = shower.wait_for_summary("has lost")
-    then = shower.wait_for_summary("Photos is about to fail")
+    first = server.wait_for_summary("has lost")
+    then = server.wait_for_summary("Photos is about to fail")
     assert (then.number, then.hints["urgency"], then.icon) == (first.number, 2, "dialog-warning")
     nbdd.change("photos", **FAILED)
-    last = shower.wait_for_summary("Photos has failed")
+    last = server.wait_for_summary("Photos has failed")
     assert (last.number, last.hints["urgency"]) == (first.number, 2)
     assert "It was away for too long." in last.body
     assert running.process.poll() is None
 
 
-def test_notifier_shows_a_loss_when_it_has_lasted(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_shows_a_loss_when_it_has_lasted(
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
+) -> None:
     before = time.monotonic()
     nbdd.change("photos", **lost(296.5))  # 3.5 s of 5 are over
-    shower.wait_for_summary("has lost")
+    server.wait_for_summary("has lost")
     assert time.monotonic() - before > 1
     assert running.process.poll() is None
 
 
 def test_notifier_shows_a_device_without_the_key_desktop_only_with_all(
-    buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower
+    buses: tuple[str, str], nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
     nbdd.devices["server"] = PRESENT | {"Name": "server"} | lost()
     nbdd.devices["photos"] |= lost()
     with notifier(buses) as program:
-        shower.wait_for_summary("Photos has lost")
+        server.wait_for_summary("Photos has lost")
         program.end()
-    assert shower.history.summaries == ["Photos has lost its server"]
+    assert server.history.summaries == ["Photos has lost its server"]
     with notifier(buses, "--all"):
-        shower.wait_for_summary("server has lost")
+        server.wait_for_summary("server has lost")
 
 
-def test_notifier_closes_what_is_no_longer_true(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_closes_what_is_no_longer_true(
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
+) -> None:
     nbdd.change("photos", **lost())
-    shower.wait_for_summary("has lost")
+    server.wait_for_summary("has lost")
     nbdd.change("photos", State="detaching")
     nbdd.change("photos", **{key: ABSENT[key] for key in ("State", "Node", "LiveConnections", "FailsAt")})
-    shower.wait_until(lambda history: not history.open)
+    server.wait_until(lambda history: not history.open)
     nbdd.add("link", PHOTOS | {"Configured": False} | lost())
-    shower.wait_for_summary("has lost")
+    server.wait_for_summary("has lost")
     nbdd.remove("link")
-    shower.wait_until(lambda history: not history.open)
+    server.wait_until(lambda history: not history.open)
     assert running.process.poll() is None
 
 
 def test_notifier_keeps_closed_what_the_user_closed_until_it_is_worse(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
     nbdd.change("photos", **lost())
-    shower.dismiss(shower.wait_for_summary("has lost").number)
+    server.dismiss(server.wait_for_summary("has lost").number)
     nbdd.change("photos", LastError=["org.x.Y", "Refused."])
     nbdd.change("photos", FailsAt=lost(100)["FailsAt"])
     nbdd.change("photos", **FAILED)
-    last = shower.wait_for_summary("has failed")
+    last = server.wait_for_summary("has failed")
     assert not last.replaced
-    assert shower.history.summaries == ["Photos has lost its server", "Photos has failed"]
+    assert server.history.summaries == ["Photos has lost its server", "Photos has failed"]
     assert running.process.poll() is None
 
 
 def test_notifier_keeps_what_is_shown_over_a_restart_of_nbdd_and_shows_what_is_new(
-    buses: tuple[str, str], shower: FakeShower
+    buses: tuple[str, str], server: FakeNotificationServer
 ) -> None:
     with contextlib.ExitStack() as stack:
         with FakeManager(buses[0]) as first:
@@ -184,31 +190,31 @@ def test_notifier_keeps_what_is_shown_over_a_restart_of_nbdd_and_shows_what_is_n
             first.devices["music"] = PHOTOS | {"Name": "music", "DisplayName": "Music"} | lost()
             first.devices["films"] = PHOTOS | {"Name": "films", "DisplayName": "Films"} | lost()
             running = stack.enter_context(notifier(buses))
-            shower.wait_until(lambda history: len(history.open) == 3)
+            server.wait_until(lambda history: len(history.open) == 3)
         second = FakeManager(buses[0])
         second.devices["photos"] = first.devices["photos"]
         second.devices["music"] = PHOTOS | {"Name": "music", "DisplayName": "Music"}
         stack.enter_context(second)
-        shower.wait_for_summary("Music is back")
-        shower.wait_until(lambda history: len(history.open) == 2)
-        assert sorted(shower.history.visible) == ["Music is back", "Photos has lost its server"]
-        assert len(shower.history.all) == 4
+        server.wait_for_summary("Music is back")
+        server.wait_until(lambda history: len(history.open) == 2)
+        assert sorted(server.history.visible) == ["Music is back", "Photos has lost its server"]
+        assert len(server.history.all) == 4
         assert running.process.poll() is None
 
 
-def test_notifier_never_starts_nbdd(buses: tuple[str, str], nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_never_starts_nbdd(buses: tuple[str, str], nbdd: FakeManager, server: FakeNotificationServer) -> None:
     nbdd.devices["photos"] |= lost()
     with notifier(buses) as program:
-        shower.wait_for_summary("has lost")
+        server.wait_for_summary("has lost")
         assert program.end()[0] == 0
     assert {call.flags for call in nbdd.calls} == {NO_AUTOSTART}
 
 
-def test_notifier_waits_for_an_nbdd_that_does_not_run(buses: tuple[str, str], shower: FakeShower) -> None:
+def test_notifier_waits_for_an_nbdd_that_does_not_run(buses: tuple[str, str], server: FakeNotificationServer) -> None:
     with notifier(buses) as program:
         with FakeManager(buses[0]) as nbdd:
             nbdd.devices["photos"] = PHOTOS | {"Name": "photos"} | lost()
-            shower.wait_for_summary("has lost")
+            server.wait_for_summary("has lost")
         assert program.process.poll() is None
 
 
@@ -217,13 +223,13 @@ def test_notification_server_that_is_new_gets_what_is_true_then(buses: tuple[str
     nbdd.devices["films"] = PHOTOS | {"Name": "films", "DisplayName": "Films"} | lost()
     nbdd.devices["photos"] |= lost()
     with contextlib.ExitStack() as stack:
-        with FakeShower(buses[1]) as first:
+        with FakeNotificationServer(buses[1]) as first:
             program = stack.enter_context(notifier(buses))
             first.wait_until(lambda history: len(history.open) == 3)
             first.dismiss(first.wait_for_summary("Films").number)
             nbdd.change("music", **BACK)
             first.wait_for_summary("Music is back")
-        second = stack.enter_context(FakeShower(buses[1], first=7))
+        second = stack.enter_context(FakeNotificationServer(buses[1], first=7))
         assert second.wait_for_summary("Photos has lost").number == 7
         nbdd.change("photos", **FAILED)
         second.wait_for_summary("Photos has failed")
@@ -238,8 +244,8 @@ def test_notification_server_that_comes_later_gets_what_was_not_shown(
     with notifier(buses) as program:
         assert program.process.stderr is not None
         assert "not shown: Photos has lost its server" in program.process.stderr.readline()
-        with FakeShower(buses[1]) as shower:
-            shower.wait_for_summary("Photos has lost")
+        with FakeNotificationServer(buses[1]) as server:
+            server.wait_for_summary("Photos has lost")
 
 
 def test_notification_server_that_the_bus_starts_shows_it_once(
@@ -266,23 +272,23 @@ def wait_for_line(path: Path, line: str) -> None:
 
 
 def test_notification_server_that_refuses_does_not_end_the_notifier(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
-    shower.errors["Notify"] = ("org.freedesktop.DBus.Error.LimitsExceeded", "Too many")
+    server.errors["Notify"] = ("org.freedesktop.DBus.Error.LimitsExceeded", "Too many")
     nbdd.change("photos", **lost())
-    shower.wait_for("Notify")
+    server.wait_for("Notify")
     assert running.process.stderr is not None
     assert "Too many" in running.process.stderr.readline()
-    del shower.errors["Notify"]
+    del server.errors["Notify"]
     nbdd.change("photos", **FAILED)
-    shower.wait_for_summary("has failed")
+    server.wait_for_summary("has failed")
 
 
 def test_action_detach_detaches_and_the_rest_follows_from_the_device(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
     nbdd.change("photos", **lost())
-    shower.invoke(shower.wait_for_summary("has lost").number, "detach")
+    server.invoke(server.wait_for_summary("has lost").number, "detach")
     call = nbdd.wait_for("Detach")
     assert call.body == ["photos", {}]
     assert int(call.flags) == 4  # ALLOW_INTERACTIVE_AUTHORIZATION: polkit may ask for a password
@@ -290,17 +296,17 @@ def test_action_detach_detaches_and_the_rest_follows_from_the_device(
 
 
 def test_action_detach_of_a_disk_in_use_must_be_given_twice(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
     nbdd.errors["Detach"] = ("org.nbdd1.Error.Busy", "'photos' is in use: it is mounted at /media/eve/<Photos>.")
     nbdd.change("photos", **lost())
-    shower.invoke(shower.wait_for_summary("has lost").number, "detach")
-    busy = shower.wait_for_summary("Photos was not detached")
+    server.invoke(server.wait_for_summary("has lost").number, "detach")
+    busy = server.wait_for_summary("Photos was not detached")
     assert "/media/eve/&lt;Photos&gt;." in busy.body
     assert busy.actions == ["detach-anyway", "Detach anyway"]
     del nbdd.errors["Detach"]
     nbdd.calls.clear()
-    shower.invoke(busy.number, "detach-anyway", close=False)
+    server.invoke(busy.number, "detach-anyway", close=False)
     name, options = nbdd.wait_for("Detach").body
     assert (name, {key: (value.signature, value.value) for key, value in options.items()}) == (
         "photos",
@@ -310,57 +316,59 @@ def test_action_detach_of_a_disk_in_use_must_be_given_twice(
 
 
 def test_notifier_closing_what_is_being_replaced_does_not_close_the_replacement(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
     nbdd.change("photos", **lost())
-    shower.wait_for_summary("has lost")
-    shower.dismisses_what_is_replaced = True
+    server.wait_for_summary("has lost")
+    server.dismisses_what_is_replaced = True
     nbdd.change("photos", **GONE)
-    gone = shower.wait_for_summary("Photos is gone")
+    gone = server.wait_for_summary("Photos is gone")
     nbdd.change("photos", **PHOTOS | {"Name": "photos"})
-    assert shower.wait_for_summary("Photos is back").number == gone.number
-    assert shower.history.visible == ["Photos is back"]
+    assert server.wait_for_summary("Photos is back").number == gone.number
+    assert server.history.visible == ["Photos is back"]
     assert running.process.poll() is None
 
 
 def test_notifier_closes_a_refusal_when_the_trouble_ends(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
 ) -> None:
     nbdd.errors["Detach"] = ("org.freedesktop.DBus.Error.AccessDenied", "You are not allowed to do this.")
     nbdd.change("photos", **lost())
-    shower.invoke(shower.wait_for_summary("has lost").number, "detach")
-    refused = shower.wait_for_summary("Photos was not detached")
+    server.invoke(server.wait_for_summary("has lost").number, "detach")
+    refused = server.wait_for_summary("Photos was not detached")
     assert refused.actions == ["detach", "Detach"]
     nbdd.change("photos", **BACK)
-    assert shower.wait_for_summary("Photos is back").number == refused.number
+    assert server.wait_for_summary("Photos is back").number == refused.number
     assert running.process.poll() is None
 
 
-def test_action_attach_attaches_a_device_that_is_gone(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_action_attach_attaches_a_device_that_is_gone(
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
+) -> None:
     nbdd.change("photos", **GONE)
-    gone = shower.wait_for_summary("Photos is gone")
+    gone = server.wait_for_summary("Photos is gone")
     assert "It went." in gone.body
-    shower.invoke(gone.number, "attach")
+    server.invoke(gone.number, "attach")
     assert nbdd.wait_for("Attach").body == ["photos", {}]
     nbdd.change("photos", **PHOTOS | {"Name": "photos"})
-    assert "look what is missing" in shower.wait_for_summary("Photos is back").body
+    assert "look what is missing" in server.wait_for_summary("Photos is back").body
     assert running.process.poll() is None
 
 
 def test_action_signals_of_strangers_are_ignored(
-    running: Notifier, nbdd: FakeManager, shower: FakeShower, buses: tuple[str, str]
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer, buses: tuple[str, str]
 ) -> None:
     nbdd.change("photos", **lost())
-    number = shower.wait_for_summary("has lost").number
+    number = server.wait_for_summary("has lost").number
     with FakeManagerElsewhere(buses[1]) as stranger:
         # To it alone, as it does not listen to what strangers broadcast.
         to = stranger.owner("org.nbdd1.Notify")
         member = "org.freedesktop.Notifications.ActionInvoked"
         stranger.signal("/org/freedesktop/Notifications", member, "us", [number, "detach"], to)
         stranger.connections()
-    shower.invoke(number, "no such action", close=False)
+    server.invoke(number, "no such action", close=False)
     nbdd.change("photos", **BACK)
-    shower.wait_for_summary("is back")
+    server.wait_for_summary("is back")
     assert not any(call.member == "Detach" for call in nbdd.calls)
     assert running.process.poll() is None
 
@@ -373,10 +381,10 @@ def test_notification_server_without_markup_and_buttons_gets_plain_text_and_none
     buses: tuple[str, str], nbdd: FakeManager
 ) -> None:
     nbdd.devices["photos"] |= GONE | {"State": "reconnecting", "Node": "/dev/nbd0"} | lost()
-    with FakeShower(buses[1], "body") as shower, notifier(buses):
-        assert shower.wait_for_summary("has lost").actions == []
+    with FakeNotificationServer(buses[1], "body") as server, notifier(buses):
+        assert server.wait_for_summary("has lost").actions == []
         nbdd.change("photos", **FAILED | {"LastError": ["org.x.Y", "a <b> & c"]})
-        assert shower.wait_for_summary("has failed").body.endswith("a <b> & c")
+        assert server.wait_for_summary("has failed").body.endswith("a <b> & c")
 
 
 def test_notifier_that_is_the_second_in_a_session_ends(running: Notifier, buses: tuple[str, str]) -> None:
@@ -385,18 +393,20 @@ def test_notifier_that_is_the_second_in_a_session_ends(running: Notifier, buses:
     assert running.process.poll() is None
 
 
-def test_notifier_closes_its_notifications_at_its_end(running: Notifier, nbdd: FakeManager, shower: FakeShower) -> None:
+def test_notifier_closes_its_notifications_at_its_end(
+    running: Notifier, nbdd: FakeManager, server: FakeNotificationServer
+) -> None:
     nbdd.change("photos", **lost())
-    shower.wait_for_summary("has lost")
+    server.wait_for_summary("has lost")
     assert running.end()[0] == 0
-    assert shower.history.visible == []
+    assert server.history.visible == []
 
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_notifier_ends_with_a_sentence_when_a_bus_ends(tmp_path: Path, buses: tuple[str, str], which: int) -> None:
     with private_bus(tmp_path) as (address, daemon):
         chosen = (address, buses[1]) if which == 0 else (buses[0], address)
-        with FakeShower(chosen[1]) as shower, FakeManager(chosen[0]) as nbdd, notifier(chosen) as program:
+        with FakeNotificationServer(chosen[1]) as server, FakeManager(chosen[0]) as nbdd, notifier(chosen) as program:
             nbdd.devices["photos"] = PHOTOS | {"Name": "photos"}
             nbdd.wait_for("GetManagedObjects")
             daemon.kill()
@@ -404,7 +414,7 @@ def test_notifier_ends_with_a_sentence_when_a_bus_ends(tmp_path: Path, buses: tu
             assert status == 1
             assert told.splitlines()[-1].startswith("nbdd-notify: The ")
             assert "Traceback" not in told
-            del shower
+            del server
 
 
 def test_notifier_without_a_session_says_so(buses: tuple[str, str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.desktop import UDISKS, FakeBlock, FakeFileManager, FakeShower, FakeUDisks
+from tests.fakes.desktop import UDISKS, FakeBlock, FakeFileManager, FakeNotificationServer, FakeUDisks
 from tests.fakes.manager import DEADLINE, PRESENT, FakeManager
 
 EVE = 1000
@@ -39,7 +39,7 @@ class World:
 
     nbdd: FakeManager
     udisks: FakeUDisks
-    shower: FakeShower
+    server: FakeNotificationServer
     files: FakeFileManager
     environment: dict[str, str]
 
@@ -61,7 +61,7 @@ class World:
         status, out, err = self.run(*arguments)
         assert (status, out, err.count("\n")) == (1, "", 1)
         sentence = err.removeprefix("nbdd-open: ").rstrip()
-        shown = self.shower.wait_for_summary("The network disk can't be")
+        shown = self.server.wait_for_summary("The network disk can't be")
         assert (shown.body, shown.icon) == (html.escape(sentence, quote=False), "dialog-error")
         assert sentence.endswith(".")
         return sentence
@@ -82,10 +82,10 @@ def world(buses: tuple[str, str], tmp_path: Path) -> Iterator[World]:
     with (
         FakeManager(system) as nbdd,
         FakeUDisks(system) as udisks,
-        FakeShower(session) as shower,
+        FakeNotificationServer(session) as server,
         FakeFileManager(session) as files,
     ):
-        yield World(nbdd, udisks, shower, files, environment)
+        yield World(nbdd, udisks, server, files, environment)
 
 
 def attached_by_link(world: World, *blocks: FakeBlock) -> None:
@@ -109,7 +109,7 @@ def test_link_becomes_a_folder_in_the_file_manager(world: World) -> None:
     # Each may ask for an administrator's password.
     assert int(world.nbdd.wait_for("AttachURI").flags) == INTERACTIVE
     assert int(world.udisks.wait_for("Mount").flags) == INTERACTIVE
-    assert world.shower.history.visible == []
+    assert world.server.history.visible == []
 
 
 def test_udisks_may_take_a_moment_to_know_the_disk(world: World) -> None:
@@ -337,13 +337,13 @@ def test_file_manager_missing_on_the_bus_means_xdg_open(world: World, tmp_path: 
 def test_feedback_on_a_slow_server_goes_when_it_answers(world: World) -> None:
     world.nbdd.held.add("AttachURI")
     process = world.start(LINK)
-    shown = world.shower.wait_for_summary("Opening a network disk")
+    shown = world.server.wait_for_summary("Opening a network disk")
     assert shown.body == "photos on storage.example is asked for."
     world.nbdd.devices["photos"] = FOUND | {"Name": "photos"}
     world.udisks.know(FakeBlock("/dev/nbd0"))
     world.nbdd.release("AttachURI")
     assert process.communicate(timeout=DEADLINE) == ("/media/eve/nbd0\n", "")
-    assert world.shower.history.visible == []
+    assert world.server.history.visible == []
 
 
 def test_opener_interrupted_says_that_nbdd_goes_on(world: World) -> None:
@@ -363,7 +363,7 @@ def test_feedback_on_a_terminal_is_there_and_nowhere_else(world: World) -> None:
     assert process.wait(DEADLINE) == 1
     assert b"nbdd-open: 'nbd:///' is not a URI that nbdd can use: the host is missing" in os.read(ours, 1000)
     os.close(ours)
-    assert world.shower.history.all == []
+    assert world.server.history.all == []
 
 
 def test_link_without_a_session_is_opened_all_the_same(world: World, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_detach_unmounts_first_whatever_the_disk_is_called_by(world: World, targ
     assert (photos.mount_points, music.mount_points) == ([], ["/media/eve/music"])
     ((name, options),) = world.asked(world.nbdd, "Detach")
     assert (name, {key: value.value for key, value in options.items()}) == ("photos", {"wait": 5})
-    assert world.shower.wait_for_summary("photos is detached").hints["transient"]
+    assert world.server.wait_for_summary("photos is detached").hints["transient"]
 
 
 def test_detach_unmounts_partitions_too(world: World) -> None:
@@ -422,7 +422,7 @@ def test_detach_without_a_target_detaches_all_that_this_user_attached_and_nothin
 
 def test_detach_of_nothing_is_no_error(world: World) -> None:
     assert world.run("--detach") == (0, "Nothing to detach: no network disk is yours\n", "")
-    world.shower.wait_for_summary("Nothing to detach")
+    world.server.wait_for_summary("Nothing to detach")
 
 
 def test_detach_without_a_session_folder_works(world: World) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.fakes.desktop import FakeBlock, FakeShower, FakeUDisks
+from tests.fakes.desktop import FakeBlock, FakeNotificationServer, FakeUDisks
 from tests.fakes.manager import DEADLINE, PRESENT, FakeManager
 
 EVE = 1000
@@ -46,7 +46,7 @@ class World:
 
     nbdd: Detacher
     udisks: FakeUDisks
-    shower: FakeShower
+    server: FakeNotificationServer
     disk: FakeBlock
     runtime: Path
     process: subprocess.Popen[str]
@@ -79,21 +79,21 @@ def world(buses: tuple[str, str], tmp_path: Path) -> Iterator[World]:
     environment = os.environ | {
         "DBUS_SYSTEM_BUS_ADDRESS": system, "DBUS_SESSION_BUS_ADDRESS": session, "XDG_RUNTIME_DIR": str(tmp_path),
     }  # fmt: skip
-    with Detacher(system) as nbdd, FakeUDisks(system) as udisks, FakeShower(session) as shower:
+    with Detacher(system) as nbdd, FakeUDisks(system) as udisks, FakeNotificationServer(session) as server:
         nbdd.devices["photos"] = OWN | {"Name": "photos"}
         disk = FakeBlock("/dev/nbd0", mount_points=["/media/eve/photos"])
         udisks.know(disk)
         with subprocess.Popen(notify(EVE), stderr=-1, text=True, env=environment) as process:
             udisks.wait_for("GetManagedObjects")
             try:
-                yield World(nbdd, udisks, shower, disk, tmp_path, process, environment)
+                yield World(nbdd, udisks, server, disk, tmp_path, process, environment)
             finally:
                 process.kill()
 
 
 def test_unmount_detaches_what_this_user_attached_and_shows_it(world: World) -> None:
     world.udisks.unmount(world.disk)
-    assert world.shower.wait_for_summary("photos is detached").hints["transient"]
+    assert world.server.wait_for_summary("photos is detached").hints["transient"]
     assert world.detached == ["photos"]
     assert "photos was unmounted, and is detached" in world.end()
 
@@ -105,7 +105,7 @@ def test_unmount_detaches_only_after_the_last_filesystem(world: World) -> None:
         world.look(lambda block=block: world.udisks.unmount(block))  # type: ignore[misc]
         assert world.detached == []
     world.udisks.unmount(part)
-    world.shower.wait_for_summary("photos is detached")
+    world.server.wait_for_summary("photos is detached")
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_unmount_of_other_disks_does_not_detach(world: World, whose: dict[str, A
     world.udisks.know(other)
     world.udisks.unmount(other)
     world.udisks.unmount(world.disk)
-    world.shower.wait_for_summary("photos is detached")
+    world.server.wait_for_summary("photos is detached")
     assert world.detached == ["photos"]
 
 
@@ -125,7 +125,7 @@ def test_unmount_needs_a_mount_before(world: World) -> None:
     world.nbdd.devices["new"] = OWN | {"Name": "new", "Node": "/dev/nbd1"}
     world.udisks.know(FakeBlock("/dev/nbd1"))
     world.udisks.unmount(world.disk)
-    world.shower.wait_for_summary("photos is detached")
+    world.server.wait_for_summary("photos is detached")
     assert world.detached == ["photos"]
 
 
@@ -138,7 +138,7 @@ def test_unmount_followed_by_a_mount_does_not_detach(world: World) -> None:
     # It is still looked after.
     world.look(lambda: world.udisks.tell_mounts(world.disk))
     world.udisks.unmount(world.disk)
-    world.shower.wait_for_summary("photos is detached")
+    world.server.wait_for_summary("photos is detached")
     assert world.detached == ["photos"]
 
 
@@ -150,14 +150,14 @@ def test_unmount_of_a_disk_in_use_keeps_it_and_logs_that(world: World) -> None:
     world.disk.mount_points.append("/media/eve/photos")
     world.look(lambda: world.udisks.tell_mounts(world.disk))
     world.udisks.unmount(world.disk)
-    world.shower.wait_for_summary("photos is detached")
+    world.server.wait_for_summary("photos is detached")
     told = world.end()
     assert "photos was unmounted, and stays attached: /dev/nbd0 is opened by dd (PID 7)." in told
 
 
 def test_unmount_asks_for_no_password_and_starts_nothing(world: World) -> None:
     world.udisks.unmount(world.disk)
-    world.shower.wait_for_summary("photos is detached")
+    world.server.wait_for_summary("photos is detached")
     no_autostart = 2
     assert {int(call.flags) for call in world.nbdd.calls} == {no_autostart}
     assert not any(call.member == "Unmount" for call in world.udisks.calls)
@@ -169,7 +169,7 @@ def test_unmount_by_root_detaches_nothing_as_the_configuration_attaches_as_root_
     before = world.looks
     with subprocess.Popen(notify(0), stderr=subprocess.PIPE, text=True, env=world.environment) as process:
         # Said of all that there is when it starts, and only then would mounts be looked at.
-        world.shower.wait_for_summary("photos has failed")
+        world.server.wait_for_summary("photos has failed")
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=DEADLINE)
     assert world.looks == before

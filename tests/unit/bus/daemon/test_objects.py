@@ -28,6 +28,7 @@ from nbdd.bus.daemon.objects import (
     ObjectExporter,
     read_options,
 )
+from nbdd.bus.daemon.polkit import Authority, Polkit
 from nbdd.bus.daemon.service import Caller as Asker
 from nbdd.bus.daemon.service import ServiceBus
 from nbdd.bus.wire.names import ROOT_PATH, device_path
@@ -60,6 +61,7 @@ from tests.fakes.bus import (
     private_bus,
     variants,
 )
+from tests.fakes.signatures import differences
 
 # isort: split
 from dbus_next.message import Message
@@ -134,11 +136,11 @@ class FakeManager:
         if self.error is not None:
             raise self.error
 
-    async def attach(self, name: str, options: Mapping[str, object], *, by: int) -> FakeDevice:
+    async def attach(self, name: str, options: Mapping[str, object], *, by: int = 0) -> FakeDevice:
         self._asked("attach", name, options, by)
         return self.known[name]
 
-    async def attach_uri(self, uri: str, options: Mapping[str, object], *, by: int) -> FakeDevice:
+    async def attach_uri(self, uri: str, options: Mapping[str, object], *, by: int = 0) -> FakeDevice:
         self._asked("attach_uri", uri, options, by)
         return self.known["a-b.c"]
 
@@ -239,6 +241,14 @@ def members(interface: ET.Element) -> dict[str, Any]:
         )
         for element in interface
     }
+
+
+@pytest.mark.parametrize(
+    ("fake", "real"),
+    [(FakeManager, Manager), (FakeDevice, Device), (FakeAuthority, Authority), (FakeAuthority, Polkit)],
+)
+def test_fakes_have_the_signatures_of_the_classes(fake: type, real: type) -> None:
+    assert differences(fake, real) == []
 
 
 # The XML is the reference
