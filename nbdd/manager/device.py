@@ -217,7 +217,7 @@ class Device:
 
     def _event(self, message: Message, fds: list[int]) -> None:
         """Handle a message that the worker sent unasked."""
-        if message["event"] == "links" and self._slot.worker is not None and self._life.attachment is not None:
+        if message["event"] == "connections" and self._slot.worker is not None and self._life.attachment is not None:
             self._slot.replace_sockets(fds)
             error = NbddError.from_wire(message) if "error" in message else None
             self._connections_changed(self._life.attachment, ConnectionState.from_wire(message), error)

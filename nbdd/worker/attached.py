@@ -124,7 +124,7 @@ class AttachedDevice:
     def report(self, error: Message) -> None:
         """Report the connections to the manager, with an error or with {}."""
         state = self.binding.connection_state(failing=self._mender.failing)
-        self._send_report({"event": "links", **state.to_wire(), **error}, self.sockets)
+        self._send_report({"event": "connections", **state.to_wire(), **error}, self.sockets)
 
     def add_connections(self, sockets: list[int], number: int, uri: str) -> None:
         """Count `number` connections more to that server; `sockets` are those of them that are ours to watch."""

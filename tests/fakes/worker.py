@@ -94,7 +94,7 @@ class FakeWorker:
                 work.cancel()
 
     def say(self, event: str, fds: Sequence[int] = (), **fields: Any) -> None:
-        told = {"size": 1 << 20, "export": EXPORT} if event == "links" else {}
+        told = {"size": 1 << 20, "export": EXPORT} if event == "connections" else {}
         self.on_event({"event": event, **told, **fields}, list(fds))
 
 
@@ -230,7 +230,7 @@ class FakeSpawner:
     def _resize(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
         grown = {"size": 3 << 20, "export": {**EXPORT, "size": 3 << 20}, "uri": "nbd://storage.example/disk"}
         fds = [os.open("/dev/null", os.O_RDONLY)]
-        worker.say("links", fds, live=1, reconnects=1, lost=0, failing=False, **grown)
+        worker.say("connections", fds, live=1, reconnects=1, lost=0, failing=False, **grown)
         return {"size": 3 << 20}
 
     def _shorten_dead_timeout(self, worker: FakeWorker, arguments: dict[str, Any]) -> Message:

@@ -654,9 +654,9 @@ async def test_links_that_die_and_come_back_are_told(bench: MakeBench) -> None:
         await it.device.attach()
         links = {"reconnects": 0, "uri": "nbd://storage.example/disk", "lost": 0, "failing": False}
         wire = ConnectFailed("A connection ended.").to_wire()
-        it.spawner.worker.say("links", [os.dup(0)], live=1, **links, **wire)
+        it.spawner.worker.say("connections", [os.dup(0)], live=1, **links, **wire)
         assert it.now() is State.DEGRADED
-        it.spawner.worker.say("links", [], live=0, **links, **wire)
+        it.spawner.worker.say("connections", [], live=0, **links, **wire)
         assert it.now() is State.RECONNECTING
         assert it.device.status.last_error == (ConnectFailed.dbus_name, "A connection ended.")
         assert it.kept["disk"] == []
@@ -664,14 +664,14 @@ async def test_links_that_die_and_come_back_are_told(bench: MakeBench) -> None:
         assert record.binding is not None
         assert record.binding.live == 0, "the next worker must know that all links are dead"
         links |= {"reconnects": 2, "uri": "nbd://second.example/disk"}
-        it.spawner.worker.say("links", [os.dup(0), os.dup(0)], live=2, **links)
+        it.spawner.worker.say("connections", [os.dup(0), os.dup(0)], live=2, **links)
         assert it.now() is State.ATTACHED
         assert it.device.status.reconnects == 2
         assert it.device.status.uri == "nbd://second.example/disk"
         assert len(it.kept["disk"]) == 2
         assert it.device.status.last_error[1] == "A connection ended."
         # Links that are exchanged because somebody asked for it end without an error, and not for the last one.
-        it.spawner.worker.say("links", [], live=0, **links)
+        it.spawner.worker.say("connections", [], live=0, **links)
         assert (it.now(), it.device.status.last_error) == (State.RECONNECTING, ("", ""))
 
 
@@ -679,18 +679,18 @@ async def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: 
     async with bench(dead_timeout=100) as it:
         await it.device.attach()
         links = {"live": 0, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": time.monotonic() - 40}
-        it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
+        it.spawner.worker.say("connections", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
         assert it.now() is State.RECONNECTING
         fails_at = it.device.status.fails_at
         assert abs(fails_at / 1e6 - (time.time() + 60)) < 5
         other = ExportChanged("It is another.").to_wire()
-        it.spawner.worker.say("links", [], **links, failing=False, **other)
+        it.spawner.worker.say("connections", [], **links, failing=False, **other)
         assert it.now() is State.FAILED
         assert it.device.status.last_error == (NegotiationFailed.dbus_name, "It is another.")
         assert it.device.status.fails_at == fails_at, "the same moment, and no signal to everybody"
-        it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It is away.").to_wire())
+        it.spawner.worker.say("connections", [], **links, failing=False, **ConnectFailed("It is away.").to_wire())
         assert it.now() is State.RECONNECTING
-        it.spawner.worker.say("links", [], **links, failing=True, **TimedOut("Too long.").to_wire())
+        it.spawner.worker.say("connections", [], **links, failing=True, **TimedOut("Too long.").to_wire())
         assert it.now() is State.FAILED
         assert it.device.status.bound
         with pytest.raises(AlreadyAttached):
@@ -699,9 +699,9 @@ async def test_a_device_that_waits_says_until_when_and_what_became_of_it(bench: 
         record = it.records.load()[0]
         assert record.binding is not None
         assert record.binding.lost == links["lost"], "the next worker must know since when I/O waits"
-        it.spawner.worker.say("links", [os.dup(0)], live=1, reconnects=1, uri="nbd://x/y", lost=0, failing=False)
+        it.spawner.worker.say("connections", [os.dup(0)], live=1, reconnects=1, uri="nbd://x/y", lost=0, failing=False)
         assert (it.now(), it.device.status.fails_at) == (State.ATTACHED, 0)
-        it.spawner.worker.say("links", [], **links, failing=True, **TimedOut("Too long.").to_wire())
+        it.spawner.worker.say("connections", [], **links, failing=True, **TimedOut("Too long.").to_wire())
         await it.device.detach()
         assert (it.now(), it.device.status.fails_at) == (State.DETACHED, 0)
 
@@ -721,7 +721,7 @@ async def test_a_device_in_a_hurry_waits_no_longer_than_it_is_told_to_and_says_s
 
         await it.device.attach()
         links = {"live": 0, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": time.monotonic() - 100}
-        it.spawner.worker.say("links", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
+        it.spawner.worker.say("connections", [], **links, failing=False, **ConnectFailed("It ended.").to_wire())
         it.spawner.waited = 100
         await it.device.shorten_dead_timeout(30)
         assert it.device.status.dead_timeout == 130
@@ -747,7 +747,7 @@ async def test_links_that_change_while_a_detach_is_refused_are_in_the_state_afte
         detach = task(it.device.detach())
         await it.spawner.arrived["detach"].wait()
         it.spawner.worker.say(
-            "links", [], live=0, reconnects=0, uri="nbd://storage.example/disk", lost=0, failing=False
+            "connections", [], live=0, reconnects=0, uri="nbd://storage.example/disk", lost=0, failing=False
         )
         assert it.now() is State.DETACHING
         it.spawner.before["detach"].set()
@@ -760,7 +760,7 @@ async def test_news_of_a_worker_that_was_let_go_changes_nothing(bench: MakeBench
         await it.device.attach()
         worker = it.spawner.worker
         await it.device.detach()
-        worker.say("links", [os.dup(0)], live=1, reconnects=5, uri="nbd://x/y", lost=0, failing=False)
+        worker.say("connections", [os.dup(0)], live=1, reconnects=5, uri="nbd://x/y", lost=0, failing=False)
         worker.say("warning", [os.dup(0)], message="late")
         assert it.device.status.reconnects == 0
         assert it.kept["disk"] == []
@@ -815,7 +815,7 @@ async def test_a_device_that_is_bound_stays_so_when_its_record_can_not_be_writte
         assert it.now() is State.ATTACHED
         await it.device.set_timeout(4)
         it.spawner.worker.say(
-            "links", [], live=0, reconnects=0, uri="nbd://storage.example/disk", lost=0, failing=False
+            "connections", [], live=0, reconnects=0, uri="nbd://storage.example/disk", lost=0, failing=False
         )
         it.device.disown()
         assert it.now() is State.RECONNECTING
@@ -998,7 +998,7 @@ async def test_a_detach_that_waits_for_users_leaves_time_to_mend_between_its_loo
     async with bench() as it:
         await it.device.attach()
         if not live:
-            it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
+            it.spawner.worker.say("connections", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
         it.spawner.outcomes["detach"] = [Busy("in use")] * 3
         async with asyncio.timeout(30):
             await it.device.detach(wait=60)
@@ -1063,11 +1063,11 @@ async def test_the_journal_tells_the_story_of_a_device(bench: MakeBench, caplog:
         await it.device.set_timeout(5)
         await it.device.set_timeout(0)
         links = {"reconnects": 0, "uri": "nbd://x/y", "lost": 1, "failing": False}
-        it.spawner.worker.say("links", [], live=0, **links, **ConnectFailed("It ended.").to_wire())
-        it.spawner.worker.say("links", [], live=0, **links, **ConnectFailed("It is away.").to_wire())
-        it.spawner.worker.say("links", [], live=0, **links, **ConnectFailed("It is away.").to_wire())
+        it.spawner.worker.say("connections", [], live=0, **links, **ConnectFailed("It ended.").to_wire())
+        it.spawner.worker.say("connections", [], live=0, **links, **ConnectFailed("It is away.").to_wire())
+        it.spawner.worker.say("connections", [], live=0, **links, **ConnectFailed("It is away.").to_wire())
         it.spawner.worker.say("warning", message="reads and writes that wait fail in 60 s")
-        it.spawner.worker.say("links", [], live=1, reconnects=1, uri="nbd://x/y", lost=0, failing=False)
+        it.spawner.worker.say("connections", [], live=1, reconnects=1, uri="nbd://x/y", lost=0, failing=False)
         it.spawner.outcomes["detach"] = [Busy("in use")]
         with pytest.raises(Busy):
             await it.device.detach()

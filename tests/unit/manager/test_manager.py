@@ -511,7 +511,7 @@ async def test_stop_waits_for_users_of_disconnected_devices_only(
     await it.start(boot("a"), definition("idle"))
     await it.until(lambda: it.state("a") is State.ATTACHED)
     if not live:
-        it.spawner.worker.say("links", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
+        it.spawner.worker.say("connections", [], live=0, reconnects=0, uri="nbd://x/y", lost=1, failing=False)
     await it.manager.shorten_dead_timeouts(30)
     assert it.manager.device("a").status.dead_timeout == 30
     it.spawner.outcomes["detach"] = [Busy("in use")] * 3

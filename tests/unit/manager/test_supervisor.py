@@ -285,8 +285,8 @@ async def test_close_works_for_many_callers_at_any_time(supervisor: Supervisor) 
         b"[]\n",
         b"[" * 100_000 + b"\n",
         b'{"fds":7}\n',
-        b'{"id":[],"event":"links"}\n',
-        b'{"event":"links"}\n',
+        b'{"id":[],"event":"connections"}\n',
+        b'{"event":"connections"}\n',
         b'{"event":"exports","exports":5}\n',
         b"\x00" * 100 + b"\n",
     ],
@@ -388,7 +388,7 @@ async def test_request_fds_go_both_ways(supervisor: Supervisor, puppet: MakePupp
         order = asyncio.create_task(it.worker.request_fds("adopt", deadline=SECONDS, fds=(write,)))
         message, fds = await it.hear()
         assert "fds" not in message
-        it.say({"event": "links"}, (fds[0],))
+        it.say({"event": "connections"}, (fds[0],))
         it.say({"id": message["id"]}, (fds[0], fds[0]))
         reply, back = await order
         assert reply == {}

@@ -122,7 +122,7 @@ def settled(worker: WorkerDriver, kernel: SlotKernel, live: int) -> Message:
         worker.sock.settimeout(0.2)
         with suppress(TimeoutError):
             message, _ = worker.event()
-            report = message if message["event"] == "links" else report
+            report = message if message["event"] == "connections" else report
     worker.sock.settimeout(SECONDS)
     return report
 

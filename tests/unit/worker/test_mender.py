@@ -41,7 +41,7 @@ def test_mender_reports_and_replaces_dead_connection(worker: WorkerDriver, kerne
         for number in (1, 2, 3):
             cut(server)
             message, fds = worker.event()
-            assert (message["event"], message["live"], message["error"], fds) == ("links", 0, "ConnectFailed", 0)
+            assert (message["event"], message["live"], message["error"], fds) == ("connections", 0, "ConnectFailed", 0)
             message, fds = worker.event()
             assert (message["live"], message["reconnects"], "error" in message, fds) == (1, number, False, 1)
     assert [detail for what, detail in kernel.asked if what == "replace"] == [1, 1, 1]
@@ -93,7 +93,7 @@ def test_mender_retries_and_orders_are_obeyed_meanwhile(worker: WorkerDriver) ->
     with Server(offers({b"": MIB})) as server:
         worker.order("attach", definition=wire(server), resume=False)
     for _ in range(5):
-        message = worker.event_with(event="links")
+        message = worker.event_with(event="connections")
         assert (message["error"], message["live"]) == (ConnectFailed.__name__, 0)
     worker.order("set-timeout", seconds=4)
     worker.order("detach", binding=None, force=False)
