@@ -209,7 +209,7 @@ MISDEEDS: dict[str, Misdeed] = {
     "a-listed-name-with-a-nul": Misdeed(lambda _: [entry(ESCAPES + b"\0")], "a NUL character", options=(LIST,)),
     "a-list-of-infos": Misdeed(lambda option: [info_export(option)], "which is no answer to that", options=(LIST,)),
 }
-"""By name. Each is told by a sentence with these words, and ends by itself: no deadline is needed."""
+"""By name. The error of each has these words, and ends the negotiation without a deadline."""
 
 IMPOSTORS: dict[str, tuple[Serve, str]] = {
     # Before any option.

@@ -131,7 +131,7 @@ class Play:
 
     @property
     def rest(self) -> bytes:
-        """What the server said and nobody read."""
+        """What the server sent and the client did not read."""
         return self.server[self.read :]
 
 
@@ -212,7 +212,7 @@ def offers(exports: Mapping[bytes, int], flags: int = HAS_FLAGS) -> Callable[[so
 class Server:
     """A listening socket; every connection gets a thread that runs `serve` on it. Use it as a context manager.
 
-    `family` is AF_INET, AF_INET6 or AF_UNIX. `connected` is set as soon as somebody came.
+    `family` is AF_INET, AF_INET6 or AF_UNIX. `connected` is set as soon as a client has connected.
     """
 
     def __init__(self, serve: Callable[[socket.socket], None], family: int = socket.AF_INET) -> None:

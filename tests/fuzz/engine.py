@@ -19,6 +19,6 @@ def fuzz(data: bytes) -> None:
 
 if __name__ == "__main__":
     lower_limits()
-    # To merge, libFuzzer starts itself anew, by this name and through a shell.
+    # To merge, libFuzzer starts itself again, by this name and through a shell.
     atheris.Setup([f"{sys.executable} -m {__spec__.name}", *sys.argv[1:]], fuzz)
     atheris.Fuzz()

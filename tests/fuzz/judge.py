@@ -148,7 +148,7 @@ def _check_sent(kind: str, wire: Wire) -> tuple[int, list[int]]:
 
 
 def _check_result(result: Export | list[Export], wire: Wire, export: str, flags: int, options: list[int]) -> None:
-    """It is what the server said, told by a second reading of the same bytes."""
+    """It is what the server said, by a second reading of the same bytes."""
     offered = int.from_bytes(wire.read[16:GREETING_BYTES], "big")
     assert wire.read[:16] == b"NBDMAGICIHAVEOPT"
     assert offered & HandshakeFlags.NBD_FLAG_FIXED_NEWSTYLE
@@ -182,15 +182,19 @@ def _check_list(result: list[Export], said: Said) -> None:
             # The last answer may be cut off anywhere.
             said.drop()
         assert in_time == ("not described in time" not in export.problem)
-        told = None if said.over else said.export(INFO, export.name)
+        sent = None if said.over else said.export(INFO, export.name)
         shown = description.decode("utf-8", "surrogateescape")
-        if told is None:
+        if sent is None:
             assert export == Export(export.name, 0, Flags(0), description=shown, problem=export.problem)
             assert export.problem
         else:
-            assert (export.size, export.flags) == (told.size, told.flags)
-            assert (export.minimum, export.preferred, export.maximum) == (told.minimum, told.preferred, told.maximum)
-            assert export.description == (told.description or shown)
+            assert (export.size, export.flags) == (sent.size, sent.flags)
+            assert (export.minimum, export.preferred, export.maximum) == (
+                sent.minimum,
+                sent.preferred,
+                sent.maximum,
+            )
+            assert export.description == (sent.description or shown)
             assert bool(export.problem) == (export.size == 0)
 
 
@@ -262,17 +266,17 @@ class Said:
         kind, replies = self.answer(option)
         if kind != Rep.NBD_REP_ACK:
             return None
-        told: dict[int, bytes] = {}
+        sent: dict[int, bytes] = {}
         for number, data in replies:
             if number == Rep.NBD_REP_INFO:
                 info_type, payload = int.from_bytes(data[:2], "big"), data[2:]
                 if info_type in set(Info):
-                    assert told.setdefault(info_type, payload) == payload, "a contradiction was believed"
-        size, flags = struct.unpack(">QH", told[Info.NBD_INFO_EXPORT])
+                    assert sent.setdefault(info_type, payload) == payload, "a contradiction was believed"
+        size, flags = struct.unpack(">QH", sent[Info.NBD_INFO_EXPORT])
         minimum = preferred = maximum = None
-        if Info.NBD_INFO_BLOCK_SIZE in told:
-            minimum, preferred, maximum = struct.unpack(">III", told[Info.NBD_INFO_BLOCK_SIZE])
-        called = told.get(Info.NBD_INFO_NAME)
+        if Info.NBD_INFO_BLOCK_SIZE in sent:
+            minimum, preferred, maximum = struct.unpack(">III", sent[Info.NBD_INFO_BLOCK_SIZE])
+        called = sent.get(Info.NBD_INFO_NAME)
         text = name if called is None else called.decode("utf-8", "surrogateescape")
-        description = told.get(Info.NBD_INFO_DESCRIPTION, b"").decode("utf-8", "surrogateescape")
+        description = sent.get(Info.NBD_INFO_DESCRIPTION, b"").decode("utf-8", "surrogateescape")
         return Export(text, size, Flags(flags), minimum, preferred, maximum, description)

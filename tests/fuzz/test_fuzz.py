@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(300)
-def test_fuzzing_finds_no_server_that_breaks_a_promise() -> None:
+def test_fuzzer_finds_no_server_that_breaks_a_promise() -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--seconds", str(SECONDS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)

@@ -30,7 +30,7 @@ def answers(ours: Listing, theirs: Listing, opened: Told | str = OURS, *, extra:
     return Answers(theirs, extra, {"library": ours, "bus": ours}, {"": told}, {"": opened})
 
 
-def test_agreement_is_seen_and_so_is_its_caveat() -> None:
+def test_cell_shows_agreement_and_its_caveat() -> None:
     assert set(differences(place("plain"), answers([OURS], [THEIRS]))) == {Caveat.REPLIES}
     assert set(differences(place("--no-sr"), answers([OURS], [OURS], extra=0))) == set()
 
@@ -51,13 +51,13 @@ def test_agreement_is_seen_and_so_is_its_caveat() -> None:
     ],
     ids=str,
 )
-def test_a_difference_in_the_list_or_in_what_is_opened_is_a_fault(change: dict[str, Any]) -> None:
+def test_cell_is_a_fault_if_list_or_opened_export_differ(change: dict[str, Any]) -> None:
     changed = replace(OURS, **change)
     for found in answers([changed], [THEIRS]), answers([OURS], [THEIRS], changed):
         assert [fault for fault in differences(place("plain"), found) if isinstance(fault, str)]
 
 
-def test_df_is_a_fault_where_nobody_asked_for_structured_replies() -> None:
+def test_cell_is_a_fault_if_df_is_set_without_structured_replies() -> None:
     found = list(differences(place("--no-sr"), answers([OURS], [THEIRS], extra=0)))
     assert [fault for fault in found if isinstance(fault, str)]
 
@@ -74,18 +74,18 @@ def test_df_is_a_fault_where_nobody_asked_for_structured_replies() -> None:
     ],
     ids=str,
 )
-def test_another_list_or_none_is_a_fault(ours: Listing, theirs: Listing) -> None:
+def test_cell_is_a_fault_if_the_list_differs_or_is_missing(ours: Listing, theirs: Listing) -> None:
     found = differences(place("plain"), answers(ours, theirs))
     assert [fault for fault in found if isinstance(fault, str)]
 
 
-def test_ways_to_nbdd_that_do_not_agree_are_a_fault() -> None:
+def test_cell_is_a_fault_if_the_ways_to_nbdd_disagree() -> None:
     found = answers([OURS], [THEIRS])
     found.nbdd["bus"] = [replace(OURS, size=1)]
     assert [fault for fault in differences(place("plain"), found) if isinstance(fault, str)]
 
 
-def test_a_refusal_has_to_be_the_expected_sentence_for_the_list_and_for_the_export() -> None:
+def test_refusal_must_be_the_expected_sentence_for_list_and_export() -> None:
     where = place("oldstyle, -o")
     sentence = (
         "The NBD server /run/x.sock speaks the oldstyle NBD protocol, which has no export names; nbdd needs newstyle."
@@ -101,7 +101,7 @@ def test_a_refusal_has_to_be_the_expected_sentence_for_the_list_and_for_the_expo
         assert [fault for fault in differences(where, wrong) if isinstance(fault, str)]
 
 
-def test_a_caveat_that_is_not_seen_is_a_fault() -> None:
+def test_cell_is_a_fault_if_an_expected_caveat_is_not_seen() -> None:
     (row,) = rows({place("plain"): answers([OURS], [OURS])})
     assert row["cells"] == {"unix": {"refused": False, "notes": []}}
     assert row["faults"]

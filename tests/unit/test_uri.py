@@ -50,12 +50,12 @@ def unix(path: str, export: str = "") -> URI:
         ("nbd+unix:///?socket=/a%20b+c", unix("/a b+c")),
     ],
 )
-def test_a_uri_names_server_and_export(text: str, uri: URI) -> None:
+def test_uri_names_server_and_export(text: str, uri: URI) -> None:
     assert URI.parse(text) == uri
     assert URI.parse(str(uri)) == uri
 
 
-def test_tls_and_its_keys_are_kept_for_those_who_decide_on_them() -> None:
+def test_uri_keeps_tls_and_its_keys() -> None:
     uri = URI.parse("nbds://alice@h/x?tls-psk-file=/etc/psk&tls-hostname=other")
     assert uri.tls
     assert uri.user == "alice"
@@ -127,7 +127,7 @@ def test_tls_and_its_keys_are_kept_for_those_who_decide_on_them() -> None:
         ("nbds://@h/x", "no user name before the @"),
     ],
 )
-def test_what_is_wrong_with_a_uri_is_said_in_a_sentence(text: str, sentence: str) -> None:
+def test_uri_that_is_wrong_is_refused_with_a_sentence(text: str, sentence: str) -> None:
     with pytest.raises(InvalidURI) as caught:
         URI.parse(text)
     message = str(caught.value)
@@ -140,7 +140,7 @@ def test_what_is_wrong_with_a_uri_is_said_in_a_sentence(text: str, sentence: str
 @pytest.mark.parametrize(
     "text", ["nbd://h/x?tls-certificates=/etc/pki", "nbd+unix:///x?socket=/s&tls-hostname=h", "nbd://alice@h/x"]
 )
-def test_a_uri_that_wants_tls_and_says_nbd_is_not_taken_in_the_clear(text: str) -> None:
+def test_uri_with_tls_keys_and_scheme_nbd_is_refused(text: str) -> None:
     with pytest.raises(InvalidURI, match="TLS"):
         URI.parse(text)
 
@@ -159,14 +159,14 @@ def test_a_uri_that_wants_tls_and_says_nbd_is_not_taken_in_the_clear(text: str) 
         "nbds://h/x?hunter2",
     ],
 )
-def test_a_password_is_refused_and_never_repeated(text: str) -> None:
+def test_uri_with_a_password_is_refused_and_the_password_never_repeated(text: str) -> None:
     with pytest.raises(InvalidURI) as caught:
         URI.parse(text)
     assert "hun" not in str(caught.value)
     assert "ter2" not in str(caught.value)
 
 
-def test_the_address_is_what_a_person_would_write() -> None:
+def test_address_is_what_a_person_would_write() -> None:
     assert tcp("h").address == "h:10809"
     assert tcp("::1", port=1).address == "[::1]:1"
     assert tcp("fe80::1%eth0").address == "[fe80::1%eth0]:10809"
@@ -174,7 +174,7 @@ def test_the_address_is_what_a_person_would_write() -> None:
     assert unix("/run/\x1b[2J").address == "/run/\\x1b[2J"
 
 
-def test_equal_uris_are_one_key() -> None:
+def test_uris_that_are_equal_are_one_key() -> None:
     assert {URI.parse("nbd://H:10809/a"): 1} == {URI.parse("nbd://h/%61"): 1}
 
 
@@ -187,7 +187,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
     port=st.integers(1, 65535),
     export=NAMES,
 )
-def test_every_tcp_uri_survives_being_written_and_read(tls: bool, host: str, port: int, export: str) -> None:
+def test_tcp_uri_survives_being_written_and_read(tls: bool, host: str, port: int, export: str) -> None:
     uri = URI(tls=tls, host=host, port=port, socket=None, export=export)
     assert URI.parse(str(uri)) == uri
     assert str(uri).isascii()
@@ -195,7 +195,7 @@ def test_every_tcp_uri_survives_being_written_and_read(tls: bool, host: str, por
 
 
 @given(path=NAMES.filter(lambda path: len(path.encode()) < MAX_SOCKET_PATH), export=NAMES, hostname=NAMES.filter(bool))
-def test_every_unix_uri_survives_being_written_and_read(path: str, export: str, hostname: str) -> None:
+def test_unix_uri_survives_being_written_and_read(path: str, export: str, hostname: str) -> None:
     options = (("tls-hostname", hostname),)
     uri = URI(tls=True, host=None, port=DEFAULT_PORT, socket="/" + path, export=export, options=options)
     assert URI.parse(str(uri)) == uri
@@ -203,7 +203,7 @@ def test_every_unix_uri_survives_being_written_and_read(path: str, export: str, 
 
 
 @given(st.one_of(st.text(), st.text().map("nbd://".__add__), st.text("nbdsu+ix:/[]@?=&%250aA.#", max_size=30)))
-def test_any_text_is_a_uri_or_an_invalid_uri(text: str) -> None:
+def test_uri_of_any_text_is_read_or_refused(text: str) -> None:
     try:
         uri = URI.parse(text)
     except InvalidURI as error:
@@ -212,7 +212,7 @@ def test_any_text_is_a_uri_or_an_invalid_uri(text: str) -> None:
         assert URI.parse(str(uri)) == uri
 
 
-def test_the_protocol_side_stays_light() -> None:
+def test_import_of_the_server_side_stays_light() -> None:
     """Each of many workers imports it: what is not loaded costs no memory."""
     code = "import sys, nbdd.server.connect; print(*sys.modules)"
     root = Path(__file__).parents[2]

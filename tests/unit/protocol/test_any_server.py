@@ -98,7 +98,7 @@ WORDS = st.one_of(
 @settings(max_examples=200)
 @given(start=st.sampled_from([b"", greeting(), greeting(FIXED)]), said=st.lists(WORDS, max_size=12), cuts=CUTS)
 @pytest.mark.parametrize("kind", NEGOTIATIONS)
-def test_no_server_gets_more_than_a_result_or_a_typed_error(
+def test_server_of_any_kind_causes_a_result_or_a_typed_error(
     kind: str, start: bytes, said: list[bytes], cuts: list[int]
 ) -> None:
     judge(kind, "x", Talk([start, *said], cuts))
@@ -107,12 +107,12 @@ def test_no_server_gets_more_than_a_result_or_a_typed_error(
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
 @pytest.mark.usefixtures("lowered")
-def test_no_script_breaks_a_promise(data: bytes) -> None:
+def test_script_of_any_bytes_breaks_no_promise(data: bytes) -> None:
     judge_script(data)
 
 
 @pytest.mark.usefixtures("lowered")
-def test_no_script_of_the_corpus_breaks_a_promise() -> None:
+def test_script_of_the_corpus_breaks_no_promise() -> None:
     assert {Export, list, NegotiationFailed, TimedOut} < judge_corpus()
     assert len(corpus.load()) > 100
     assert corpus.FILE.stat().st_size < 200_000
@@ -133,7 +133,7 @@ MISTAKES: dict[str, tuple[Any, str, Any]] = {
 
 @pytest.mark.usefixtures("lowered")
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_the_corpus_finds_a_mistake(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corpus_finds_a_mistake(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name, wrong = MISTAKES[mistake]
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(AssertionError):
@@ -211,13 +211,13 @@ def understood(good: Good, asked: str) -> Export:
 @settings(max_examples=200)
 @given(good=good_exports(), asked=STRINGS, cuts=CUTS, flags=st.sampled_from([1, 3]))
 @pytest.mark.parametrize("kind", ["go", "info"])
-def test_every_good_server_is_understood(kind: str, good: Good, asked: bytes, cuts: list[int], flags: int) -> None:
+def test_good_server_is_understood(kind: str, good: Good, asked: bytes, cuts: list[int], flags: int) -> None:
     said = greeting(flags) + good.answer(GO if kind == "go" else INFO)
     assert judge(kind, _text(asked), Talk([said], cuts)) == understood(good, _text(asked))
 
 
 @given(size=st.integers(0, 2**63 - 1), flags=st.integers(0, 0xFFFF), cuts=CUTS, offered=st.sampled_from([1, 3]))
-def test_every_good_old_server_is_understood(size: int, flags: int, cuts: list[int], offered: int) -> None:
+def test_good_old_server_is_understood(size: int, flags: int, cuts: list[int], offered: int) -> None:
     opened = struct.pack(">QH", size, flags) + bytes(0 if offered & 2 else 124)
     said = greeting(offered) + reply(GO, RepErr.NBD_REP_ERR_UNSUP) + opened
     assert judge("go", "x", Talk([said], cuts)) == Export("x", size, Flags(flags))
@@ -232,7 +232,7 @@ REFUSED = st.sampled_from(sorted({*RepErr, 0x80001234} - {RepErr.NBD_REP_ERR_UNS
     skipped=st.lists(st.integers(5, 0x7FFFFFFF), max_size=3),
     cuts=CUTS,
 )
-def test_every_good_list_is_understood(
+def test_good_list_is_understood(
     entries: list[tuple[bytes, bytes, Good | tuple[int, bytes]]], skipped: list[int], cuts: list[int]
 ) -> None:
     said = [greeting()]
@@ -281,7 +281,7 @@ DIALOGUES: dict[str, tuple[str, bytes, int]] = {
 
 
 @pytest.mark.parametrize("dialogue", DIALOGUES)
-def test_a_dialogue_that_ends_at_any_byte_is_refused(dialogue: str) -> None:
+def test_dialogue_that_ends_at_any_byte_is_refused(dialogue: str) -> None:
     kind, said, spare = DIALOGUES[dialogue]
     for length in range(len(said) - spare):
         assert "closed the connection" in refused(kind, [said[:length]]), length
@@ -289,7 +289,7 @@ def test_a_dialogue_that_ends_at_any_byte_is_refused(dialogue: str) -> None:
 
 
 @pytest.mark.parametrize("dialogue", DIALOGUES)
-def test_no_bit_that_flips_on_the_way_breaks_a_promise(dialogue: str) -> None:
+def test_bit_that_flips_on_the_way_breaks_no_promise(dialogue: str) -> None:
     kind, said, _ = DIALOGUES[dialogue]
     for bit in range(8 * len(said)):
         flipped = (int.from_bytes(said, "big") ^ 1 << bit).to_bytes(len(said), "big")
@@ -299,7 +299,7 @@ def test_no_bit_that_flips_on_the_way_breaks_a_promise(dialogue: str) -> None:
 # The limits.
 
 
-def test_as_many_replies_as_are_read_are_no_more_than_allowed() -> None:
+def test_replies_up_to_the_limit_are_read() -> None:
     skipped = [reply(GO, 99)] * (negotiation.MAX_INFOS - 2)
     assert judge("go", "x", Talk([greeting(), *skipped, servers.accepts(GO)])) == Export("x", MIB, Flags(HAS_FLAGS))
     assert "sent more than 256 replies to NBD_OPT_GO" in refused(
@@ -307,7 +307,7 @@ def test_as_many_replies_as_are_read_are_no_more_than_allowed() -> None:
     )
 
 
-def test_a_reply_as_long_as_is_read_is_skipped_and_a_longer_one_refused() -> None:
+def test_reply_up_to_the_limit_is_skipped_and_a_longer_one_refused() -> None:
     longest = bytes(negotiation.MAX_REPLY)
     assert judge("go", "x", Talk([greeting(), reply(GO, 99, longest), servers.accepts(GO)])) == Export(
         "x", MIB, Flags(HAS_FLAGS)
@@ -323,7 +323,7 @@ def endless(octets: bytes, first: bytes = b"") -> Iterator[bytes]:
     yield from itertools.repeat(octets, 1_000_000)
 
 
-def test_a_million_replies_are_not_read() -> None:
+def test_replies_by_the_million_are_not_read() -> None:
     for kind, octets, sentence in (
         ("go", reply(GO, 99), "sent more than 256 replies"),
         ("info", servers.info(INFO, 99, b""), "sent more than 256 replies"),
@@ -335,7 +335,7 @@ def test_a_million_replies_are_not_read() -> None:
         assert sentence in refused(kind, endless(octets)), kind
 
 
-def test_what_is_skipped_before_each_answer_counts_for_the_whole_list() -> None:
+def test_replies_skipped_before_each_answer_count_for_the_whole_list() -> None:
     def said() -> Iterator[bytes]:
         yield greeting() + entry(b"x") * negotiation.MAX_DESCRIBED + ack(LIST)
         while True:
@@ -345,7 +345,7 @@ def test_what_is_skipped_before_each_answer_counts_for_the_whole_list() -> None:
     assert "sent replies without end" in refused("list", said())
 
 
-def test_the_largest_list_that_is_read_fits_into_the_limits() -> None:
+def test_list_of_the_largest_size_fits_into_the_limits() -> None:
     names = [b"%05d" % number + b"n" * 4091 for number in range(negotiation.MAX_DESCRIBED)]
     spent = sum(4 + len(name) for name in names)
     left, rest = negotiation.MAX_EXPORTS - len(names), negotiation.MAX_LIST - spent
@@ -368,7 +368,7 @@ def test_the_largest_list_that_is_read_fits_into_the_limits() -> None:
     }
 
 
-def test_an_export_is_opened_in_little_memory_whatever_its_server_says() -> None:
+def test_go_needs_little_memory_whatever_the_server_sends() -> None:
     nasty = [
         greeting(),
         *(servers.info(GO, number, bytes(16382)) for number in range(100, 300)),
@@ -384,7 +384,7 @@ def test_an_export_is_opened_in_little_memory_whatever_its_server_says() -> None
     assert peak - 2 * sum(map(len, nasty)) < MAX_GO_MEMORY
 
 
-def test_the_limits_are_written_down() -> None:
+def test_limits_are_written_down() -> None:
     page = DOCUMENT.read_text("utf-8")
     for name, limit in (
         ("MAX_REPLY", f"{negotiation.MAX_REPLY >> 10} KiB"),

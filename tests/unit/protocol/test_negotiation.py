@@ -58,7 +58,7 @@ def test_go_leaves_every_byte_of_the_transmission_phase_alone() -> None:
     assert play.rest == b"gDf\x98"
 
 
-def test_infos_come_in_any_order_and_only_the_export_is_a_must() -> None:
+def test_infos_come_in_any_order_and_only_the_export_is_required() -> None:
     server = greeting() + servers.info_blocks(GO, 1, 512, 0xFFFFFFFF) + servers.accepts(GO, flags=HAS_FLAGS)
     assert Play(server).run(go("x")) == Export("x", MIB, Flags.NBD_FLAG_HAS_FLAGS, 1, 512, 0xFFFFFFFF)
     export = Play(greeting() + servers.accepts(GO)).run(go("x"))
@@ -70,37 +70,37 @@ def test_infos_and_replies_of_unknown_types_are_skipped() -> None:
     assert Play(server).run(go("x")).size == MIB
 
 
-def test_what_is_said_twice_alike_is_no_contradiction() -> None:
+def test_infos_sent_twice_alike_are_no_contradiction() -> None:
     said = servers.info_blocks(GO, 1, 512, 512) + servers.info(GO, 1, b"n") + servers.info_export(GO)
     assert Play(greeting() + 3 * said + ack(GO)).run(go("x")) == Export("n", MIB, Flags(HAS_FLAGS), 1, 512, 512)
 
 
-def test_flags_that_nobody_knows_are_kept() -> None:
+def test_flags_that_are_unknown_are_kept() -> None:
     export = Play(greeting() + servers.accepts(GO, flags=0x8001)).run(go("x"))
     assert int(export.flags) == 0x8001
 
 
-def test_a_size_of_zero_is_told_as_it_is() -> None:
+def test_size_of_zero_is_returned_as_it_is() -> None:
     assert Play(greeting() + servers.accepts(GO, size=0)).run(go("x")).size == 0
 
 
-def test_the_largest_size_is_taken() -> None:
+def test_size_up_to_the_kernels_largest_is_taken() -> None:
     assert Play(greeting() + servers.accepts(GO, size=2**63 - 1)).run(go("x")).size == 2**63 - 1
 
 
-def test_no_zeroes_is_only_agreed_on_where_it_was_offered() -> None:
+def test_no_zeroes_is_set_only_if_the_server_offers_it() -> None:
     play = Play(greeting(FIXED) + servers.accepts(GO))
     play.run(go("x"))
     assert servers.parse_client(play.sent)[0] == 1
 
 
-def test_info_asks_and_leaves() -> None:
+def test_info_asks_and_ends_the_session() -> None:
     play = Play(greeting() + servers.accepts(INFO, 7 * MIB))
     assert play.run(info("x")).size == 7 * MIB
     assert play.asked == [INFO, ABORT]
 
 
-def test_what_was_told_counts_though_the_server_hangs_up_before_the_farewell() -> None:
+def test_info_returns_the_answer_even_if_the_server_closes_before_abort() -> None:
     play = Play(greeting() + servers.accepts(INFO), hangs_up_before="NBD_OPT_ABORT")
     assert play.run(info("x")).size == MIB
 
@@ -108,7 +108,7 @@ def test_what_was_told_counts_though_the_server_hangs_up_before_the_farewell() -
 # The old server.
 
 
-def test_export_name_is_the_way_where_go_is_unknown() -> None:
+def test_export_name_is_used_if_go_is_unknown() -> None:
     play = Play(greeting() + UNSUP + struct.pack(">QH", 3 * MIB, 1) + b"rest")
     assert play.run(go("disk")) == Export("disk", 3 * MIB, Flags.NBD_FLAG_HAS_FLAGS)
     assert play.asked == [GO, EXPORT_NAME]
@@ -116,25 +116,25 @@ def test_export_name_is_the_way_where_go_is_unknown() -> None:
     assert play.rest == b"rest"
 
 
-def test_export_name_is_followed_by_124_zeroes_where_no_zeroes_was_not_agreed_on() -> None:
+def test_export_name_is_followed_by_124_zeroes_without_no_zeroes() -> None:
     play = Play(greeting(FIXED) + UNSUP + struct.pack(">QH", MIB, 1) + bytes(124) + b"rest")
     assert play.run(go("disk")).size == MIB
     assert play.rest == b"rest"
 
 
 @pytest.mark.parametrize("kind", [*sorted(set(RepErr) - {RepErr.NBD_REP_ERR_UNSUP}), 0x80001234])
-def test_no_other_refusal_is_got_round_by_export_name(kind: int) -> None:
+def test_export_name_is_not_used_after_any_other_error(kind: int) -> None:
     error, play = refusal_of(greeting() + reply(GO, kind) + bytes(200), go("x"))
     assert play.asked == [GO, ABORT]
     assert isinstance(error, TLSFailed) == (kind == RepErr.NBD_REP_ERR_TLS_REQD)
 
 
-def test_a_size_past_the_kernels_is_refused_from_an_old_server_too() -> None:
+def test_size_above_the_kernels_is_refused_from_an_old_server_too() -> None:
     error, _ = refusal_of(greeting() + UNSUP + struct.pack(">QH", 1 << 63, 1), go("x"))
     assert "9223372036854775808 bytes" in str(error)
 
 
-def test_an_old_server_that_hangs_up_probably_lacks_the_export() -> None:
+def test_old_server_that_closes_probably_lacks_the_export() -> None:
     error, _ = refusal_of(greeting() + UNSUP, go("di\nsk"))
     assert "does not have 'di\\nsk'" in str(error)
 
@@ -158,14 +158,14 @@ def test_an_old_server_that_hangs_up_probably_lacks_the_export() -> None:
         (0x80001234, NegotiationFailed, "the unknown error 0x80001234"),
     ],
 )
-def test_each_refusal_has_its_own_sentence(kind: int, error: type[ServerError], sentence: str) -> None:
+def test_error_reply_has_its_own_sentence(kind: int, error: type[ServerError], sentence: str) -> None:
     refusal, play = refusal_of(greeting() + reply(INFO, kind), info("x"))
     assert type(refusal) is error
     assert sentence in str(refusal)
     assert play.asked == [INFO, ABORT]
 
 
-def test_what_the_server_says_to_its_refusal_is_repeated_escaped_and_cut() -> None:
+def test_error_reply_message_is_repeated_escaped_and_cut() -> None:
     spoken = b"go \x1b[31maway\r\n" + b"x" * 1000
     refusal, _ = refusal_of(greeting() + reply(GO, RepErr.NBD_REP_ERR_POLICY, spoken), go("x"))
     assert "It says: 'go \\x1b[31maway\\r\\nxxx" in str(refusal)
@@ -173,13 +173,13 @@ def test_what_the_server_says_to_its_refusal_is_repeated_escaped_and_cut() -> No
     assert len(str(refusal)) < 400
 
 
-def test_a_name_full_of_control_characters_can_be_asked_for_but_not_printed() -> None:
+def test_name_with_control_characters_can_be_asked_for_but_not_printed() -> None:
     refusal, play = refusal_of(greeting() + reply(GO, RepErr.NBD_REP_ERR_UNKNOWN), go("\x1b]0;owned\x07\u202e"))
     assert "'\\x1b]0;owned\\x07\\u202e'" in str(refusal)
     assert "\x1b]0;owned\x07\u202e".encode() in play.sent
 
 
-def test_no_default_export_is_said_as_such() -> None:
+def test_error_reply_says_that_there_is_no_default_export() -> None:
     refusal, _ = refusal_of(greeting() + reply(GO, RepErr.NBD_REP_ERR_UNKNOWN), go(""))
     assert type(refusal) is NoSuchExport
     assert "has no default export; name one" in str(refusal)
@@ -222,7 +222,7 @@ def test_no_default_export_is_said_as_such() -> None:
         (greeting() + 300 * reply(GO, 99, b""), "more than 256 replies to NBD_OPT_GO"),
     ],
 )
-def test_a_broken_protocol_ends_it_with_a_sentence(server: bytes, sentence: str) -> None:
+def test_broken_protocol_ends_the_negotiation_with_a_sentence(server: bytes, sentence: str) -> None:
     error, _ = refusal_of(server, go("x"))
     assert type(error) is NegotiationFailed
     assert sentence in str(error)
@@ -254,7 +254,7 @@ def test_block_sizes_at_the_edge_of_the_protocol_are_taken(sizes: tuple[int, int
     assert (export.minimum, export.preferred, export.maximum) == sizes
 
 
-def test_a_name_that_nbd_can_not_carry_is_not_sent() -> None:
+def test_name_that_nbd_can_not_carry_is_not_sent() -> None:
     for name, sentence in (("x" * 4097, "a name of 4097 bytes"), ("\ud800", "not valid UTF-8")):
         error, play = refusal_of(greeting(), go(name))
         assert sentence in str(error)
@@ -264,7 +264,7 @@ def test_a_name_that_nbd_can_not_carry_is_not_sent() -> None:
 # The list.
 
 
-def test_the_list_describes_each_export() -> None:
+def test_list_describes_each_export() -> None:
     play = Play(
         greeting()
         + entry(b"a")
@@ -286,11 +286,11 @@ def test_the_list_describes_each_export() -> None:
     assert play.asked == [LIST, INFO, INFO, INFO, ABORT]
 
 
-def test_an_empty_list_is_a_list() -> None:
+def test_list_may_be_empty() -> None:
     assert Play(greeting() + ack(LIST)).run(list_exports()) == []
 
 
-def test_an_export_that_is_listed_but_not_described_says_why_and_harms_no_other() -> None:
+def test_list_says_why_an_export_is_not_described() -> None:
     server = (
         greeting()
         + b"".join(entry(name) for name in (b"secret", b"gone", b"good", b"zero"))
@@ -307,7 +307,7 @@ def test_an_export_that_is_listed_but_not_described_says_why_and_harms_no_other(
     assert (zero.size, zero.problem[:32]) == (0, "The server gives its size as 0; ")
 
 
-def test_what_is_not_described_in_time_says_so_and_what_is_stays() -> None:
+def test_list_keeps_what_was_described_in_time() -> None:
     server = greeting() + entry(b"a") + entry(b"b") + entry(b"c") + ack(LIST)
     a, b, c = Play(server + servers.accepts(INFO), silent=True).run(list_exports())
     assert (a.name, a.size, a.problem) == ("a", MIB, "")
@@ -317,7 +317,7 @@ def test_what_is_not_described_in_time_says_so_and_what_is_stays() -> None:
         Play(server, silent=True).run(list_exports())
 
 
-def test_a_server_too_old_to_describe_is_asked_once() -> None:
+def test_server_too_old_to_describe_is_asked_once() -> None:
     play = Play(greeting() + entry(b"a") + entry(b"b") + ack(LIST) + reply(INFO, RepErr.NBD_REP_ERR_UNSUP))
     exports = play.run(list_exports())
     assert [export.name for export in exports] == ["a", "b"]
@@ -325,7 +325,7 @@ def test_a_server_too_old_to_describe_is_asked_once() -> None:
     assert play.asked == [LIST, INFO, ABORT]
 
 
-def test_a_server_that_shuts_down_ends_the_list() -> None:
+def test_server_that_shuts_down_ends_the_list() -> None:
     server = greeting() + entry(b"a") + entry(b"b") + ack(LIST) + reply(INFO, RepErr.NBD_REP_ERR_SHUTDOWN)
     error, play = refusal_of(server, list_exports())
     assert "is shutting down" in str(error)
@@ -341,7 +341,7 @@ def test_a_server_that_shuts_down_ends_the_list() -> None:
         (RepErr.NBD_REP_ERR_UNKNOWN, NegotiationFailed, "though no export was named"),
     ],
 )
-def test_a_server_that_does_not_list_says_why(kind: int, error: type[ServerError], sentence: str) -> None:
+def test_server_that_does_not_list_says_why(kind: int, error: type[ServerError], sentence: str) -> None:
     refusal, play = refusal_of(greeting() + reply(LIST, kind), list_exports())
     assert isinstance(refusal, error)
     assert sentence in str(refusal)
@@ -361,7 +361,7 @@ def test_a_server_that_does_not_list_says_why(kind: int, error: type[ServerError
         (entry(b"n" * 4096, b"d" * 4096) * 2050, "lists too much"),
     ],
 )
-def test_a_bad_list_ends_it_with_a_sentence(server: bytes, sentence: str) -> None:
+def test_list_that_is_broken_ends_with_a_sentence(server: bytes, sentence: str) -> None:
     error, _ = refusal_of(greeting() + server, list_exports())
     assert type(error) is NegotiationFailed
     assert sentence in str(error)
@@ -370,7 +370,7 @@ def test_a_bad_list_ends_it_with_a_sentence(server: bytes, sentence: str) -> Non
 # Strings and the wire.
 
 
-def test_a_name_that_is_no_utf8_comes_back_as_the_same_bytes() -> None:
+def test_name_that_is_not_utf_8_comes_back_as_the_same_bytes() -> None:
     play = Play(greeting() + entry(b"\xff\xfe") + ack(LIST) + servers.accepts(INFO))
     [export] = play.run(list_exports())
     assert b"\0\0\0\2\xff\xfe" in play.sent
@@ -384,7 +384,7 @@ def test_a_name_that_is_no_utf8_comes_back_as_the_same_bytes() -> None:
     flags=st.integers(0, 0xFFFF),
     block=st.none() | st.integers(1, 0xFFFFFFFF),
 )
-def test_every_export_survives_the_wire(name: bytes, size: int, flags: int, block: int | None) -> None:
+def test_export_survives_the_wire(name: bytes, size: int, flags: int, block: int | None) -> None:
     text = decode(name, "a name")
     assert encode(text) == name
     export = Export(text, size, Flags(flags), block, block, block, text, text)

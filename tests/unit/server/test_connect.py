@@ -65,7 +65,7 @@ def full_port() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_export_is_opened_and_its_socket_is_as_the_kernel_needs_it(family: int) -> None:
+def test_open_export_gives_a_socket_as_the_kernel_needs_it(family: int) -> None:
     with Server(offers({b"disk": 5 * MIB}), family) as server:
         sock, export = open_export(server.uri("disk"), Deadline(LONG))
         with sock:
@@ -80,7 +80,7 @@ def test_an_export_is_opened_and_its_socket_is_as_the_kernel_needs_it(family: in
 @pytest.mark.parametrize(
     ("seconds", "clocks"), [(10, (10_000, 4, 2, 3)), (1, (1000, 1, 1, 1)), (60, (60_000, 24, 12, 3))]
 )
-def test_a_dead_network_is_found_in_the_time_that_was_set(seconds: int, clocks: tuple[int, int, int, int]) -> None:
+def test_network_timeout_sets_the_clocks_of_the_socket(seconds: int, clocks: tuple[int, int, int, int]) -> None:
     with (
         Server(says(b"")) as server,
         connect(server.uri(), Deadline(LONG), network_timeout=seconds) as sock,
@@ -93,14 +93,14 @@ def test_a_dead_network_is_found_in_the_time_that_was_set(seconds: int, clocks: 
         assert idle + interval * count in (seconds, seconds + 1)
 
 
-def test_the_network_timeout_stays_in_what_the_kernel_takes() -> None:
+def test_network_timeout_stays_within_what_the_kernel_takes() -> None:
     with Server(says(b"")) as server:
         for seconds in (-1, 0, 10**9):
             connect(server.uri(), Deadline(LONG), network_timeout=seconds).close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_list_is_read(family: int) -> None:
+def test_list_exports_reads_the_list(family: int) -> None:
     with Server(offers({b"a": MIB, b"": 2 * MIB}), family) as server:
         assert [(export.name, export.size) for export in list_exports(server.uri("ignored"), Deadline(LONG))] == [
             ("a", MIB),
@@ -108,7 +108,7 @@ def test_a_list_is_read(family: int) -> None:
         ]
 
 
-def test_a_dry_run_goes_over_any_socket_and_names_its_peer() -> None:
+def test_negotiate_runs_over_any_socket_and_names_its_peer() -> None:
     with Server(offers({b"a": MIB})) as server:
         with connect(server.uri(), Deadline(LONG)) as sock:
             assert negotiate(sock, protocol.info("a"), Deadline(LONG)).size == MIB
@@ -119,14 +119,14 @@ def test_a_dry_run_goes_over_any_socket_and_names_its_peer() -> None:
             negotiate(sock, protocol.info("b"), Deadline(LONG))
 
 
-def test_not_a_byte_of_the_transmission_phase_is_read() -> None:
+def test_negotiate_reads_no_byte_of_the_transmission_phase() -> None:
     with Server(says(greeting() + accepts(GO) + b"NEXT")) as server:
         sock, _ = open_export(server.uri(), Deadline(LONG))
         with sock:
             assert receive(sock, 4) == b"NEXT"
 
 
-def test_a_slow_server_is_waited_for_as_long_as_the_deadline_allows() -> None:
+def test_slow_server_is_waited_for_until_the_deadline() -> None:
     def drip(conn: socket.socket) -> None:
         conn.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for octet in greeting() + accepts(GO):
@@ -143,7 +143,7 @@ def test_a_slow_server_is_waited_for_as_long_as_the_deadline_allows() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_tls_is_asked_for_nobody_is_even_called(family: int) -> None:
+def test_tls_uri_is_refused_before_any_connection(family: int) -> None:
     with Server(offers({b"": MIB}), family) as server:
         uri = server.uri()
         asked = URI(tls=True, host=uri.host, port=uri.port, socket=uri.socket, export="")
@@ -157,13 +157,13 @@ def test_where_tls_is_asked_for_nobody_is_even_called(family: int) -> None:
 # Nobody there.
 
 
-def test_a_refused_connection_is_told(closed_port: int) -> None:
+def test_refused_connection_raises_connect_failed(closed_port: int) -> None:
     error = refusal_of(URI.parse(f"nbd://127.0.0.1:{closed_port}/x"))
     assert type(error) is ConnectFailed
     assert str(error) == f"Can't connect to 127.0.0.1:{closed_port}: connection refused, nothing listens there."
 
 
-def test_a_host_that_never_answers_is_given_up_at_the_deadline(full_port: int) -> None:
+def test_host_that_never_answers_times_out_at_the_deadline(full_port: int) -> None:
     start = time.monotonic()
     error = refusal_of(URI.parse(f"nbd://127.0.0.1:{full_port}/x"), SHORT)
     assert type(error) is TimedOut
@@ -171,7 +171,7 @@ def test_a_host_that_never_answers_is_given_up_at_the_deadline(full_port: int) -
     assert time.monotonic() - start < LONG
 
 
-def test_a_host_that_does_not_resolve_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_that_does_not_resolve_raises_connect_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(code: int) -> Callable[..., Any]:
         def getaddrinfo(*_: object, **__: object) -> Any:
             raise socket.gaierror(code, "what the library says")
@@ -189,7 +189,7 @@ def test_a_host_that_does_not_resolve_is_told(monkeypatch: pytest.MonkeyPatch) -
         assert str(error) == sentence
 
 
-def test_a_name_server_that_never_answers_is_given_up_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_server_that_never_answers_times_out_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     over = threading.Event()
     seen: list[threading.Thread] = []
 
@@ -208,7 +208,7 @@ def test_a_name_server_that_never_answers_is_given_up_at_the_deadline(monkeypatc
     seen[0].join(LONG)
 
 
-def test_a_zone_that_is_no_interface_is_told() -> None:
+def test_zone_that_is_no_interface_raises_connect_failed() -> None:
     error = refusal_of(URI.parse("nbd://[fe80::1%25nosuch0]/x"))
     assert type(error) is ConnectFailed
     assert "[fe80::1%nosuch0]:10809: no network interface here" in str(error)
@@ -230,7 +230,7 @@ class Resolver:
         ]
 
 
-def test_every_address_is_tried_until_one_answers(
+def test_addresses_are_tried_until_one_answers(
     monkeypatch: pytest.MonkeyPatch, closed_port: int, full_port: int
 ) -> None:
     with Server(offers({b"x": MIB})) as server:
@@ -247,7 +247,7 @@ def test_every_address_is_tried_until_one_answers(
         assert export.size == MIB
 
 
-def test_every_address_is_named_with_its_reason(
+def test_addresses_that_failed_are_named_with_their_reasons(
     monkeypatch: pytest.MonkeyPatch, closed_port: int, full_port: int
 ) -> None:
     found = [
@@ -265,13 +265,13 @@ def test_every_address_is_named_with_its_reason(
     )
 
 
-def test_a_name_with_many_addresses_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_addresses_that_are_tried_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [(socket.AF_INET6, "::1", port) for port in range(1, 1000)]
     monkeypatch.setattr(socket, "getaddrinfo", Resolver(*found))
     assert str(refusal_of(URI.parse("nbd://server.example/x"))).count("refused") == transport.MAX_ADDRESSES
 
 
-def test_a_socket_that_was_connected_to_itself_is_not_a_server() -> None:
+def test_socket_connected_to_itself_is_not_a_server() -> None:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.connect(sock.getsockname())
@@ -283,7 +283,7 @@ def test_a_socket_that_was_connected_to_itself_is_not_a_server() -> None:
 # Unix sockets.
 
 
-def test_a_unix_socket_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_unix_socket_that_is_missing_raises_connect_failed(tmp_path: Path) -> None:
     path = tmp_path / "s"
     uri = URI.parse(f"nbd+unix:///x?socket={path}")
     assert str(refusal_of(uri)) == (f"Can't connect to {path}: there is no such socket, the server may not be running.")
@@ -299,14 +299,14 @@ def test_a_unix_socket_that_is_not_there_is_told(tmp_path: Path) -> None:
         assert str(refusal_of(uri)) == f"Can't connect to {path}: the socket is not a stream socket."
 
 
-def test_a_path_too_long_for_a_unix_socket_is_told() -> None:
+def test_unix_socket_path_that_is_too_long_raises_connect_failed() -> None:
     path = "/" + "s" * MAX_SOCKET_PATH
     error = refusal_of(URI(tls=False, host=None, port=10809, socket=path, export=""))
     assert type(error) is ConnectFailed
     assert str(error).endswith("the path of a Unix socket has at most 107 bytes, not 108.")
 
 
-def test_a_unix_server_that_accepts_nobody_is_given_up_at_the_deadline(tmp_path: Path) -> None:
+def test_unix_server_that_accepts_nothing_times_out_at_the_deadline(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as caller:
         listener.bind(path)
@@ -317,7 +317,7 @@ def test_a_unix_server_that_accepts_nobody_is_given_up_at_the_deadline(tmp_path:
         assert str(error) == f"There was no connection to {path} within {SHORT:g} s: the server accepts none."
 
 
-def test_a_unix_server_that_accepts_late_is_waited_for(tmp_path: Path) -> None:
+def test_unix_server_that_accepts_late_is_waited_for(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as caller:
         listener.bind(path)
@@ -358,14 +358,14 @@ def test_a_unix_server_that_accepts_late_is_waited_for(tmp_path: Path) -> None:
         (b"HTTP/1.1 408 Request Timeout\r\n\r\n", 0, "is not an NBD server but a web server"),
     ],
 )
-def test_a_server_that_leaves_is_told_with_the_step(family: int, said: bytes, read: int, sentence: str) -> None:
+def test_server_that_closes_is_reported_with_the_step(family: int, said: bytes, read: int, sentence: str) -> None:
     with Server(says_and_closes(said, read), family) as server:
         error = refusal_of(server.uri())
         assert type(error) is NegotiationFailed
         assert str(error).startswith(f"The NBD server {server.uri().address} {sentence}")
 
 
-def test_a_server_that_resets_is_told() -> None:
+def test_server_that_resets_is_reported() -> None:
     def reset(conn: socket.socket) -> None:
         conn.sendall(greeting())
         receive(conn, 4 + 30)
@@ -380,7 +380,7 @@ def test_a_server_that_resets_is_told() -> None:
         )
 
 
-def test_a_server_that_resets_at_once_is_told_wherever_we_notice() -> None:
+def test_server_that_resets_at_once_is_reported_at_any_step() -> None:
     def reset(conn: socket.socket) -> None:
         conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -404,14 +404,14 @@ def test_a_server_that_resets_at_once_is_told_wherever_we_notice() -> None:
         (greeting() + accepts(GO)[:50], f"sent only 18 of 20 bytes of its reply to NBD_OPT_GO within {SHORT:g} s."),
     ],
 )
-def test_a_server_that_falls_silent_is_given_up_at_the_deadline(said: bytes, sentence: str) -> None:
+def test_server_that_falls_silent_times_out_at_the_deadline(said: bytes, sentence: str) -> None:
     with Server(says(said)) as server:
         error = refusal_of(server.uri(), SHORT)
         assert type(error) is TimedOut
         assert str(error).startswith(f"The NBD server {server.uri().address} {sentence}")
 
 
-def test_a_server_that_drips_for_ever_is_given_up_at_the_deadline() -> None:
+def test_server_that_sends_byte_by_byte_times_out_at_the_deadline() -> None:
     over = threading.Event()
 
     def drip(conn: socket.socket) -> None:
@@ -430,7 +430,7 @@ def test_a_server_that_drips_for_ever_is_given_up_at_the_deadline() -> None:
         assert time.monotonic() - start < LONG
 
 
-def test_a_server_that_talks_for_ever_is_given_up() -> None:
+def test_server_that_sends_without_end_is_refused() -> None:
     def babble(conn: socket.socket) -> None:
         conn.sendall(greeting())
         while True:
@@ -440,7 +440,7 @@ def test_a_server_that_talks_for_ever_is_given_up() -> None:
         assert "sent more than 256 replies" in str(refusal_of(server.uri()))
 
 
-def test_a_server_that_takes_nothing_is_given_up_at_the_deadline() -> None:
+def test_server_that_reads_nothing_times_out_at_the_deadline() -> None:
     def push() -> Steps[None]:
         yield Send(bytes(64 * MIB), "a lot")
 
@@ -449,7 +449,7 @@ def test_a_server_that_takes_nothing_is_given_up_at_the_deadline() -> None:
         negotiate(near, push(), Deadline(SHORT))
 
 
-def test_a_server_that_is_gone_when_we_speak_is_told() -> None:
+def test_server_that_is_gone_when_we_send_is_reported() -> None:
     def push() -> Steps[None]:
         yield Send(b"hello", "our greeting")
 
@@ -459,7 +459,7 @@ def test_a_server_that_is_gone_when_we_speak_is_told() -> None:
         negotiate(near, push(), Deadline(LONG))
 
 
-def test_no_socket_is_left_behind_by_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_leaves_no_socket_behind_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[socket.socket] = []
 
     class Kept(socket.socket):
@@ -480,20 +480,20 @@ def test_no_socket_is_left_behind_by_a_failure(monkeypatch: pytest.MonkeyPatch) 
 # The deadline.
 
 
-def test_a_deadline_that_has_passed_says_what_was_not_done() -> None:
+def test_deadline_that_has_passed_says_what_was_not_done() -> None:
     deadline = Deadline(0)
     with pytest.raises(TimedOut, match=r"^The node did not appear within 0 s\.$"):
         deadline.remaining("The node did not appear")
     assert 0 < Deadline(LONG).remaining() <= LONG
 
 
-def test_after_the_deadline_nothing_is_tried() -> None:
+def test_deadline_that_has_passed_prevents_any_attempt() -> None:
     with Server(offers({b"": MIB})) as server:
         assert type(refusal_of(server.uri(), 0)) is TimedOut
         assert not server.connected.is_set()
 
 
-def test_one_deadline_covers_connecting_and_negotiating() -> None:
+def test_deadline_covers_connecting_and_negotiating() -> None:
     def ask() -> Steps[bytes]:
         return (yield Receive(1, "a byte"))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Links: what a server offers, held against what the definition asks for; servers that are scripted."""
+"""Connections: what a scripted server offers, checked against what the definition asks for."""
 
 from __future__ import annotations
 
@@ -63,29 +63,29 @@ def in_turn(*serves: Callable[[socket.socket], None]) -> Callable[[socket.socket
 
 
 @pytest.mark.parametrize(("minimum", "chosen"), [(1, 512), (512, 512), (4096, 4096), (65536, 65536)])
-def test_the_block_size_is_the_servers_minimum_but_what_the_kernel_can_at_least(minimum: int, chosen: int) -> None:
-    with open_from(with_blocks(minimum)) as links:
-        assert links.block_size == chosen
+def test_block_size_is_the_servers_minimum_and_at_least_the_kernels(minimum: int, chosen: int) -> None:
+    with open_from(with_blocks(minimum)) as connections:
+        assert connections.block_size == chosen
 
 
-def test_a_server_that_says_nothing_of_blocks_gets_the_kernels_smallest() -> None:
-    with open_from(offers({b"": MIB})) as links:
-        assert links.block_size == 512
+def test_block_size_is_the_kernels_smallest_if_the_server_says_none() -> None:
+    with open_from(offers({b"": MIB})) as connections:
+        assert connections.block_size == 512
 
 
-def test_a_block_size_that_was_asked_for_is_taken() -> None:
-    with open_from(with_blocks(512), block_size=4096) as links:
-        assert links.block_size == 4096
+def test_block_size_of_the_definition_is_taken() -> None:
+    with open_from(with_blocks(512), block_size=4096) as connections:
+        assert connections.block_size == 4096
 
 
-def test_a_block_size_below_the_servers_minimum_is_refused() -> None:
+def test_block_size_below_the_servers_minimum_is_refused() -> None:
     assert "takes no requests below 4096 bytes" in refusal_from(with_blocks(4096), block_size=512)
 
 
-def test_a_tail_below_one_block_is_told() -> None:
-    with open_from(offers({b"": MIB + 100})) as links:
-        assert links.export.size == MIB + 100
-        assert "the last 100 are not reachable" in links.warnings[0]
+def test_size_with_a_rest_below_one_block_gives_a_warning() -> None:
+    with open_from(offers({b"": MIB + 100})) as connections:
+        assert connections.export.size == MIB + 100
+        assert "the last 100 are not reachable" in connections.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -98,43 +98,43 @@ def test_a_tail_below_one_block_is_told() -> None:
         (READ_ONLY, True, True),
     ],
 )
-def test_a_device_is_read_only_if_the_server_or_the_definition_says_so(
+def test_connections_are_read_only_if_the_server_or_the_definition_says_so(
     flags: int, asked: bool | None, read_only: bool
 ) -> None:
-    with open_from(offers({b"": MIB}, flags), read_only=asked) as links:
-        assert links.read_only is read_only
+    with open_from(offers({b"": MIB}, flags), read_only=asked) as connections:
+        assert connections.read_only is read_only
 
 
-def test_a_read_only_export_is_refused_where_writing_was_asked_for() -> None:
+def test_read_only_export_is_refused_if_writing_was_asked_for() -> None:
     assert "offered read-only" in refusal_from(offers({b"": MIB}, READ_ONLY), read_only=False)
 
 
-def test_an_export_of_size_0_is_refused() -> None:
+def test_export_of_size_0_is_refused() -> None:
     assert "size of 0 bytes" in refusal_from(offers({b"": 0}))
 
 
-def test_an_export_that_does_not_exist_is_refused_by_its_own_class() -> None:
+def test_export_that_does_not_exist_raises_no_such_export() -> None:
     with Server(offers({b"other": MIB})) as server, pytest.raises(NoSuchExport):
         open_connections(wanted(server.uri("disk")), Deadline(SECONDS))
 
 
-def test_several_connections_are_opened_where_the_server_allows_them() -> None:
-    with open_from(offers({b"": MIB}, MULTI), connections=4) as links:
-        assert len(links.sockets) == 4
-        assert links.warnings == ()
+def test_connections_are_several_if_the_server_allows_them() -> None:
+    with open_from(offers({b"": MIB}, MULTI), connections=4) as connections:
+        assert len(connections.sockets) == 4
+        assert connections.warnings == ()
 
 
-def test_one_connection_is_opened_where_the_server_does_not_allow_more() -> None:
-    with open_from(offers({b"": MIB}), connections=4) as links:
-        assert len(links.sockets) == 1
-        assert "does not allow several connections; one is used instead of 4" in links.warnings[0]
+def test_connections_are_one_if_the_server_does_not_allow_more() -> None:
+    with open_from(offers({b"": MIB}), connections=4) as connections:
+        assert len(connections.sockets) == 1
+        assert "does not allow several connections; one is used instead of 4" in connections.warnings[0]
 
 
-def test_the_number_of_links_can_be_another_than_the_definitions() -> None:
+def test_connections_can_be_another_number_than_the_definitions() -> None:
     with Server(offers({b"": MIB}, MULTI)) as server:
         definition = wanted(server.uri(), connections=4)
-        with open_connections(definition, Deadline(SECONDS), 2) as links:
-            assert len(links.sockets) == 2
+        with open_connections(definition, Deadline(SECONDS), 2) as connections:
+            assert len(connections.sockets) == 2
 
 
 @pytest.mark.parametrize(
@@ -151,22 +151,22 @@ def test_connections_that_disagree_are_refused(second: Callable[[socket.socket],
     assert what in sentence
 
 
-def test_the_first_server_that_gives_what_is_asked_for_is_taken() -> None:
+def test_server_that_offers_what_is_asked_for_first_is_taken() -> None:
     with Server(offers({b"": 0})) as first, Server(offers({b"": MIB})) as second, Server(offers({b"": MIB})) as third:
         definition = wanted(first.uri(), second.uri(), third.uri())
-        with open_connections(definition, Deadline(SECONDS)) as links:
-            assert links.uri == second.uri()
+        with open_connections(definition, Deadline(SECONDS)) as connections:
+            assert connections.uri == second.uri()
         assert not third.connected.is_set()
 
 
-def test_a_silent_server_leaves_time_for_the_next() -> None:
+def test_server_that_is_silent_leaves_time_for_the_next() -> None:
     with Server(says(b"")) as silent, Server(offers({b"": MIB})) as good:
         definition = wanted(silent.uri(), good.uri())
-        with open_connections(definition, Deadline(4)) as links:
-            assert links.uri == good.uri()
+        with open_connections(definition, Deadline(4)) as connections:
+            assert connections.uri == good.uri()
 
 
-def test_every_server_that_failed_is_told_and_the_last_ones_class() -> None:
+def test_servers_that_failed_are_all_named_with_the_last_ones_class() -> None:
     with Server(says(b"")) as gone:
         pass
     with Server(offers({b"": 0})) as empty:
@@ -177,7 +177,7 @@ def test_every_server_that_failed_is_told_and_the_last_ones_class() -> None:
     assert "nothing listens" in str(caught.value)
 
 
-def test_silent_servers_end_with_the_deadline() -> None:
+def test_servers_that_are_silent_end_with_the_deadline() -> None:
     with Server(says(b"")) as one, Server(says(b"")) as two, pytest.raises(TimedOut):
         open_connections(wanted(one.uri(), two.uri()), Deadline(0.4))
 
@@ -191,18 +191,18 @@ def test_silent_servers_end_with_the_deadline() -> None:
         in_turn(offers({b"": MIB}, MULTI), says(b"HTTP/1.1 400 Bad Request\r\n\r\n")),
     ],
 )
-def test_a_refusal_leaves_no_descriptor(serve: Callable[[socket.socket], None]) -> None:
+def test_connections_that_are_refused_leave_no_descriptor(serve: Callable[[socket.socket], None]) -> None:
     before = open_fds()
     with Server(serve) as server, pytest.raises(ServerError):
         open_connections(wanted(server.uri(), connections=3, read_only=False), Deadline(SECONDS))
     assert open_fds() == before
 
 
-# The end of a link
+# The end of a connection
 
 
 def ending_of(sock: socket.socket, kill: Callable[[], None]) -> str:
-    """Why the link ended, once it has."""
+    """Why the connection ended, once it has."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
     kill()
@@ -220,24 +220,24 @@ def tcp() -> Iterator[tuple[socket.socket, socket.socket]]:
             yield ours, theirs
 
 
-def test_a_link_that_the_server_closed_says_so(tcp: tuple[socket.socket, socket.socket]) -> None:
+def test_disconnect_reason_of_a_connection_that_the_server_closed(tcp: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = tcp
     assert ending_of(ours, theirs.close) == "the server closed it"
 
 
-def test_a_link_that_was_reset_says_so(tcp: tuple[socket.socket, socket.socket]) -> None:
+def test_disconnect_reason_of_a_connection_that_was_reset(tcp: tuple[socket.socket, socket.socket]) -> None:
     ours, theirs = tcp
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert ending_of(ours, theirs.close) == "the server reset it"
 
 
-def test_a_link_that_the_kernel_gave_up_says_so(tcp: tuple[socket.socket, socket.socket]) -> None:
+def test_disconnect_reason_of_a_connection_that_the_kernel_closed(tcp: tuple[socket.socket, socket.socket]) -> None:
     ours, _theirs = tcp
     # As the driver does with a socket whose request took too long.
     assert ending_of(ours, lambda: ours.shutdown(socket.SHUT_RDWR)).startswith("the kernel closed it")
 
 
-def test_a_unix_link_that_the_server_closed_says_so() -> None:
+def test_disconnect_reason_of_a_unix_connection_that_the_server_closed() -> None:
     ours, theirs = socket.socketpair()
     assert ending_of(ours, theirs.close) == "the server closed it"
 
@@ -265,13 +265,13 @@ class DeadSocket:
         (errno.EHOSTUNREACH, 30_100, "no route to host"),
     ],
 )
-def test_a_link_that_timed_out_says_so_even_if_the_driver_has_taken_the_error(
+def test_disconnect_reason_is_a_timeout_even_if_the_driver_has_taken_the_error(
     error: int, silent: int, why: str
 ) -> None:
     assert disconnect_reason(cast(socket.socket, DeadSocket(error, 7, silent))) == why
 
 
-# Links that are not used
+# Connections that are not used
 
 
 DISC = bytes.fromhex("25609513 0000 0002 0000000000000000 0000000000000000 00000000")
@@ -308,12 +308,12 @@ def overheard(act: Callable[[Definition], None], flags: int = MULTI) -> list[byt
     return heard
 
 
-def test_links_that_are_not_used_take_leave_of_the_server() -> None:
+def test_connections_that_are_not_used_send_disconnect() -> None:
     received = overheard(lambda definition: open_connections(definition, Deadline(SECONDS)).close())
     assert received == [DISC, DISC]
 
 
-def test_links_that_are_refused_take_leave_of_the_server() -> None:
+def test_connections_that_are_refused_send_disconnect() -> None:
     def refuse(definition: Definition) -> None:
         with pytest.raises(NegotiationFailed):
             open_connections(replace(definition, read_only=False), Deadline(SECONDS))
@@ -321,7 +321,7 @@ def test_links_that_are_refused_take_leave_of_the_server() -> None:
     assert overheard(refuse, flags=MULTI | READ_ONLY) == [DISC]
 
 
-def test_a_link_that_takes_nothing_more_is_closed_all_the_same() -> None:
+def test_disconnect_closes_a_connection_that_takes_nothing_more() -> None:
     ours, theirs = socket.socketpair()
     with suppress(BlockingIOError):
         while True:

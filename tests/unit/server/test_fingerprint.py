@@ -82,20 +82,20 @@ def ext4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_the_filesystem_of_an_export_is_known_by_its_uuid(ext4: bytes, backwards: bool) -> None:
+def test_fingerprint_of_an_export_has_the_uuid_of_its_filesystem(ext4: bytes, backwards: bool) -> None:
     assert look(len(ext4), answer(ext4, backwards=backwards)) == Fingerprint(filesystem=ONE)
 
 
-def test_a_size_that_is_no_multiple_of_the_block_size_is_no_hindrance(ext4: bytes) -> None:
+def test_fingerprint_of_an_export_whose_size_is_no_multiple_of_the_block_size(ext4: bytes) -> None:
     image = ext4 + bytes(700)
     assert look(len(image), answer(image), block_size=4096) == Fingerprint(filesystem=ONE)
 
 
-def test_an_empty_export_has_no_identity() -> None:
+def test_fingerprint_of_an_empty_export_is_empty() -> None:
     assert look(100_000, answer(bytes(100_000))) == Fingerprint()
 
 
-def test_a_server_that_can_not_read_or_answers_nonsense_or_nothing_is_told() -> None:
+def test_fingerprint_of_a_server_that_fails_answers_nonsense_or_nothing_is_an_error() -> None:
     with pytest.raises(ServerError, match="could not read the export: Input/output error"):
         look(MIB, answer(b"", error=errno.EIO))
     with pytest.raises(NegotiationFailed, match="something else than a reply"):
@@ -114,7 +114,7 @@ def test_a_server_that_can_not_read_or_answers_nonsense_or_nothing_is_told() -> 
         (Fingerprint(), Fingerprint(ONE), ""),
     ],
 )
-def test_only_what_both_know_can_differ(one: Fingerprint, two: Fingerprint, difference: str) -> None:
+def test_fingerprint_difference_is_only_in_what_both_have(one: Fingerprint, two: Fingerprint, difference: str) -> None:
     assert one.difference(two) == difference
 
 
@@ -128,14 +128,16 @@ def device(tmp_path: Path, *, written: bool = False, claims: bool = False, busy:
     return fingerprint.of_device(cast(Node, node), cast(Usage, usage), udev=str(tmp_path))
 
 
-def test_what_was_on_the_device_is_what_udev_found(tmp_path: Path) -> None:
+def test_fingerprint_of_a_device_is_what_udev_found(tmp_path: Path) -> None:
     assert device(tmp_path) == Fingerprint(ONE, "ab")
 
 
-def test_while_it_is_written_to_nothing_is_known(tmp_path: Path) -> None:
+def test_fingerprint_of_a_device_that_is_written_to_is_empty(tmp_path: Path) -> None:
     assert device(tmp_path, written=True, claims=True) == Fingerprint()
 
 
 @pytest.mark.parametrize(("claims", "known"), [(False, Fingerprint()), (True, Fingerprint(ONE, "ab"))])
-def test_while_udev_is_busy_only_what_is_in_use_is_known(tmp_path: Path, claims: bool, known: Fingerprint) -> None:
+def test_fingerprint_while_udev_is_busy_needs_the_device_in_use(
+    tmp_path: Path, claims: bool, known: Fingerprint
+) -> None:
     assert device(tmp_path, busy=True, claims=claims) == known

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Servers that mean harm, over real sockets, against all that talks to servers: the library, the links, the worker.
+"""Servers that mean harm, over real sockets, against all that connects: library, connections, worker.
 
 Each attack ends within the deadline, with a typed error in a printable sentence, and costs no more memory than is said
 here. What needs no socket is in test_any_server.py; what reaches the manager and the kernel, in tests/system.
@@ -72,14 +72,14 @@ def _open_export(uri: URI, deadline: Deadline) -> Export:
 
 
 def _open_connections(uri: URI, deadline: Deadline) -> Export:
-    with open_connections(Definition("hostile", (uri,), connections=3), deadline) as links:
-        return links.export
+    with open_connections(Definition("hostile", (uri,), connections=3), deadline) as connections:
+        return connections.export
 
 
 TALKS: dict[str, tuple[Talk, tuple[int, ...]]] = {
     # Who talks to a server, and with which options.
     "export": (_open_export, (GO,)),
-    "links": (_open_connections, (GO,)),
+    "connections": (_open_connections, (GO,)),
     "list": (list_exports, (LIST, INFO)),
 }
 
@@ -114,7 +114,7 @@ def check_sentence(message: str, uri: URI) -> None:
 
 
 @pytest.mark.parametrize(("talk", "misdeed", "option"), ATTACKS)
-def test_a_misdeed_is_told_and_ends_it(talk: Talk, misdeed: Misdeed, option: int) -> None:
+def test_misdeed_is_reported_and_ends_the_negotiation(talk: Talk, misdeed: Misdeed, option: int) -> None:
     with Server(misdeed.server(option)) as server:
         error = refusal(talk, server.uri("x"))
     assert type(error) is misdeed.error
@@ -123,7 +123,7 @@ def test_a_misdeed_is_told_and_ends_it(talk: Talk, misdeed: Misdeed, option: int
 
 @pytest.mark.parametrize("talk", TALKS)
 @pytest.mark.parametrize("impostor", IMPOSTORS)
-def test_an_impostor_is_told_and_ends_it(talk: str, impostor: str) -> None:
+def test_impostor_is_reported_and_ends_the_negotiation(talk: str, impostor: str) -> None:
     serve, words = IMPOSTORS[impostor]
     with Server(serve) as server:
         error = refusal(TALKS[talk][0], server.uri("x"))
@@ -133,7 +133,7 @@ def test_an_impostor_is_told_and_ends_it(talk: str, impostor: str) -> None:
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
 @pytest.mark.parametrize("talk", TALKS)
-def test_a_connection_that_is_cut_at_any_byte_is_told(talk: str, family: int) -> None:
+def test_connection_that_is_cut_at_any_byte_is_reported(talk: str, family: int) -> None:
     call, (option, *_) = TALKS[talk]
     length = dialogue(option)
     with Server(cut(range(length)), family) as server:
@@ -146,7 +146,7 @@ def test_a_connection_that_is_cut_at_any_byte_is_told(talk: str, family: int) ->
         call(server.uri("x"), Deadline(SECONDS))
 
 
-def test_a_server_that_takes_its_time_is_given_up_at_the_deadline() -> None:
+def test_server_that_takes_its_time_times_out_at_the_deadline() -> None:
     # All at the same time, since each lasts as long as the deadline.
     patience = Patience()
     with ExitStack() as stack:
@@ -191,7 +191,7 @@ CHANGES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_server_that_changes_between_two_connections_is_refused(change: str) -> None:
+def test_server_that_changes_between_two_connections_is_refused(change: str) -> None:
     other, changed = CHANGES[change]
     turns = iter([accepts(GO, MIB, CAN_MULTI_CONN), other, other])
     with Server(answers(lambda _: [next(turns)])) as server:
@@ -201,7 +201,7 @@ def test_a_server_that_changes_between_two_connections_is_refused(change: str) -
 # Words that a terminal would act upon.
 
 
-def test_names_and_descriptions_of_a_stranger_never_reach_a_terminal_as_they_are() -> None:
+def test_names_and_descriptions_of_a_server_reach_a_terminal_only_escaped() -> None:
     described = [info(INFO, 1, ESCAPES) + info(INFO, 2, ESCAPES) + accepts(INFO)]
     listed = [entry(ESCAPES, ESCAPES) + ack(LIST)]
     with Server(answers(lambda option: listed if option == LIST else described)) as server:
@@ -293,7 +293,7 @@ class LoneWorker:
             self.order("ping")
 
 
-def test_a_worker_that_attaches_survives_every_attack_in_little_memory() -> None:
+def test_worker_that_attaches_survives_every_attack_in_little_memory() -> None:
     with LoneWorker(SECONDS) as worker:
         before = worker.fds
         for misdeed in MISDEEDS.values():
@@ -314,7 +314,7 @@ def test_a_worker_that_attaches_survives_every_attack_in_little_memory() -> None
     assert 0 < worker.peak < OPENING_MIB
 
 
-def test_a_worker_that_lists_survives_every_attack_in_bounded_memory() -> None:
+def test_worker_that_lists_survives_every_attack_in_bounded_memory() -> None:
     with LoneWorker(SECONDS) as worker:
         before = worker.fds
         for misdeed in MISDEEDS.values():
@@ -339,7 +339,7 @@ WIDE = "\U0001f600".encode()
     [(100_000, WIDE + b"n" * 72, WIDE + b"d" * 76), (2040, WIDE + b"n" * 4092, b"\xff" * 4096)],
     ids=["many", "long"],
 )
-def test_the_largest_list_is_told_in_bounded_memory(count: int, name: bytes, description: bytes) -> None:
+def test_list_of_the_largest_size_is_reported_in_bounded_memory(count: int, name: bytes, description: bytes) -> None:
     listed = [entry(name, description) * count, ack(LIST)]
     described = [info(INFO, 1, b"\xff" * 4096) + info(INFO, 2, WIDE + b"d" * 4092) + accepts(INFO)]
     with (
@@ -352,7 +352,7 @@ def test_the_largest_list_is_told_in_bounded_memory(count: int, name: bytes, des
     assert 0 < worker.peak < LISTING_MIB
 
 
-def test_a_worker_gives_up_a_server_that_takes_its_time() -> None:
+def test_worker_times_out_on_a_server_that_takes_its_time() -> None:
     patience = Patience()
     with LoneWorker(SHORT) as worker, ExitStack() as stack:
         silent = stack.enter_context(Server(patience.silent(0)))
