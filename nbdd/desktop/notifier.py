@@ -253,11 +253,14 @@ class Notifier:
             if watched.look_at is None or watched.trouble is None:
                 await self._over(watched, device)
         elif verdict.notice.kind != watched.trouble:
+            log.debug("%s: %s, shown before: %s", device.name, verdict.notice.kind, watched.trouble)
             watched.trouble = verdict.notice.kind
             await self._show(watched, verdict.notice)
 
     async def _over(self, watched: Watched, device: DeviceView) -> None:
         before, watched.trouble = watched.trouble, None
+        if before is not None:
+            log.debug("%s: %s is over, the device is %s", device.name, before, device.state)
         if before is not None and notice.works(device):
             await self._show(watched, notice.back(device, before))
         elif before is not None or (watched.open is not None and watched.open.kind is notice.NoticeKind.REFUSED):
@@ -300,6 +303,7 @@ class Notifier:
             if answer.shown >= watched.shown:  # Else the one that it replaced was closed.
                 watched.open, watched.number = None, 0
         elif watched.open is not None and answer.action in dict(watched.open.notification.actions):
+            log.debug("%s: action %s", name, answer.action)
             self._start(self._act(name, answer.action))
 
     async def _act(self, name: str, action: str) -> None:

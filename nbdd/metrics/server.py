@@ -78,6 +78,7 @@ class Server:
         servers = [await asyncio.start_server(self._accept, sock=one, limit=HEAD_BYTES) for one in listeners]
         self._start_idle_timer()
         await self._end.wait()
+        log.debug("closing the listeners with %d clients left", self._clients)
         for server in servers:
             server.close()
         self._idle_seconds = 0  # systemd starts the next instance for new clients: end with the last one
@@ -91,6 +92,7 @@ class Server:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._clients == MAX_CLIENTS:
+            log.debug("client refused, %d are being served", MAX_CLIENTS)
             writer.write(_answer(HTTPStatus.SERVICE_UNAVAILABLE, *_plain("Too many clients at once.")))
             writer.close()
             return

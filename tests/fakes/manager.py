@@ -35,6 +35,15 @@ PRESENT = ABSENT | {
     "State": "attached", "Node": "/dev/nbd0", "Size": 10 << 30, "BlockSize": 512, "LiveConnections": 1,
     "WorkerPID": 4711, "AttachedSince": 1_700_000_000_000_000,
 }  # fmt: skip
+PRESENT_JSON = {
+    "name": "backup", "node": "/dev/nbd0", "state": "attached", "size": 10 << 30, "block-size": 512,
+    "read-only": False, "uri": "nbd://storage.example/backup", "uris": [],
+    "timeout": 0, "dead-timeout": 300, "connections": 1,
+    "live-connections": 1, "encryption": "none", "worker-pid": 4711, "reconnects": 0,
+    "attached-since": 1_700_000_000_000_000, "attached-by": 0, "fails-at": 0, "configured": True, "last-error": None,
+    "desktop": False, "display-name": "backup", "icon-name": "",
+}  # fmt: skip
+"""The same as nbdctl prints it."""
 
 CONFIG = """<busconfig>
   <listen>unix:path={path}</listen>

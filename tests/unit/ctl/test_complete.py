@@ -22,6 +22,8 @@ from tests.fakes.terminal import NBDCTL
 TREE = Path(__file__).resolve().parents[3]
 COMPLETIONS = TREE / "completions"
 
+NO_AUTOSTART = 2
+
 
 def needs(shell: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(shutil.which(shell) is None, reason=f"{shell} is not installed")
@@ -134,3 +136,26 @@ def test_completion_files_are_where_each_shell_looks() -> None:
     assert {source: place for source, place in shared.items() if source.startswith("completions/")} == {
         f"completions/{name}": place for name, place in places.items()
     }
+
+
+def complete(line: str) -> list[str]:
+    words = line.split(" ")
+    environment = os.environ | {
+        "_NBDCTL_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1),
+    }  # fmt: skip
+    done = subprocess.run(NBDCTL, capture_output=True, text=True, check=False, env=environment)
+    assert done.stderr == ""
+    return [row.partition(",")[2] for row in done.stdout.splitlines() if row]
+
+
+def test_completion_offers_names_that_make_sense(fake: FakeManager) -> None:
+    fake.devices["bare"] = ABSENT | {"Name": "bare"}
+    assert complete("nbdctl status b") == ["backup", "bare"]
+    assert complete("nbdctl attach b") == ["bare"]
+    assert complete("nbdctl detach ") == ["backup"]
+    assert {call.flags for call in fake.calls} == {NO_AUTOSTART}
+
+
+@pytest.mark.usefixtures("no_service")
+def test_completion_without_the_service_is_empty_and_silent() -> None:
+    assert complete("nbdctl status b") == []

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdd.ctl import find, show, users
 from nbdd.kernel.usage import Usage
+from nbdd.text import printable
 from tests.fakes.manager import ABSENT, PRESENT, FakeManager
 from tests.fakes.terminal import NBDCTL, Run
 
@@ -231,3 +234,8 @@ def test_list_reads_the_machine_once_for_any_number_of_devices(
     fake.devices |= {f"d{index}": PRESENT | {"Name": f"d{index}", "Node": f"/dev/nbd{index}"} for index in range(200)}
     assert len(run("list")[1].splitlines()) == 202
     assert len(looks) == 1
+
+
+@given(st.text(), st.integers(min_value=1, max_value=40))
+def test_fit_text_is_within_its_columns(text: str, columns: int) -> None:
+    assert show.width(show.fit(printable(text), columns)) <= columns
