@@ -21,7 +21,7 @@ from nbdd.manager.status import State
 from nbdd.metrics.families import text
 from nbdd.metrics.gather import Snapshot
 from tests.fakes.manager import PRESENT
-from tests.unit.metrics.test_metrics import COUNTS
+from tests.fakes.metrics import COUNTS
 
 TREE = Path(__file__).resolve().parents[3]
 RULES = TREE / "config/prometheus/nbdd.rules.yaml"
