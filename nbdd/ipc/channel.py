@@ -103,7 +103,7 @@ class Channel:
         return True
 
     def pop(self) -> tuple[Message, list[int]] | None:
-        """The next whole message with its descriptors, now the caller's to close; None where there is none yet."""
+        """The next whole message with its descriptors, now the caller's to close; None if there is none yet."""
         end = self._buffer.find(b"\n", self._searched)
         if end < 0:
             self._searched = len(self._buffer)

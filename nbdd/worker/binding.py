@@ -82,12 +82,12 @@ class Binding:
     node: str = ""
     """The path of the device node."""
     size: int = 0
-    """Bytes of the device; 0 where an early nbdd did not say, and so for the next one."""
+    """Bytes of the device; 0 if an early nbdd did not say; so for `block_size`."""
     block_size: int = 0
     """Bytes."""
     read_only: bool = False
     diskseq: int = 0
-    """The kernel's number of this very disk; 0 where the kernel is too old to have one."""
+    """The kernel's number of this very disk; 0 if the kernel is too old to have one."""
     pid: int = 0
     """The process that bound it, as the kernel says; 0 if it does not say."""
     baseline: Mapping[str, int] | None = None
@@ -137,7 +137,7 @@ class Binding:
     def from_wire(wire: Mapping[str, Any]) -> Binding:
         """The inverse of `to_wire`; keys that it does not know are passed over.
 
-        Raises LookupError, TypeError where one that every nbdd wrote is missing or of another type.
+        Raises LookupError, TypeError if one that every nbdd wrote is missing or of another type.
         """
         if not all(isinstance(wire[key], kind) for key, kind in _REQUIRED.items()):
             raise TypeError("the binding is not what a worker writes")

@@ -129,7 +129,7 @@ class Mender:
         return min((due for due in (self._mend_due, self._end_due) if due is not None), default=None)
 
     def _enter(self, phase: Phase, handover: Handover | None = None) -> None:
-        """Change the phase: the one place where it happens."""
+        """Change the phase; nothing else does."""
         self._phase = phase
         self._handover = handover
 
@@ -222,7 +222,7 @@ class Mender:
         self._kernel_state_unknown = self._kernel_state_unknown or unknown
 
     def _stop_if_gone(self, error: Message) -> bool:
-        """If the device was ended by somebody else, end this process; the next worker finds out what there is."""
+        """If another program ended the device, end this process; the next worker finds out what there is."""
         if error["error"] != NotAttached.__name__:
             return False
         self._poller.stop(0)
@@ -277,7 +277,7 @@ class Mender:
         self._attempts = 0
         self._device.report({})
 
-    # The exchange that somebody asked for
+    # An exchange of all connections, as ordered
 
     def exchange(self, operation: Operation, order: Message, done: Callable[[Message], None]) -> None:
         """See `AttachedDevice.replace_connections`."""

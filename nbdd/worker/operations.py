@@ -107,7 +107,7 @@ def detach(request: Request, report: Report) -> Answer:
         with suppress(NotAttached):
             device = KernelDevice(request.name)
             device.adopt(node.index)
-            # udev has it open, or the child that died over it. But somebody quick may have mounted it.
+            # udev has it open, or the child that died over it. But a quick user may have mounted it.
             if claims := device.claims():
                 raise Busy(f"{node.path} is in use: {'; '.join(claims)}.")
             _disconnect(request, report, device, force=True)
@@ -150,7 +150,7 @@ def _bind(request: Request, definition: Definition, deadline: Deadline, report: 
 
 
 def _free(name: str, node: Node, error: ServerError) -> None:
-    """Free a device that nobody uses yet; raises the error that made it necessary if it is in use."""
+    """Free a device that is not in use yet; if it is, raises the error that made it necessary."""
     with KernelDevice(name) as device:
         try:
             device.adopt(node.index)

@@ -78,3 +78,20 @@ def test_poller_drops_events_of_reused_descriptor() -> None:
     assert "stranger" not in told
     for fd in {fd for pair in pipes for fd in pair}:
         os.close(fd)
+
+
+def test_poller_stopped_calls_no_further_callback() -> None:
+    poller, called = Poller(), list[int]()
+    pipes = [os.pipe() for _ in range(2)]
+
+    def stop(_events: int) -> None:
+        called.append(1)
+        poller.stop(3)
+
+    for read, write in pipes:
+        poller.register(read, select.POLLIN, stop)
+        os.write(write, b"x")
+    poller.run_once(LONG)
+    assert (called, poller.exit_code) == ([1], 3)
+    for fd in (fd for pipe in pipes for fd in pipe):
+        os.close(fd)
