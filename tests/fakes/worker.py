@@ -4,26 +4,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, TypeVar, cast
 
 from nbdd.config.definition import Definition
-from nbdd.errors import Busy, NbddError, NotAttached, WorkerFailed
+from nbdd.errors import Busy, ConnectFailed, NbddError, NotAttached, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.manager.device import Device
-from nbdd.manager.records import Records
+from nbdd.manager.records import Record, Records
 from nbdd.manager.status import State, Status
 from nbdd.manager.supervisor import Ending, How, WorkerProcess
 from nbdd.protocol import Export, Flags
 from nbdd.uri import URI
+from nbdd.worker.binding import Binding
 
 DEADLINE = 30.0
 """Seconds after which a test gives up on something that takes a moment."""
 
 T = TypeVar("T")
+
+DOWN = ConnectFailed("storage.example refuses.")
+CRASH = Ending(How.SIGNAL, 9)
 
 OnEvent = Callable[[Message, list[int]], None]
 
@@ -39,6 +45,12 @@ def definition(name: str = "disk", uri: str = "nbd://storage.example/disk", **fi
     return Definition(name, (URI.parse(uri),), **fields)
 
 
+def as_json(message: Message) -> Message:
+    """A message as it comes out of the channel at the other side."""
+    received: Message = json.loads(json.dumps(message))
+    return received
+
+
 class FakeWorker:
     """A worker process as `WorkerProcess` shows it. What it does is done by the fake kernel, in a task of its own."""
 
@@ -52,9 +64,9 @@ class FakeWorker:
         self._spawner = spawner
         self._work: set[asyncio.Task[Any]] = set()
 
-    async def request(self, order: str, *, deadline: float, **arguments: Any) -> Message:
-        reply, fds = await self.request_fds(order, deadline=deadline, **arguments)
-        for fd in fds:
+    async def request(self, order: str, *, deadline: float, fds: tuple[int, ...] = (), **arguments: Any) -> Message:
+        reply, returned = await self.request_fds(order, deadline=deadline, fds=fds, **arguments)
+        for fd in returned:
             os.close(fd)
         return reply
 
@@ -64,7 +76,7 @@ class FakeWorker:
         assert deadline > 0
         if self.ended.done():
             raise WorkerFailed(f"The worker of {self.name!r} {self.ended.result()}.")
-        work = asyncio.create_task(self._spawner.work(self, order, arguments, fds))
+        work = asyncio.create_task(self._spawner.work(self, order, as_json(arguments), fds))
         self._work.add(work)
         work.add_done_callback(self._work.discard)
         # The process goes on when whoever asked is cancelled, and ends when it is killed.
@@ -95,7 +107,7 @@ class FakeWorker:
 
     def say(self, event: str, fds: Sequence[int] = (), **fields: Any) -> None:
         told = {"size": 1 << 20, "export": EXPORT} if event == "connections" else {}
-        self.on_event({"event": event, **told, **fields}, list(fds))
+        self.on_event(as_json({"event": event, **told, **fields}), list(fds))
 
 
 def _unheard(work: asyncio.Task[tuple[Message, list[int]]]) -> None:
@@ -190,7 +202,7 @@ class FakeSpawner:
         sockets: list[int] = []
         if order in ("attach", "adopt"):
             sockets = [os.open("/dev/null", os.O_RDONLY) for _ in range(reply["live"])]
-        return reply, sockets
+        return as_json(reply), sockets
 
     async def _die(self, worker: FakeWorker) -> None:
         worker.kill()
@@ -325,3 +337,17 @@ class Bench:
             )
         )
         await self.device.statistics()
+
+
+MakeBench = Callable[..., Bench]
+
+
+def record_of(it: Bench, **changes: Any) -> Record:
+    """The record of a device that the previous instance has bound."""
+    it.spawner.bound["disk"] = 0
+    binding = Binding.from_wire(it.spawner._binding("disk"))
+    return replace(Record(it.device.definition, configured=True, binding=binding, attached_since=5), **changes)
+
+
+def task(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    return asyncio.create_task(work)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -25,7 +24,6 @@ from nbdd.config.loader import Configuration
 from nbdd.errors import (
     AlreadyAttached,
     Busy,
-    ConnectFailed,
     InvalidArgs,
     InvalidConfig,
     InvalidURI,
@@ -41,14 +39,7 @@ from nbdd.manager.supervisor import Supervisor
 from nbdd.uri import URI
 from nbdd.worker.binding import Binding
 from tests.fakes.asserts import refused
-from tests.fakes.worker import FakeSpawner, definition
-
-DOWN = ConnectFailed("storage.example refuses.")
-
-
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nbdd.manager.lifecycle, "backoff", lambda *_: itertools.repeat(0.0))
+from tests.fakes.worker import DOWN, FakeSpawner, definition
 
 
 def boot(name: str, **fields: Any) -> Definition:
