@@ -56,6 +56,12 @@ MANUAL = (
 )
 """The methods of Linux::NBD::Client."""
 
+BEYOND = (
+    "adopt", "backend", "bind", "claims", "close", "drop_connection", "node", "replace_connections",
+    "set_dead_timeout", "sockets", "watch_connections",
+)  # fmt: skip
+"""What Client has besides; docs/client.md names it all."""
+
 
 @pytest.fixture
 def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
@@ -74,7 +80,7 @@ def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbdd.kernel.binding, "NetlinkNBD", refuse)
 
 
-def refused(call: Callable[[], object], *words: str, error: type[NbddError] = InvalidArgs) -> None:
+def check_refused(call: Callable[[], object], *words: str, error: type[NbddError] = InvalidArgs) -> None:
     """It raises that error, and its sentence holds the words."""
     with pytest.raises(error) as caught:
         call()
@@ -82,7 +88,7 @@ def refused(call: Callable[[], object], *words: str, error: type[NbddError] = In
         assert word in str(caught.value)
 
 
-def test_links_that_the_kernel_leaves_unread_are_told_and_the_device_is_freed(
+def test_bind_with_connections_that_the_kernel_leaves_unread_frees_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours, theirs = zip(*(socket.socketpair() for _ in range(3)), strict=True)
@@ -112,10 +118,10 @@ def test_links_that_the_kernel_leaves_unread_are_told_and_the_device_is_freed(
     monkeypatch.setattr(nbdd.kernel.binding, "release", lambda *_, **__: asked.append("release"))
     monkeypatch.setattr(Node, "bound", property(lambda _: True))
     client = Client(socket=ours, size=MIB, flags=int(Flags.NBD_FLAG_CAN_MULTI_CONN))
-    refused(client.bind, "does not read from all 3 connections of /dev/nbd7", error=ConnectionNotServiced)
+    check_refused(client.bind, "does not read from all 3 connections of /dev/nbd7", error=ConnectionNotServiced)
     assert asked == ["connect", "disconnect", "release"]
     for sock in theirs:
-        assert sock.recv(1) == b"", "the links are shut down, which ends the work items that wait"
+        assert sock.recv(1) == b"", "the connections are shut down, which ends the work items that wait"
     for sock in ours + theirs:
         sock.close()
 
@@ -130,19 +136,19 @@ def python(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_importing_nbdd_loads_nothing_of_it_until_it_is_asked_for() -> None:
+def test_package_import_loads_nothing_until_a_name_is_used() -> None:
     loaded = "[name for name in sys.modules if name.startswith('nbdd')]"
     assert ast.literal_eval(python(f"import sys, nbdd; print({loaded})")) == ["nbdd"]
     assert "nbdd.client.client" in ast.literal_eval(python(f"import sys; from nbdd import Client; print({loaded})"))
     assert python("import nbdd; print(nbdd.__version__)") == nbdd.__version__
 
 
-def test_a_worker_does_not_pay_for_the_service() -> None:
+def test_worker_imports_neither_service_nor_asyncio_nor_yaml() -> None:
     heavy = {"nbdd.service", "nbdd.client.open", "asyncio", "subprocess", "yaml", "jsonschema", "dbus_next"}
     assert set(ast.literal_eval(python("import sys, nbdd.worker.worker; print(list(sys.modules))"))).isdisjoint(heavy)
 
 
-def test_every_public_name_is_there_and_others_are_not() -> None:
+def test_package_has_every_public_name_and_no_other() -> None:
     for name in nbdd.__all__:
         assert getattr(nbdd, name) is not None
         assert name in dir(nbdd)
@@ -190,7 +196,7 @@ MISUSER = """
 """
 
 
-def test_a_program_that_uses_it_is_checked_strictly_by_mypy(tmp_path: Path) -> None:
+def test_library_types_are_checked_strictly_by_mypy(tmp_path: Path) -> None:
     mypy = Path(sys.executable).with_name("mypy")
     if not mypy.exists():
         pytest.skip("mypy is not installed beside this Python")
@@ -217,7 +223,7 @@ def test_a_program_that_uses_it_is_checked_strictly_by_mypy(tmp_path: Path) -> N
     assert len(re.findall(r"^misuser.py:\d+: error:", found["misuser"], re.MULTILINE)) == 4, found["misuser"]
 
 
-def test_the_help_text_reads_like_a_manual() -> None:
+def test_client_help_text_reads_like_a_manual() -> None:
     text = pydoc.plain(pydoc.render_doc(nbdd.Client))
     for name in MANUAL:
         # Python 3.13 breaks a long signature into lines.
@@ -230,7 +236,15 @@ def test_the_help_text_reads_like_a_manual() -> None:
     assert "from nbdd import Client, connect" in text
 
 
-def test_the_documentation_has_an_example_for_every_method() -> None:
+def test_client_has_the_methods_of_the_manual_and_what_its_documentation_names() -> None:
+    public = {name for name in dir(Client) if not name.startswith("_")}
+    assert public == {*MANUAL, *BEYOND}
+    text = (TREE / "docs/client.md").read_text()
+    for name in public:
+        assert re.search(rf"`{name}\b|\bclient\.{name}\(", text), name
+
+
+def test_client_documentation_has_an_example_for_every_method() -> None:
     text = (TREE / "docs/client.md").read_text()
     sections = dict(re.findall(r"^## ([\w ]+)[^\n]*\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
     for name in MANUAL:
@@ -246,7 +260,7 @@ def test_the_documentation_has_an_example_for_every_method() -> None:
 # What it takes
 
 
-def test_a_client_needs_no_kernel_until_it_binds(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_client_needs_no_kernel_until_it_binds(pair: tuple[socket.socket, socket.socket]) -> None:
     with Client(socket=pair[0], device="/dev/nbd3", timeout=5, blocksize=1024, blocks=7, dead_timeout=9) as client:
         client.set_timeout(0)
         client.set_size(10_000)
@@ -255,7 +269,7 @@ def test_a_client_needs_no_kernel_until_it_binds(pair: tuple[socket.socket, sock
     assert pair[0].fileno() == -1
 
 
-def test_identifiers_that_were_not_given_are_unlike_each_other_and_unlike_names() -> None:
+def test_client_backend_not_given_is_unique_and_unlike_a_name() -> None:
     with Client() as one, Client() as other, Client("mine") as named:
         assert one.backend != other.backend
         assert not one.backend[0].isalnum()
@@ -277,7 +291,7 @@ def test_identifiers_that_were_not_given_are_unlike_each_other_and_unlike_names(
         ([("blocks", 2**54 - 1)], (2**63 - 512, 512)),
     ],
 )
-def test_sizes_are_rounded_down_to_whole_blocks(calls: list[tuple[str, int]], expected: tuple[int, int]) -> None:
+def test_client_size_is_rounded_down_to_whole_blocks(calls: list[tuple[str, int]], expected: tuple[int, int]) -> None:
     with Client() as client:
         for what, value in calls:
             getattr(client, f"set_{what}")(value)
@@ -293,34 +307,34 @@ def test_sizes_are_rounded_down_to_whole_blocks(calls: list[tuple[str, int]], ex
         ("set_timeout", (-1, 2_000_001, 2**31, 2**63, 1.5, None)),
     ],
 )
-def test_values_out_of_range_are_refused_and_change_nothing(method: str, values: tuple[Any, ...]) -> None:
+def test_client_setter_refuses_values_out_of_range_and_changes_nothing(method: str, values: tuple[Any, ...]) -> None:
     with Client(timeout=5, blocksize=1024, size=MIB) as client:
         for value in values:
-            refused(partial(getattr(client, method), value), str(value))
+            check_refused(partial(getattr(client, method), value), str(value))
         assert (client._device.size, client._device.block_size, client._device.timeout) == (MIB, 1024, 5)
 
 
-def test_a_block_size_above_the_size_is_refused() -> None:
+def test_client_block_size_above_the_size_is_refused() -> None:
     with Client(size=1024) as client:
-        refused(lambda: client.set_blocksize(2048), "1024 bytes don't fill one block of 2048")
+        check_refused(lambda: client.set_blocksize(2048), "1024 bytes don't fill one block of 2048")
 
 
-def test_the_largest_block_size_is_the_page_size_until_linux_6_15(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_largest_block_size_is_the_page_size_until_linux_6_15(monkeypatch: pytest.MonkeyPatch) -> None:
     for release, expected in (("6.1.0-9-amd64", PAGE), ("6.12.57+deb13", PAGE), ("6.15.1", 65536), ("7.0", 65536)):
         name = os.uname_result(("Linux", "host", release, "#1", "x86_64"))
         monkeypatch.setattr(os, "uname", lambda name=name: name)
         assert largest_block_size() == expected
 
 
-def test_a_constructor_that_refuses_leaves_the_socket_to_its_caller(
+def test_client_constructor_that_refuses_leaves_the_socket_to_its_caller(
     pair: tuple[socket.socket, socket.socket],
 ) -> None:
-    refused(lambda: Client(socket=pair[0], size=0))
-    refused(lambda: Client(socket=pair[0], dead_timeout=-1))
+    check_refused(lambda: Client(socket=pair[0], size=0))
+    check_refused(lambda: Client(socket=pair[0], dead_timeout=-1))
     assert pair[0].fileno() >= 0
 
 
-def test_sockets_are_got_set_and_given_back(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_client_socket_gets_sets_and_gives_back(pair: tuple[socket.socket, socket.socket]) -> None:
     with Client() as client:
         assert client.socket() is None
         assert client.socket(pair[0]) is pair[0]
@@ -334,7 +348,7 @@ def test_sockets_are_got_set_and_given_back(pair: tuple[socket.socket, socket.so
     assert (pair[0].fileno(), pair[1].fileno()) == (-1, -1)
 
 
-def test_sockets_that_the_kernel_could_not_use_are_refused(tmp_path: Path) -> None:
+def test_client_socket_that_the_kernel_could_not_use_is_refused(tmp_path: Path) -> None:
     unconnected, datagram = socket.socket(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     listener = socket.create_server(("127.0.0.1", 0))
     closed, widow = socket.socketpair()
@@ -342,19 +356,19 @@ def test_sockets_that_the_kernel_could_not_use_are_refused(tmp_path: Path) -> No
     packets = socket.socketpair(type=socket.SOCK_SEQPACKET)
     file = (tmp_path / "file").open("wb")
     with Client() as client, unconnected, datagram, listener, widow, packets[0], packets[1], file:
-        refused(lambda: client.socket(unconnected), "not connected")
-        refused(lambda: client.socket(datagram), "SOCK_DGRAM")
-        refused(lambda: client.socket(listener), "accept()")
-        refused(lambda: client.socket(closed), "closed")
-        refused(lambda: client.socket(widow), "hung up", error=ConnectFailed)
-        refused(lambda: client.socket(packets[0]), "SOCK_SEQPACKET")
-        refused(lambda: client.socket(file), "BufferedWriter")  # type: ignore[arg-type]
-        refused(lambda: client.socket(0), "int")  # type: ignore[arg-type]
-        refused(lambda: client.socket([widow, "x"]), error=ConnectFailed)  # type: ignore[list-item]
+        check_refused(lambda: client.socket(unconnected), "not connected")
+        check_refused(lambda: client.socket(datagram), "SOCK_DGRAM")
+        check_refused(lambda: client.socket(listener), "accept()")
+        check_refused(lambda: client.socket(closed), "closed")
+        check_refused(lambda: client.socket(widow), "hung up", error=ConnectFailed)
+        check_refused(lambda: client.socket(packets[0]), "SOCK_SEQPACKET")
+        check_refused(lambda: client.socket(file), "BufferedWriter")  # type: ignore[arg-type]
+        check_refused(lambda: client.socket(0), "int")  # type: ignore[arg-type]
+        check_refused(lambda: client.socket([widow, "x"]), error=ConnectFailed)  # type: ignore[list-item]
         assert client.socket() is None
 
 
-def test_a_link_whose_socket_was_closed_here_is_not_taken_for_dead(
+def test_client_socket_closed_here_does_not_count_as_dead(
     kernel: Kernel, pair: tuple[socket.socket, socket.socket]
 ) -> None:
     with Client("mine") as client:
@@ -364,30 +378,30 @@ def test_a_link_whose_socket_was_closed_here_is_not_taken_for_dead(
         assert len(kernel.asked) == 1
 
 
-def test_a_socket_of_the_ssl_module_is_refused(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_client_socket_of_the_ssl_module_is_refused(pair: tuple[socket.socket, socket.socket]) -> None:
     import ssl  # noqa: PLC0415 - only here
 
     context = ssl.create_default_context()
     context.check_hostname = False
     wrapped = context.wrap_socket(pair[0], do_handshake_on_connect=False)
     with Client() as client, wrapped:
-        refused(lambda: client.socket(wrapped), "TLS")
+        check_refused(lambda: client.socket(wrapped), "TLS")
 
 
-def test_what_is_missing_is_said_before_the_kernel_is_asked(pair: tuple[socket.socket, socket.socket]) -> None:
+def test_client_says_what_is_missing_before_the_kernel_is_asked(pair: tuple[socket.socket, socket.socket]) -> None:
     with Client() as client:
         for call in (client.bind, client.run, client.run_async):
-            refused(call, "There is no socket")
+            check_refused(call, "There is no socket")
         client.socket(pair[0])
         for call in (client.bind, client.run, client.run_async):
-            refused(call, "size of the device is not known")
+            check_refused(call, "size of the device is not known")
         client.set_size(MIB)
         pair[1].close()
         for call in (client.bind, client.run, client.run_async):
-            refused(call, "hung up", error=ConnectFailed)
+            check_refused(call, "hung up", error=ConnectFailed)
 
 
-def test_devices_are_named_by_their_nodes(tmp_path: Path) -> None:
+def test_client_device_takes_nodes_and_links_to_them(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to("/dev/nbd12")
     with Client() as client:
@@ -395,20 +409,20 @@ def test_devices_are_named_by_their_nodes(tmp_path: Path) -> None:
         assert client.device("/dev/nbd0") == "/dev/nbd0"
         assert client.device(link) == "/dev/nbd12"
         for path in ("/dev/sda", "/dev/nbd0p1", "/dev/nbd", "nbd0", "", "/dev/nbd99999999", "/dev/nbd0/x"):
-            refused(partial(client.device, path), repr(path))
+            check_refused(partial(client.device, path), repr(path))
         assert client.device() == "/dev/nbd12"
         assert client.device(None) == ""
 
 
-def test_nothing_is_disconnected_or_killed_where_nothing_was_started() -> None:
+def test_client_without_a_device_has_nothing_to_disconnect_or_kill() -> None:
     with Client() as client:
         client.kill_async()
-        refused(client.disconnect, "no device was named", error=NotAttached)
-        refused(client.adopt, "no device was named", error=NotAttached)
-        refused(client.claims, "not bound", error=NotAttached)
+        check_refused(client.disconnect, "no device was named", error=NotAttached)
+        check_refused(client.adopt, "no device was named", error=NotAttached)
+        check_refused(client.claims, "not bound", error=NotAttached)
     client.close()
     with Client(device="/dev/nbd1234567") as client:
-        refused(client.disconnect, "/dev/nbd1234567", error=NotAttached)
+        check_refused(client.disconnect, "/dev/nbd1234567", error=NotAttached)
 
 
 class Kernel:
@@ -450,7 +464,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return kernel
 
 
-def test_a_bound_device_grows_at_once(kernel: Kernel) -> None:
+def test_resize_of_a_bound_device_grows_it_at_once(kernel: Kernel) -> None:
     with Client("mine", device="/dev/nbd0") as client:
         client.adopt()
         client.set_size(2 * MIB + 100)
@@ -458,7 +472,7 @@ def test_a_bound_device_grows_at_once(kernel: Kernel) -> None:
         assert client.device() == kernel.node.path
 
 
-def test_a_kernel_that_does_not_do_as_asked_is_found_out(kernel: Kernel) -> None:
+def test_resize_that_the_kernel_did_not_do_is_an_error(kernel: Kernel) -> None:
     kernel.deaf = True
     with Client(device="/dev/nbd0") as client:
         client.adopt()
@@ -466,7 +480,7 @@ def test_a_kernel_that_does_not_do_as_asked_is_found_out(kernel: Kernel) -> None
             client.set_size(2 * MIB)
 
 
-def test_time_limits_of_a_device_that_was_adopted_stay_unless_they_are_given(kernel: Kernel) -> None:
+def test_adopt_keeps_the_dead_timeout_unless_it_is_given(kernel: Kernel) -> None:
     for given in (None, 7):
         with Client("mine", dead_timeout=given) as client:
             client.adopt(0)
@@ -474,28 +488,28 @@ def test_time_limits_of_a_device_that_was_adopted_stay_unless_they_are_given(ker
         assert kernel.asked.pop() == {"backend": "mine", "timeout": 3, "dead_timeout": given}
 
 
-def test_what_became_another_device_is_left_alone(kernel: Kernel) -> None:
+def test_client_leaves_a_device_that_was_bound_again_alone(kernel: Kernel) -> None:
     with Client("mine", device="/dev/nbd0") as client:
         client.adopt()
         kernel.write("pid", 78)
-        refused(lambda: client.set_timeout(3), "bound again", error=NotAttached)
-        refused(lambda: client.set_size(2 * MIB), "bound again", error=NotAttached)
+        check_refused(lambda: client.set_timeout(3), "bound again", error=NotAttached)
+        check_refused(lambda: client.set_size(2 * MIB), "bound again", error=NotAttached)
         assert client.device() == "/dev/nbd0"
         assert kernel.asked == []
 
 
-def test_no_size_is_changed_over_a_dead_link(kernel: Kernel, pair: tuple[socket.socket, socket.socket]) -> None:
+def test_resize_over_a_dead_connection_is_refused(kernel: Kernel, pair: tuple[socket.socket, socket.socket]) -> None:
     with Client("mine") as client:
         client.adopt(0, sockets=[pair[0]])
         pair[1].close()
-        refused(lambda: client.set_size(2 * MIB), "dead", error=ConnectFailed)
+        check_refused(lambda: client.set_size(2 * MIB), "dead", error=ConnectFailed)
         assert kernel.asked == []
 
 
 # connect
 
 
-def test_connect_tells_what_the_server_said() -> None:
+def test_connect_returns_what_the_server_said() -> None:
     blocks = info_blocks(GO, 1024, 8192, 1 << 25)
     with Server(says(greeting() + info_export(GO, 5 * MIB, HAS_FLAGS | 8) + blocks + ack(GO))) as server:
         with connect(str(server.uri("a disk"))) as disk:
@@ -507,7 +521,7 @@ def test_connect_tells_what_the_server_said() -> None:
         assert disk.sockets[0].fileno() == -1
 
 
-def test_connect_opens_several_connections_where_the_server_allows_them() -> None:
+def test_connect_opens_several_connections_if_the_server_allows_them() -> None:
     with (
         Server(offers({b"": MIB}, flags=HAS_FLAGS | 1 << 8)) as server,
         connect(str(server.uri()), connections=3) as disk,
@@ -552,6 +566,6 @@ def test_connect_refuses_arguments_that_make_no_sense_before_it_connects(
     "arguments",
     [{"backend": ""}, {"backend": "a\0b"}, {"socket": []}, {"flags": -1}, {"flags": 1 << 16}, {"timeout": True}],
 )
-def test_a_client_refuses_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
+def test_client_refuses_arguments_that_make_no_sense(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgs):
         Client(**arguments)

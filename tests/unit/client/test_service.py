@@ -34,12 +34,12 @@ pytestmark = [
 
 
 class Reports:
-    """The kernel's reports of dead links; `tell` is the kernel."""
+    """The kernel's reports of dead connections; `report` is the kernel."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
 
-    def tell(self, index: int) -> None:
+    def report(self, index: int) -> None:
         self._writer.send(bytes([index]))
 
     def fileno(self) -> int:
@@ -64,21 +64,21 @@ class Reports:
 
 
 class Scene:
-    """A device with two links, and all that may end it."""
+    """A device with two connections, and all that may end it."""
 
     def __init__(self) -> None:
         pairs = [socket.socketpair() for _ in range(2)]
-        self.links = [ours for ours, _ in pairs]
+        self.connections = [ours for ours, _ in pairs]
         self.servers = [theirs for _, theirs in pairs]
         self.reports = Reports()
         self.stop = Stop()
         self.ours = True
 
     def watch(self) -> End:
-        return watch(THIS, lambda: self.ours, self.links, self.reports, self.stop)  # type: ignore[arg-type]
+        return watch(THIS, lambda: self.ours, self.connections, self.reports, self.stop)  # type: ignore[arg-type]
 
     def close(self) -> None:
-        for sock in (*self.links, *self.servers):
+        for sock in (*self.connections, *self.servers):
             sock.close()
         self.reports.close()
 
@@ -94,53 +94,53 @@ def scene() -> Iterator[Scene]:
 # Why it ends
 
 
-def test_links_that_die_one_by_one_are_the_servers_death(scene: Scene) -> None:
+def test_watch_reports_server_died_if_connections_die_one_by_one(scene: Scene) -> None:
     for server in scene.servers:
         server.close()
-        scene.reports.tell(THIS.index)
+        scene.reports.report(THIS.index)
     assert scene.watch() == End(Reason.SERVER_DIED)
 
 
-def test_links_that_end_without_a_report_were_disconnected(scene: Scene) -> None:
+def test_watch_reports_disconnected_if_connections_end_without_a_report(scene: Scene) -> None:
     scene.ours = False
-    for link in scene.links:
-        link.shutdown(socket.SHUT_RDWR)
+    for sock in scene.connections:
+        sock.shutdown(socket.SHUT_RDWR)
     assert scene.watch() == End(Reason.DISCONNECTED)
 
 
-def test_a_disconnect_after_the_death_of_one_link_is_a_disconnect(scene: Scene) -> None:
+def test_watch_reports_disconnected_if_one_connection_had_died_before(scene: Scene) -> None:
     scene.ours = False
     scene.servers[0].close()
-    scene.reports.tell(THIS.index)
-    # Another device's links die as well.
-    scene.reports.tell(THIS.index + 1)
-    scene.links[1].shutdown(socket.SHUT_RDWR)
+    scene.reports.report(THIS.index)
+    # Another device's connections die as well.
+    scene.reports.report(THIS.index + 1)
+    scene.connections[1].shutdown(socket.SHUT_RDWR)
     assert scene.watch() == End(Reason.DISCONNECTED)
 
 
-def test_a_late_report_is_waited_for(scene: Scene) -> None:
+def test_watch_waits_for_a_late_report(scene: Scene) -> None:
     for server in scene.servers:
         server.close()
 
     def late() -> bool:
-        scene.reports.tell(THIS.index)
+        scene.reports.report(THIS.index)
         return True
 
-    assert watch(THIS, late, scene.links, scene.reports, scene.stop) == End(Reason.SERVER_DIED)  # type: ignore[arg-type]
+    assert watch(THIS, late, scene.connections, scene.reports, scene.stop) == End(Reason.SERVER_DIED)  # type: ignore[arg-type]
 
 
-def test_a_device_that_stays_bound_without_a_report_was_disconnected(
+def test_watch_reports_disconnected_if_a_bound_device_gets_no_report(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nbdd.client.service.PATIENCE_SECONDS", 0.05)
-    for link in scene.links:
-        link.shutdown(socket.SHUT_RDWR)
+    for sock in scene.connections:
+        sock.shutdown(socket.SHUT_RDWR)
     assert scene.watch() == End(Reason.DISCONNECTED)
 
 
-def test_one_link_of_two_is_enough(scene: Scene) -> None:
+def test_watch_goes_on_with_one_connection_of_two(scene: Scene) -> None:
     scene.servers[0].close()
-    scene.reports.tell(THIS.index)
+    scene.reports.report(THIS.index)
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     assert scene.watch() == End(Reason.SIGNAL, signal.SIGTERM)
@@ -148,7 +148,7 @@ def test_one_link_of_two_is_enough(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_it_once_and_its_handler_is_put_back(number: signal.Signals) -> None:
+def test_stop_ends_once_upon_a_signal_and_restores_its_handler(number: signal.Signals) -> None:
     # Started by nohup, SIGHUP would be ignored.
     before = {each: signal.signal(each, signal.SIG_DFL) for each in (number, signal.SIGHUP)}
     scene = Scene()
@@ -164,7 +164,7 @@ def test_a_signal_ends_it_once_and_its_handler_is_put_back(number: signal.Signal
     scene.close()
 
 
-def test_signals_that_the_program_handles_are_its_own() -> None:
+def test_stop_leaves_signals_alone_that_the_program_handles() -> None:
     caught: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: caught.append(number))
     ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -180,7 +180,7 @@ def test_signals_that_the_program_handles_are_its_own() -> None:
         signal.signal(signal.SIGHUP, ignored)
 
 
-def test_a_thread_leaves_all_signals_alone() -> None:
+def test_stop_in_a_thread_leaves_all_signals_alone() -> None:
     seen: list[object] = []
 
     def work() -> None:
@@ -193,7 +193,7 @@ def test_a_thread_leaves_all_signals_alone() -> None:
     assert seen == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_an_end_reads_as_its_reason_and_becomes_an_exit_status() -> None:
+def test_end_reads_as_its_reason_and_becomes_an_exit_status() -> None:
     assert [str(end) for end in (End(Reason.DISCONNECTED), End(Reason.SERVER_DIED), End(Reason.SIGNAL, 15))] == [
         "disconnected",
         "server died",
@@ -228,7 +228,7 @@ def waits(stop: Stop, bound: Callable[[Node], None]) -> End:
     return End(Reason.DISCONNECTED)
 
 
-def test_a_child_tells_when_its_device_is_bound_and_is_killed_and_reaped() -> None:
+def test_service_reports_when_its_device_is_bound_and_is_killed_and_reaped() -> None:
     before = open_fds()
     service = start(waits)
     node, diskseq, pid = service.bound()
@@ -240,7 +240,7 @@ def test_a_child_tells_when_its_device_is_bound_and_is_killed_and_reaped() -> No
     assert open_fds() == before
 
 
-def test_an_error_of_the_child_is_raised_here_and_leaves_nothing() -> None:
+def test_service_error_of_the_child_is_raised_and_leaves_nothing() -> None:
     def serve(_stop: Stop, _bound: Callable[[Node], None]) -> End:
         raise Busy("/dev/nbd0 is taken: by a test.")
 
@@ -252,14 +252,14 @@ def test_an_error_of_the_child_is_raised_here_and_leaves_nothing() -> None:
     assert open_fds() == before
 
 
-def test_a_device_that_ends_before_it_can_be_used_is_an_error() -> None:
+def test_service_device_that_ends_before_it_can_be_used_is_an_error() -> None:
     service = start(lambda _stop, _bound: End(Reason.SERVER_DIED))
     with pytest.raises(ConnectFailed, match="server died"):
         service.bound()
     service.end()
 
 
-def test_a_child_that_is_killed_before_it_tells_is_an_error() -> None:
+def test_service_child_killed_before_its_report_is_an_error() -> None:
     def serve(_stop: Stop, _bound: Callable[[Node], None]) -> End:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
@@ -270,7 +270,7 @@ def test_a_child_that_is_killed_before_it_tells_is_an_error() -> None:
     service.end()
 
 
-def test_a_child_that_fails_in_an_unknown_way_says_so_and_ends_with_2(capfd: pytest.CaptureFixture[str]) -> None:
+def test_service_child_that_fails_in_an_unknown_way_says_so_and_ends_with_2(capfd: pytest.CaptureFixture[str]) -> None:
     def serve(_stop: Stop, _bound: Callable[[Node], None]) -> End:
         raise KeyError("what nobody expected")
 
@@ -283,7 +283,7 @@ def test_a_child_that_fails_in_an_unknown_way_says_so_and_ends_with_2(capfd: pyt
 
 
 @pytest.mark.parametrize("end", [End(Reason.DISCONNECTED), End(Reason.SERVER_DIED), End(Reason.SIGNAL, 15)])
-def test_the_exit_status_says_why_it_ended_and_the_program_may_read_it(end: End) -> None:
+def test_service_exit_status_says_why_it_ended_and_the_program_may_read_it(end: End) -> None:
     def serve(_stop: Stop, bound: Callable[[Node], None]) -> End:
         bound(THIS)
         return end
@@ -294,7 +294,7 @@ def test_the_exit_status_says_why_it_ended_and_the_program_may_read_it(end: End)
     assert service.end() == []
 
 
-def test_a_child_has_no_descriptor_but_those_it_needs() -> None:
+def test_service_child_has_no_descriptor_but_those_it_needs() -> None:
     link, other = socket.socketpair()
     with link, other, Path(__file__).open("rb"):
         service = start(waits, [link])
@@ -307,7 +307,7 @@ def test_a_child_has_no_descriptor_but_those_it_needs() -> None:
         service.end()
 
 
-def test_a_child_does_not_inherit_handlers_nor_the_wakeup_descriptor() -> None:
+def test_service_child_inherits_neither_handlers_nor_the_wakeup_descriptor() -> None:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     handler = signal.signal(signal.SIGUSR1, lambda _number, _frame: os.write(2, b"parent's"))
@@ -329,7 +329,7 @@ def test_a_child_does_not_inherit_handlers_nor_the_wakeup_descriptor() -> None:
         writer.close()
 
 
-def test_a_service_that_is_dropped_ends_by_itself_and_its_sockets_are_closed() -> None:
+def test_service_dropped_ends_by_itself_and_closes_its_sockets() -> None:
     ours, theirs = socket.socketpair()
     with theirs:
         service = start(waits, [ours])
@@ -340,7 +340,7 @@ def test_a_service_that_is_dropped_ends_by_itself_and_its_sockets_are_closed() -
             os.waitpid(service.pid, 0)
 
 
-def test_a_forked_copy_of_the_parent_ends_nothing() -> None:
+def test_service_in_a_forked_copy_of_the_parent_ends_nothing() -> None:
     service = start(waits)
     service.bound()
     pid = os.fork()
@@ -363,7 +363,7 @@ sys.stdin.read()
 """
 
 
-def test_a_child_ends_with_a_parent_that_is_killed() -> None:
+def test_service_child_ends_with_a_parent_that_is_killed() -> None:
     tree = Path(__file__).parents[3]
     parent = subprocess.Popen([sys.executable, "-c", PARENT], cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with parent:
@@ -373,7 +373,7 @@ def test_a_child_ends_with_a_parent_that_is_killed() -> None:
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_descriptors_are_closed_but_for_those_named() -> None:
+def test_close_all_but_closes_all_descriptors_except_those_named() -> None:
     reader, writer = os.pipe()
     kept, lost = os.pipe()
     pid = os.fork()
@@ -393,7 +393,7 @@ def test_descriptors_are_closed_but_for_those_named() -> None:
         os.close(fd)
 
 
-def test_a_signal_that_the_program_handles_does_not_end_its_service() -> None:
+def test_service_is_not_ended_by_a_signal_that_the_program_handles() -> None:
     # Ctrl-C on a terminal goes to the program and to the child.
     before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
@@ -406,7 +406,7 @@ def test_a_signal_that_the_program_handles_does_not_end_its_service() -> None:
     assert service.end() == []
 
 
-def test_an_end_that_was_interrupted_can_be_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_service_end_that_was_interrupted_can_be_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     service = start(waits)
     service.bound()
     with monkeypatch.context() as patch:
@@ -418,7 +418,7 @@ def test_an_end_that_was_interrupted_can_be_done_again(monkeypatch: pytest.Monke
         os.waitpid(service.pid, os.WNOHANG)
 
 
-def test_the_number_of_a_kernels_error_comes_from_the_child() -> None:
+def test_service_kernel_error_keeps_its_number() -> None:
     def fails(_stop: Stop, _bound: Callable[[Node], None]) -> End:
         raise KernelError("No.", errno.EINVAL)
 
@@ -430,7 +430,7 @@ def test_the_number_of_a_kernels_error_comes_from_the_child() -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_what_was_bound_under_the_identifier_before_is_not_the_childs(
+def test_service_end_spares_devices_bound_under_the_identifier_before(
     monkeypatch: pytest.MonkeyPatch, before: bool
 ) -> None:
     node = SimpleNamespace(bound=True, diskseq=1, pid=2)

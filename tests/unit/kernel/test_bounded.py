@@ -41,7 +41,7 @@ def interrupt() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGALRM, before)
 
 
-def test_a_thread_that_can_not_be_had_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounded_without_a_thread_raises_kernel_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
@@ -50,18 +50,18 @@ def test_a_thread_that_can_not_be_had_is_a_sentence(monkeypatch: pytest.MonkeyPa
         bounded(lambda: None, 5, "stuck")
 
 
-def test_a_call_that_came_back_leaves_no_thread() -> None:
+def test_bounded_leaves_no_thread_after_its_call() -> None:
     before = threading.active_count()
     assert bounded(lambda: 5, SECONDS, "stuck") == 5
     assert threading.active_count() == before
 
 
-def test_what_a_call_raises_is_raised_here() -> None:
+def test_bounded_raises_what_its_call_raises() -> None:
     with pytest.raises(ZeroDivisionError):
         bounded(lambda: 1 // 0, SECONDS, "stuck")
 
 
-def test_a_call_that_comes_back_late_is_undone() -> None:
+def test_bounded_call_that_comes_back_late_is_undone() -> None:
     gate, undone = threading.Event(), threading.Event()
     with pytest.raises(TimedOut, match="stuck"):
         bounded(lambda: gate.wait(SECONDS), 0.01, "stuck", late=lambda _result: undone.set())
@@ -69,7 +69,7 @@ def test_a_call_that_comes_back_late_is_undone() -> None:
     assert undone.wait(SECONDS)
 
 
-def test_an_interruption_is_held_back_until_the_call_is_over(interrupt: Callable[[], None]) -> None:
+def test_bounded_holds_an_interruption_back_until_the_call_is_over(interrupt: Callable[[], None]) -> None:
     done = threading.Event()
 
     def call() -> None:
@@ -81,7 +81,7 @@ def test_an_interruption_is_held_back_until_the_call_is_over(interrupt: Callable
     assert done.is_set()
 
 
-def test_a_call_that_hangs_holds_no_interruption_back_for_long(
+def test_bounded_call_that_hangs_holds_no_interruption_back_for_long(
     interrupt: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "INTERRUPT_SECONDS", 0.05)
@@ -98,7 +98,7 @@ def test_a_call_that_hangs_holds_no_interruption_back_for_long(
     assert undone.wait(SECONDS)
 
 
-def test_what_an_interrupted_call_has_got_is_undone(interrupt: Callable[[], None]) -> None:
+def test_bounded_undoes_the_result_of_an_interrupted_call(interrupt: Callable[[], None]) -> None:
     undone: list[str] = []
 
     def call() -> str:

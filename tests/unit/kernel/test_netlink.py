@@ -114,7 +114,7 @@ def netlink(kernel: Kernel, sysfs: Path) -> Iterator[NetlinkNBD]:
 
 
 @pytest.fixture
-def link() -> Iterator[int]:
+def connection() -> Iterator[int]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield ours.fileno()
@@ -142,14 +142,14 @@ def make_node(sysfs: Path, index: int, **files: str) -> Path:
     return directory
 
 
-def test_the_index_comes_from_the_kernels_reply(netlink: NetlinkNBD, kernel: Kernel, link: int) -> None:
+def test_connect_returns_the_index_of_the_kernels_reply(netlink: NetlinkNBD, kernel: Kernel, connection: int) -> None:
     kernel.replies = [message(Cmd.CONNECT, genl.u32(Attr.INDEX, 7))]
-    assert bind(netlink, link) == 7
+    assert bind(netlink, connection) == 7
 
 
-def test_connect_sends_what_the_kernel_needs_and_no_more(netlink: NetlinkNBD, kernel: Kernel, link: int) -> None:
+def test_connect_sends_what_the_kernel_needs_and_no_more(netlink: NetlinkNBD, kernel: Kernel, connection: int) -> None:
     kernel.replies = [message(Cmd.CONNECT, genl.u32(Attr.INDEX, 0))]
-    bind(netlink, link)
+    bind(netlink, connection)
     command, sent = kernel.requests[-1]
     assert command == Cmd.CONNECT
     assert sent[Attr.BACKEND_IDENTIFIER] == b"backup\0"
@@ -164,33 +164,35 @@ def test_connect_sends_what_the_kernel_needs_and_no_more(netlink: NetlinkNBD, ke
     assert Attr.TIMEOUT not in sent
 
 
-def test_the_kernel_gets_descriptors_that_nobody_else_closes(netlink: NetlinkNBD, kernel: Kernel, link: int) -> None:
+def test_connect_gives_the_kernel_descriptors_of_its_own(netlink: NetlinkNBD, kernel: Kernel, connection: int) -> None:
     kernel.replies = [message(Cmd.CONNECT, genl.u32(Attr.INDEX, 0))]
     before = set(os.listdir("/proc/self/fd"))
-    bind(netlink, link, fds=[link, link])
+    bind(netlink, connection, fds=[connection, connection])
     items = list(genl.attributes(kernel.requests[-1][1][Attr.SOCKETS]))
     sent = [struct.unpack("=I", dict(genl.attributes(item))[1])[0] for _, item in items]
     assert len(set(sent)) == 2
-    assert link not in sent
+    assert connection not in sent
     assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_lost_reply_is_made_up_for_from_sysfs(netlink: NetlinkNBD, sysfs: Path, link: int) -> None:
+def test_connect_finds_the_device_in_sysfs_after_a_lost_reply(
+    netlink: NetlinkNBD, sysfs: Path, connection: int
+) -> None:
     make_node(sysfs, 4, pid="1", backend="backup")
-    assert bind(netlink, link) == 4
+    assert bind(netlink, connection) == 4
 
 
-def test_answers_to_earlier_requests_are_not_taken_for_ours(netlink: NetlinkNBD, kernel: Kernel, link: int) -> None:
+def test_netlink_ignores_answers_to_earlier_requests(netlink: NetlinkNBD, kernel: Kernel, connection: int) -> None:
     kernel.stale = True
     kernel.replies = [message(Cmd.CONNECT, genl.u32(Attr.INDEX, 2))]
-    assert bind(netlink, link) == 2
+    assert bind(netlink, connection) == 2
 
 
-def test_a_kernel_that_never_answers_is_given_up(kernel: Kernel, link: int) -> None:
+def test_netlink_command_without_an_answer_times_out(kernel: Kernel, connection: int) -> None:
     with NetlinkNBD(sock=kernel.ours, seconds=0.2) as netlink:
         kernel.silent = True
         with pytest.raises(TimedOut):
-            bind(netlink, link)
+            bind(netlink, connection)
 
 
 class Stuck(socket.socket):
@@ -203,7 +205,7 @@ class Stuck(socket.socket):
         return super().send(data, flags)
 
 
-def test_a_command_stuck_in_the_kernel_is_given_up(kernel: Kernel) -> None:
+def test_netlink_command_stuck_in_the_kernel_times_out(kernel: Kernel) -> None:
     sock = Stuck(fileno=kernel.ours.detach())
     with NetlinkNBD(sock=sock, seconds=0.2) as netlink:
         sock.gate = threading.Event()
@@ -212,7 +214,7 @@ def test_a_command_stuck_in_the_kernel_is_given_up(kernel: Kernel) -> None:
         sock.gate.set()
 
 
-def test_a_command_stuck_in_the_kernel_is_nudged(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+def test_netlink_command_stuck_in_the_kernel_is_nudged(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
     monkeypatch.setattr("nbdd.kernel.bounded.NUDGE_SECONDS", 0.05)
     sock = Stuck(fileno=kernel.ours.detach())
     with NetlinkNBD(sock=sock, seconds=10) as netlink:
@@ -220,44 +222,50 @@ def test_a_command_stuck_in_the_kernel_is_nudged(monkeypatch: pytest.MonkeyPatch
         netlink.disconnect(0, nudge=sock.gate.set)
 
 
-def test_a_missing_driver_says_how_to_load_it(kernel: Kernel) -> None:
+def test_netlink_without_the_driver_says_how_to_load_it(kernel: Kernel) -> None:
     kernel.present = False
     with pytest.raises(KernelError, match="modprobe nbd"):
         NetlinkNBD(sock=kernel.ours, seconds=5)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.ENOMEM, errno.EBUSY])
-def test_no_device_left_has_its_own_name(netlink: NetlinkNBD, kernel: Kernel, link: int, number: int) -> None:
+def test_connect_without_a_free_device_raises_no_free_device(
+    netlink: NetlinkNBD, kernel: Kernel, connection: int, number: int
+) -> None:
     kernel.errno = number
     with pytest.raises(NoFreeDevice, match="no free NBD device") as caught:
-        bind(netlink, link)
+        bind(netlink, connection)
     assert caught.value.errno == number
 
 
-def test_a_taken_device_names_who_has_it(netlink: NetlinkNBD, kernel: Kernel, sysfs: Path, link: int) -> None:
+def test_connect_to_a_taken_device_names_its_identifier(
+    netlink: NetlinkNBD, kernel: Kernel, sysfs: Path, connection: int
+) -> None:
     kernel.errno = errno.EBUSY
     make_node(sysfs, 3, pid="1", backend="archive")
     with pytest.raises(Busy, match=r"/dev/nbd3 is taken: it is bound as 'archive'"):
-        bind(netlink, link, index=3, busy_seconds=60)
+        bind(netlink, connection, index=3, busy_seconds=60)
 
 
-def test_a_device_taken_by_another_program_names_the_process(
-    netlink: NetlinkNBD, kernel: Kernel, sysfs: Path, link: int, monkeypatch: pytest.MonkeyPatch
+def test_connect_to_a_device_of_another_program_names_the_process(
+    netlink: NetlinkNBD, kernel: Kernel, sysfs: Path, connection: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel.errno = errno.EBUSY
     make_node(sysfs, 3, pid="12345")
     with pytest.raises(Busy, match="bound by another program"):
-        bind(netlink, link, index=3)
+        bind(netlink, connection, index=3)
     monkeypatch.setattr(Usage, "users", lambda *_: ["/dev/nbd3 is open in process 77 (nbd-client)"])
     with pytest.raises(Busy, match=r"process 77 \(nbd-client\)"):
-        bind(netlink, link, index=3)
+        bind(netlink, connection, index=3)
 
 
-def test_a_device_that_is_only_open_is_tried_again(netlink: NetlinkNBD, kernel: Kernel, sysfs: Path, link: int) -> None:
+def test_connect_to_a_device_that_is_only_open_is_tried_again(
+    netlink: NetlinkNBD, kernel: Kernel, sysfs: Path, connection: int
+) -> None:
     make_node(sysfs, 3)
     kernel.errno = errno.EBUSY
     with pytest.raises(Busy, match="taken"):
-        bind(netlink, link, index=3, busy_seconds=0.2)
+        bind(netlink, connection, index=3, busy_seconds=0.2)
     assert len(kernel.requests) > 1
 
 
@@ -271,21 +279,21 @@ def test_a_device_that_is_only_open_is_tried_again(netlink: NetlinkNBD, kernel: 
         (errno.EIO, "Input/output error"),
     ],
 )
-def test_every_refusal_of_connect_is_a_sentence(
-    netlink: NetlinkNBD, kernel: Kernel, link: int, number: int, words: str
+def test_connect_refused_by_the_kernel_is_a_sentence(
+    netlink: NetlinkNBD, kernel: Kernel, connection: int, number: int, words: str
 ) -> None:
     kernel.errno = number
     with pytest.raises(KernelError, match=words) as caught:
-        bind(netlink, link)
+        bind(netlink, connection)
     assert caught.value.errno == number
     assert str(caught.value).endswith(".")
 
 
-def test_the_kernels_own_reason_is_passed_on(netlink: NetlinkNBD, kernel: Kernel, link: int) -> None:
+def test_connect_error_has_the_kernels_own_reason(netlink: NetlinkNBD, kernel: Kernel, connection: int) -> None:
     kernel.errno = errno.EOPNOTSUPP
     kernel.reason = "the moon is full"
     with pytest.raises(KernelError, match="the moon is full"):
-        bind(netlink, link)
+        bind(netlink, connection)
 
 
 @pytest.mark.parametrize(
@@ -303,11 +311,11 @@ def test_the_kernels_own_reason_is_passed_on(netlink: NetlinkNBD, kernel: Kernel
         ({"fds": [0, 0], "server_flags": int(ServerFlags.HAS_FLAGS)}, "connections to 1"),
     ],
 )
-def test_what_the_kernel_would_get_wrong_is_refused_before(
-    netlink: NetlinkNBD, kernel: Kernel, link: int, changes: dict[str, object], words: str
+def test_connect_refuses_what_the_kernel_would_get_wrong(
+    netlink: NetlinkNBD, kernel: Kernel, connection: int, changes: dict[str, object], words: str
 ) -> None:
     with pytest.raises(KernelError, match=words):
-        bind(netlink, link, **changes)
+        bind(netlink, connection, **changes)
     assert not kernel.requests
 
 
@@ -340,7 +348,7 @@ def test_reconfigure_of_a_device_without_identity_sends_none(netlink: NetlinkNBD
         ({"pid": "1", "backend": "backup"}, (KernelError, "being disconnected")),
     ],
 )
-def test_a_refused_reconfigure_says_what_the_device_is_now(
+def test_reconfigure_refused_says_what_the_device_is_now(
     netlink: NetlinkNBD, kernel: Kernel, sysfs: Path, files: dict[str, str], expected: tuple[type[Exception], str]
 ) -> None:
     make_node(sysfs, 5, **files)
@@ -349,7 +357,7 @@ def test_a_refused_reconfigure_says_what_the_device_is_now(
         netlink.reconfigure(5, backend="backup", timeout=3)
 
 
-def test_disconnecting_a_device_that_is_not_there_is_fine(netlink: NetlinkNBD, kernel: Kernel, sysfs: Path) -> None:
+def test_disconnect_of_a_device_that_is_not_there_succeeds(netlink: NetlinkNBD, kernel: Kernel, sysfs: Path) -> None:
     kernel.errno = errno.EINVAL
     netlink.disconnect(9)
     make_node(sysfs, 9)
@@ -357,7 +365,7 @@ def test_disconnecting_a_device_that_is_not_there_is_fine(netlink: NetlinkNBD, k
         netlink.disconnect(9)
 
 
-def test_dead_links_are_reported_by_index(sysfs: Path) -> None:
+def test_link_dead_monitor_reports_devices_by_index(sysfs: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with theirs, LinkDeadMonitor(ours, FAMILY_ID, sysfs_root=str(sysfs)) as monitor:
         assert monitor.read() == []
@@ -368,7 +376,9 @@ def test_dead_links_are_reported_by_index(sysfs: Path) -> None:
         assert monitor.wait(5) == [3, 3, 5]
 
 
-def test_lost_reports_make_every_bound_device_suspect(sysfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_dead_monitor_reports_every_bound_device_after_lost_reports(
+    sysfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_node(sysfs, 1, pid="1")
     make_node(sysfs, 2)
     answers: list[OSError | None] = [OSError(errno.ENOBUFS, "no buffer space"), None]
@@ -396,7 +406,7 @@ def test_lost_reports_make_every_bound_device_suspect(sysfs: Path, monkeypatch: 
         datagram(FAMILY_ID, 0, 1, message(1, b"\xff\xff\x01\x00")),
     ],
 )
-def test_cut_messages_yield_nothing_and_end(data: bytes) -> None:
+def test_genl_parser_yields_nothing_for_cut_messages(data: bytes) -> None:
     for _, _, _, content in genl.messages(data):
         answer = genl.generic(content)
         assert answer is None or not answer.attributes

@@ -25,12 +25,12 @@ def partition(root: Path, index: int, number: int) -> Path:
     return directory
 
 
-def test_an_idle_device_has_no_pid_no_size_and_no_backend(tmp_path: Path) -> None:
+def test_node_idle_has_no_pid_no_size_and_no_backend(tmp_path: Path) -> None:
     node = make(tmp_path, 0, size="0", ro="0")
     assert (node.path, node.pid, node.bound, node.size, node.backend) == ("/dev/nbd0", None, False, 0, None)
 
 
-def test_a_bound_device_tells_all_in_bytes(tmp_path: Path) -> None:
+def test_node_bound_reports_sizes_in_bytes(tmp_path: Path) -> None:
     files = {
         "pid": "42",
         "size": "2048",
@@ -43,26 +43,26 @@ def test_a_bound_device_tells_all_in_bytes(tmp_path: Path) -> None:
     assert (node.diskseq, node.block_size, node.io_timeout) == (17, 4096, 30000)
 
 
-def test_a_device_that_is_gone_answers_with_nothing(tmp_path: Path) -> None:
+def test_node_gone_reports_nothing(tmp_path: Path) -> None:
     node = Node(9, sysfs=str(tmp_path))
     assert not node.exists
     assert (node.pid, node.size, node.backend, node.partitions(), node.statistics()) == (None, 0, None, [], {})
 
 
-def test_io_timeout_is_written_in_milliseconds(tmp_path: Path) -> None:
+def test_node_io_timeout_is_written_in_milliseconds(tmp_path: Path) -> None:
     node = make(tmp_path, 0, queue__io_timeout="")
     node.set_io_timeout(1000)
     assert node.io_timeout == 1000
 
 
-def test_io_timeout_of_a_gone_device_is_a_sentence_and_no_new_file(tmp_path: Path) -> None:
+def test_node_io_timeout_of_a_gone_device_is_an_error_and_no_new_file(tmp_path: Path) -> None:
     node = make(tmp_path, 0)
     with pytest.raises(KernelError, match="/dev/nbd0 can't be set to 1000 ms"):
         node.set_io_timeout(1000)
     assert not (tmp_path / "block" / "nbd0" / "queue" / "io_timeout").exists()
 
 
-def test_partitions_come_by_number(tmp_path: Path) -> None:
+def test_node_partitions_are_sorted_by_number(tmp_path: Path) -> None:
     node = make(tmp_path, 0, dev="43:0")
     for number in (10, 2, 1):
         partition(tmp_path, 0, number)
@@ -71,7 +71,7 @@ def test_partitions_come_by_number(tmp_path: Path) -> None:
     assert node.devices() == {"nbd0": "43:0", "nbd0p1": "43:1", "nbd0p2": "43:2", "nbd0p10": "43:10"}
 
 
-def test_statistics_have_the_kernels_names_and_order(tmp_path: Path) -> None:
+def test_node_statistics_have_the_kernels_names_and_order(tmp_path: Path) -> None:
     node = make(tmp_path, 0, stat=" ".join(str(number) for number in range(1, 18)))
     statistics = node.statistics()
     assert statistics["read-requests"] == 1
@@ -80,7 +80,7 @@ def test_statistics_have_the_kernels_names_and_order(tmp_path: Path) -> None:
     assert statistics["flush-milliseconds"] == 17
 
 
-def test_nodes_come_by_index_and_nothing_else_does(tmp_path: Path) -> None:
+def test_nodes_are_sorted_by_index_and_nothing_else_is_among_them(tmp_path: Path) -> None:
     for index in (10, 2):
         make(tmp_path, index)
     for name in ("nbdx", "sda", "nbd"):
@@ -88,20 +88,20 @@ def test_nodes_come_by_index_and_nothing_else_does(tmp_path: Path) -> None:
     assert [node.index for node in nodes(sysfs=str(tmp_path))] == [2, 10]
 
 
-def test_find_wants_the_identifier_and_a_bound_device(tmp_path: Path) -> None:
+def test_find_matches_the_identifier_of_bound_devices_only(tmp_path: Path) -> None:
     make(tmp_path, 0, backend="backup", pid="1")
     make(tmp_path, 1, backend="backup")
     make(tmp_path, 2, backend="backup2", pid="1")
     assert [node.index for node in find("backup", sysfs=str(tmp_path))] == [0]
 
 
-def test_the_module_is_seen_built_in_or_loaded(tmp_path: Path) -> None:
+def test_module_loaded_whether_built_in_or_loaded(tmp_path: Path) -> None:
     assert not module_loaded(sysfs=str(tmp_path))
     (tmp_path / "module" / "nbd").mkdir(parents=True)
     assert module_loaded(sysfs=str(tmp_path))
 
 
-def test_the_highest_index_follows_the_modules_max_part(tmp_path: Path) -> None:
+def test_highest_index_follows_the_modules_max_part(tmp_path: Path) -> None:
     assert highest_index(sysfs=str(tmp_path)) == (1 << 20) - 1
     parameters = tmp_path / "module" / "nbd" / "parameters"
     parameters.mkdir(parents=True)

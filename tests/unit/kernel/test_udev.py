@@ -73,37 +73,35 @@ def udevd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Udevd]:
         pass
 
 
-def run(udevd: Udevd, seconds: float = 10.0) -> bool:
+def settled(udevd: Udevd, seconds: float = 10.0) -> bool:
     return settle(udevd.node, seconds, control=str(udevd.control), monitor=udevd.monitor)
 
 
-def test_it_is_settled_when_disk_and_partitions_came_back(udevd: Udevd) -> None:
+def test_settle_returns_when_the_tokens_of_disk_and_partitions_are_back(udevd: Udevd) -> None:
     udevd.partition(1)
     udevd.partition(2)
-    assert run(udevd)
+    assert settled(udevd)
     assert udevd.handled == ["nbd0", "nbd0p1", "nbd0p2"]
 
 
 @pytest.mark.parametrize(("new", "action"), [(True, "add"), (False, "change")])
-def test_a_disk_that_was_bound_is_told_as_one_that_was_plugged_in_as_lvm_and_mdadm_wait_for_that(
-    udevd: Udevd, new: bool, action: str
-) -> None:
+def test_settle_sends_add_for_a_new_disk_as_lvm_and_mdadm_wait_for_that(udevd: Udevd, new: bool, action: str) -> None:
     udevd.partition(1)
     assert settle(udevd.node, 10, new=new, control=str(udevd.control), monitor=udevd.monitor)
     assert udevd.actions == [action, "change"]
 
 
-def test_partitions_that_appear_meanwhile_are_waited_for(udevd: Udevd) -> None:
+def test_settle_waits_for_partitions_that_appear_meanwhile(udevd: Udevd) -> None:
     def appear(name: str) -> None:
         if name == "nbd0":
             udevd.partition(1)
 
     udevd.on_handled = appear
-    assert run(udevd)
+    assert settled(udevd)
     assert udevd.handled == ["nbd0", "nbd0p1"]
 
 
-def test_a_partition_that_goes_meanwhile_is_not_waited_for(udevd: Udevd) -> None:
+def test_settle_does_not_wait_for_a_partition_that_goes_meanwhile(udevd: Udevd) -> None:
     udevd.partition(1)
     udevd.drop = {"nbd0p1"}
 
@@ -114,15 +112,15 @@ def test_a_partition_that_goes_meanwhile_is_not_waited_for(udevd: Udevd) -> None
             (udevd.directory / name).rmdir()
 
     udevd.on_handled = vanish
-    assert run(udevd)
+    assert settled(udevd)
 
 
-def test_a_udevd_that_never_finishes_is_false_not_forever(udevd: Udevd) -> None:
+def test_settle_returns_false_if_udevd_never_finishes(udevd: Udevd) -> None:
     udevd.drop = {"nbd0"}
-    assert not run(udevd, 0.05)
+    assert not settled(udevd, 0.05)
 
 
-def test_whoever_waits_for_udev_may_look_after_the_device_meanwhile(udevd: Udevd) -> None:
+def test_settle_calls_nudge_while_it_waits_for_udev(udevd: Udevd) -> None:
     udevd.drop.add("nbd0")
     looked: list[bool] = []
     assert not settle(
@@ -131,7 +129,7 @@ def test_whoever_waits_for_udev_may_look_after_the_device_meanwhile(udevd: Udevd
     assert len(looked) >= 2
 
 
-def test_lost_events_are_asked_for_again_but_not_those_that_came(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settle_sends_lost_events_again_but_not_those_that_came(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> None:
     udevd.partition(1)
     udevd.drop = {"nbd0p1"}
     real = udevd.monitor.tokens
@@ -144,11 +142,11 @@ def test_lost_events_are_asked_for_again_but_not_those_that_came(udevd: Udevd, m
         return found
 
     monkeypatch.setattr(udevd.monitor, "tokens", tokens)
-    assert run(udevd)
+    assert settled(udevd)
     assert udevd.handled == ["nbd0", "nbd0p1", "nbd0p1"]
 
 
-def test_an_overflow_keeps_what_was_not_lost() -> None:
+def test_udev_monitor_keeps_what_an_overflow_did_not_lose() -> None:
     class Full(socket.socket):
         full = True
 
@@ -165,13 +163,13 @@ def test_an_overflow_keeps_what_was_not_lost() -> None:
         assert monitor.lost
 
 
-def test_without_udevd_nothing_is_waited_for(udevd: Udevd) -> None:
+def test_settle_without_udevd_waits_for_nothing(udevd: Udevd) -> None:
     udevd.control.unlink()
-    assert run(udevd)
+    assert settled(udevd)
     assert udevd.handled == []
 
 
-def test_a_device_whose_open_hangs_times_out(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scan_partitions_times_out_if_the_open_hangs(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
 
     def hang(*_: object) -> int:
@@ -180,31 +178,31 @@ def test_a_device_whose_open_hangs_times_out(udevd: Udevd, monkeypatch: pytest.M
 
     monkeypatch.setattr(os, "open", hang)
     with pytest.raises(TimedOut, match="its server doesn't answer"):
-        run(udevd, 0.05)
+        settled(udevd, 0.05)
     go.set()
 
 
-def test_a_node_that_never_appears_times_out(udevd: Udevd) -> None:
+def test_scan_partitions_times_out_if_the_node_never_appears(udevd: Udevd) -> None:
     os.unlink(udevd.node.path)
     with pytest.raises(TimedOut, match="did not appear"):
-        run(udevd, 0.1)
+        settled(udevd, 0.1)
 
 
-def test_a_node_that_appears_late_is_opened(udevd: Udevd) -> None:
+def test_scan_partitions_opens_a_node_that_appears_late(udevd: Udevd) -> None:
     os.unlink(udevd.node.path)
     timer = threading.Timer(0.1, Path(udevd.node.path).touch)
     timer.start()
-    assert run(udevd)
+    assert settled(udevd)
     timer.join()
 
 
-def test_tokens_have_the_form_the_kernel_takes() -> None:
+def test_udev_token_has_the_form_the_kernel_takes() -> None:
     token = udev.new_token()
     assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-a[0-9a-f]{3}-[0-9a-f]{12}", token)
     assert token != udev.new_token()
 
 
-def test_the_uevent_file_gets_the_action_and_the_token(tmp_path: Path) -> None:
+def test_udev_trigger_writes_action_and_token(tmp_path: Path) -> None:
     directory = tmp_path / "block" / "nbd0"
     directory.mkdir(parents=True)
     (directory / "uevent").touch()
@@ -224,11 +222,11 @@ def test_the_uevent_file_gets_the_action_and_the_token(tmp_path: Path) -> None:
         packet("x")[:30],
     ],
 )
-def test_what_libudev_did_not_send_has_no_token(data: bytes) -> None:
+def test_udev_message_that_libudev_did_not_send_has_no_token(data: bytes) -> None:
     assert udev.synthetic_token(data) is None
 
 
-def test_the_token_is_read_where_the_header_says() -> None:
+def test_udev_token_is_read_at_the_offset_of_the_header() -> None:
     assert udev.synthetic_token(packet("12-34")) == "12-34"
 
 
@@ -264,32 +262,36 @@ def bound(udevd: Udevd, monkeypatch: pytest.MonkeyPatch) -> Udevd:
     return udevd
 
 
-def test_a_device_is_free_after_its_release(bound: Udevd) -> None:
+def test_release_returns_when_the_device_is_free(bound: Udevd) -> None:
     ender = Ender(bound.directory)
     assert release(ender, bound.node, "backup", 5, diskseq=5, force=True) == []  # type: ignore[arg-type]
     assert ender.asked == [0]
 
 
 @pytest.mark.parametrize(("backend", "diskseq", "pid"), [("other", 5, 1), ("backup", 6, 1), ("backup", 5, 2)])
-def test_another_device_on_the_same_index_is_left_alone(bound: Udevd, backend: str, diskseq: int, pid: int) -> None:
+def test_release_leaves_another_device_of_the_same_index_alone(
+    bound: Udevd, backend: str, diskseq: int, pid: int
+) -> None:
     ender = Ender(bound.directory)
     with pytest.raises(NotAttached):
         release(ender, bound.node, backend, 5, diskseq=diskseq, pid=pid)  # type: ignore[arg-type]
     assert not ender.asked
 
 
-def test_a_release_with_openers_left_names_them(bound: Udevd) -> None:
+def test_release_names_the_openers_that_are_left(bound: Udevd) -> None:
     ender = Ender(bound.directory, leave="backup")
     left = release(ender, bound.node, "backup", 0.05, force=True, usage=Idle())  # type: ignore[arg-type]
     assert left == ["/dev/nbd0 is open in process 7 (cat)"]
 
 
-def test_an_index_that_is_taken_again_at_once_counts_as_released(bound: Udevd) -> None:
+def test_release_of_an_index_that_is_taken_again_at_once_succeeds(bound: Udevd) -> None:
     ender = Ender(bound.directory, leave="next")
     assert release(ender, bound.node, "backup", 5, force=True) == []  # type: ignore[arg-type]
 
 
-def test_no_right_to_write_uevents_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_udev_trigger_without_the_right_to_write_raises_kernel_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_args: object, **_more: object) -> None:
         raise PermissionError(13, "Permission denied")
 

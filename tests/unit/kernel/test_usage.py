@@ -49,17 +49,17 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_an_unused_device_has_no_users(machine: Machine) -> None:
+def test_usage_of_an_unused_device_is_empty(machine: Machine) -> None:
     machine.process("1", mountinfo=machine.mount("8:1", "/"))
     assert machine.usage.users(machine.node) == []
 
 
-def test_a_mounted_partition_names_its_mount_point(machine: Machine) -> None:
+def test_usage_names_the_mount_point_of_a_partition(machine: Machine) -> None:
     machine.process("self", mountinfo=machine.mount("43:1", r"/mnt/my\040disk"))
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is mounted on /mnt/my disk"]
 
 
-def test_a_mount_in_another_namespace_is_found_once(machine: Machine) -> None:
+def test_usage_finds_a_mount_of_another_namespace_once(machine: Machine) -> None:
     line = machine.mount("43:0", "/data")
     machine.process("self")
     machine.process("1")
@@ -68,24 +68,24 @@ def test_a_mount_in_another_namespace_is_found_once(machine: Machine) -> None:
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0 is mounted on /data"]
 
 
-def test_a_btrfs_mount_is_known_by_its_source(machine: Machine) -> None:
+def test_usage_finds_a_btrfs_mount_by_its_source(machine: Machine) -> None:
     machine.process("self", mountinfo=machine.mount("0:42", "/data", f"{machine.dev}/nbd0p1"))
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is mounted on /data"]
 
 
-def test_a_member_of_a_mounted_btrfs_is_found(machine: Machine) -> None:
+def test_usage_finds_a_member_of_a_mounted_btrfs(machine: Machine) -> None:
     (machine.sysfs / "fs" / "btrfs" / "1234" / "devices" / "nbd0p1").mkdir(parents=True)
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is part of the mounted btrfs 1234"]
 
 
-def test_swap_is_found(machine: Machine) -> None:
+def test_usage_finds_swap(machine: Machine) -> None:
     (machine.proc / "swaps").write_text(
         f"Filename\t\t\t\tType\t\tSize\nother file 1\n{machine.dev}/nbd0p1 partition\t10236\t0\t-2\n"
     )
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is used as swap"]
 
 
-def test_a_holder_is_told_with_its_name(machine: Machine) -> None:
+def test_usage_names_a_stacked_device(machine: Machine) -> None:
     (machine.sysfs / "block" / "nbd0" / "nbd0p1" / "holders" / "dm-0").touch()
     (machine.sysfs / "block" / "nbd0" / "nbd0p1" / "holders" / "md127").touch()
     (machine.sysfs / "block" / "dm-0" / "dm").mkdir(parents=True)
@@ -96,13 +96,13 @@ def test_a_holder_is_told_with_its_name(machine: Machine) -> None:
     ]
 
 
-def test_a_loop_device_is_found(machine: Machine) -> None:
+def test_usage_finds_a_loop_device(machine: Machine) -> None:
     (machine.sysfs / "block" / "loop3" / "loop").mkdir(parents=True)
     (machine.sysfs / "block" / "loop3" / "loop" / "backing_file").write_text(f"{machine.dev}/nbd0\n")
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0 is behind /dev/loop3"]
 
 
-def test_what_holds_any_device_is_found_in_one_look(machine: Machine) -> None:
+def test_usage_finds_the_claims_of_all_devices_at_once(machine: Machine) -> None:
     (machine.proc / "partitions").write_text(
         "major minor  #blocks  name\n\n 43 0 100 nbd0\n 43 1 50 nbd0p1\n 43 32 9 nbd1\n 8 0 9 sda\n"
     )
@@ -118,7 +118,7 @@ def test_what_holds_any_device_is_found_in_one_look(machine: Machine) -> None:
     }
 
 
-def test_one_look_and_a_look_at_one_device_agree(machine: Machine) -> None:
+def test_usage_claims_and_all_claims_agree(machine: Machine) -> None:
     (machine.proc / "partitions").write_text("43 0 100 nbd0\n43 1 50 nbd0p1\n")
     machine.process("self", mountinfo=machine.mount("0:42", "/data", f"{machine.dev}/nbd0"))
     for member in ("nbd0", "nbd0p1"):
@@ -130,19 +130,19 @@ def test_one_look_and_a_look_at_one_device_agree(machine: Machine) -> None:
     assert machine.usage.all_claims(str(machine.dev)) == {machine.node.path: found}
 
 
-def test_who_may_not_look_into_other_processes_is_told_so(machine: Machine) -> None:
+def test_usage_says_if_it_may_not_look_into_other_processes(machine: Machine) -> None:
     assert not machine.usage.sees_all()
     machine.process("1")
     assert machine.usage.sees_all()
 
 
-def test_a_process_is_told_by_number_and_name_but_not_udev(machine: Machine) -> None:
+def test_usage_names_processes_but_not_udev(machine: Machine) -> None:
     for pid, comm in (("77", "qemu"), ("78", "(udev-worker)")):
         (machine.process(pid, comm=comm) / "fd" / "5").symlink_to(machine.dev / "nbd0p1")
     assert machine.usage.users(machine.node) == [f"{machine.dev}/nbd0p1 is open in process 77 (qemu)"]
 
 
-def test_what_this_program_has_open_itself_counts_but_for_the_claim(machine: Machine) -> None:
+def test_usage_counts_descriptors_of_this_process_except_the_claim(machine: Machine) -> None:
     fds = machine.process(str(os.getpid()), comm="python3") / "fd"
     with machine.usage.claim(machine.node) as fd:
         (fds / str(fd)).symlink_to(machine.dev / "nbd0")
@@ -153,7 +153,7 @@ def test_what_this_program_has_open_itself_counts_but_for_the_claim(machine: Mac
 
 
 @pytest.mark.parametrize(("flags", "written"), [("0100000", False), ("0100002", True), ("0100001", True)])
-def test_who_has_it_open_for_writing_is_known(machine: Machine, flags: str, written: bool) -> None:
+def test_usage_knows_who_has_the_device_open_for_writing(machine: Machine, flags: str, written: bool) -> None:
     process = machine.process("77", comm="mkfs")
     (process / "fd" / "5").symlink_to(machine.dev / "nbd0")
     (process / "fdinfo").mkdir()
@@ -161,29 +161,29 @@ def test_who_has_it_open_for_writing_is_known(machine: Machine, flags: str, writ
     assert machine.usage.written(machine.node) is written
 
 
-def test_udev_at_work_is_seen_apart_from_users(machine: Machine) -> None:
+def test_usage_probed_sees_udev_which_is_no_user(machine: Machine) -> None:
     assert not machine.usage.probed(machine.node)
     (machine.process("78", comm="(udev-worker)") / "fd" / "5").symlink_to(machine.dev / "nbd0")
     assert machine.usage.probed(machine.node)
     assert machine.usage.users(machine.node) == []
 
 
-def test_a_claim_is_refused_with_the_users_names(machine: Machine) -> None:
+def test_claim_refused_names_the_users(machine: Machine) -> None:
     machine.process("self", mountinfo=machine.mount("43:0", "/data"))
     with pytest.raises(Busy, match="nbd0 is mounted on /data"), machine.usage.claim(machine.node):
         pytest.fail("claimed")
 
 
-def test_a_claim_is_refused_when_the_kernel_says_so(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_refused_by_the_kernel_is_busy(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EBUSY, "busy")
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(Busy, match="the kernel holds it"), machine.usage.claim(machine.node):
+    with pytest.raises(Busy, match="another program has claimed it"), machine.usage.claim(machine.node):
         pytest.fail("claimed")
 
 
-def test_a_claim_waits_for_the_last_user_to_leave(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_claim_waits_for_the_last_user_to_leave(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [["somebody"], ["somebody"], []]
     monkeypatch.setattr(machine.usage, "users", lambda _node: answers.pop(0))
     with machine.usage.claim(machine.node, patience=60) as fd:
@@ -193,7 +193,7 @@ def test_a_claim_waits_for_the_last_user_to_leave(machine: Machine, monkeypatch:
         os.fstat(fd)
 
 
-def test_a_claim_of_a_device_that_hangs_ends_and_closes_what_comes_late(
+def test_claim_of_a_device_that_hangs_times_out_and_closes_a_late_descriptor(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, closed = threading.Event(), threading.Event()
@@ -217,7 +217,7 @@ def test_a_claim_of_a_device_that_hangs_ends_and_closes_what_comes_late(
     assert closed.wait(10)
 
 
-def test_a_claim_of_a_gone_device_says_so(machine: Machine) -> None:
+def test_claim_of_a_gone_device_is_not_attached(machine: Machine) -> None:
     (machine.dev / "nbd0").unlink()
     with pytest.raises(NotAttached, match="is gone"), machine.usage.claim(machine.node):
         pytest.fail("claimed")
