@@ -70,11 +70,11 @@ class Attachment:
 
     @property
     def unknown_to_users(self) -> bool:
-        """Whether only the attempt under way can have bound the device: nobody was told of it yet, and uses it."""
+        """Whether only the attempt under way can have bound the device: no user knows of it yet."""
         return not self._inherited and self.binding is None
 
     def restart(self, definition: Definition) -> None:
-        """Begin again, as the device that was to be adopted is gone; whoever waits for the outcome waits on."""
+        """Begin again, as the device that was to be adopted is gone; callers still wait for the outcome."""
         self.definition = definition
         self._inherited = False
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What UDisks, and so every desktop, shall make of a device: properties that udev reads while the device comes up.
+"""Hints: properties for UDisks, and so for every desktop, that udev reads when a device appears.
 
 One file for each device that has the key `desktop`, in /run/nbdd/udev; systemd/60-nbdd.rules imports it by the name of
 the device. It is there before the kernel is asked for the device, as udev's first event can come at once, and for as
@@ -20,7 +20,7 @@ class Hints:
         self._directory = directory
 
     def write(self, definition: Definition) -> None:
-        """Write, or replace, the file of a device, or take it away where it should have none. Raises OSError."""
+        """Write, or replace, the file of a device, or delete it if it should have none. Raises OSError."""
         path = self._path(definition.name)
         if definition.desktop is None:
             path.unlink(missing_ok=True)
@@ -31,7 +31,7 @@ class Hints:
         draft.replace(path)
 
     def remove(self, name: str) -> None:
-        """Forget a device; it is no fault if it has no file. Raises OSError."""
+        """Delete the file of a device, if there is one. Raises OSError."""
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
@@ -43,7 +43,7 @@ def properties(desktop: Desktop) -> str:
     found = {
         # Shown as the person's own, and mounted without a password: desktop/org.nbdd1.rules.
         "UDISKS_SYSTEM": "0" if desktop.user_mountable else "1",
-        # Whoever logs in first would own the mount, and with it wait for the server.
+        # The first user to log in would own the mount, and wait for the server.
         "UDISKS_AUTO": "0",
     }
     if desktop.name:

@@ -311,7 +311,7 @@ class Lifecycle:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.cancel()
-            # Not `await runner`: its being cancelled and ours could not be told apart.
+            # Not `await runner`: that could not tell its cancellation from ours.
             await asyncio.wait({runner})
 
     def _fail(self, attachment: Attachment, error: NbddError) -> None:

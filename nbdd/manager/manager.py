@@ -97,8 +97,8 @@ class Manager:
             return self._devices[check_name(name)]
         except KeyError:
             raise NoSuchDevice(
-                f"There is no device {name!r}: nbdd has read no definition of it, and nobody attached it. If you have "
-                "just written one: 'nbdctl reload'; 'nbdctl list' shows all."
+                f"There is no device {name!r}: nbdd has read no definition of it, and it was not attached by URI. "
+                "If you have just written one: 'nbdctl reload'; 'nbdctl list' shows all."
             ) from None
 
     async def start(self, sockets: Mapping[str, list[int]]) -> None:

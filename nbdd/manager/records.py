@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What a successor of this manager must know: one small JSON file for each device that is, or may be, bound.
+"""Records: one small JSON file for each device that is, or may be, bound, for the next instance of nbdd.
 
-A record is written before the kernel is asked for a device and taken away after the device is verified free, so at
-no moment is there a device of ours without one. What has no record is not ours and is never touched. The files live
-in /run: a device does not outlive a reboot, and neither do they. What udev shall know of a device stands beside its
-record for just as long; see hints.py.
+A record is written before the kernel is asked for a device and deleted after the device is verified free, so a device
+of ours is never without one. A device without a record is not ours and is never touched. The files are in /run: like
+the devices, they do not outlive a reboot. Hints for udev are written and deleted with the record; see hints.py.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ class Record:
     """One device, as it was last known to be bound."""
 
     definition: Definition
-    """With what Attach, AttachURI and SetTimeout changed."""
+    """The definition, with what Attach, AttachURI and SetTimeout changed."""
     configured: bool
-    """Whether a YAML file defines it."""
+    """Whether a configuration file defines it."""
     binding: Binding | None = None
     """What the device is, for the next worker; None before the worker said that it is bound."""
     attached_since: int = 0
     """Microseconds since 1970."""
     attached_by: int = 0
-    """The user id of who asked for it."""
+    """The user id of the caller who attached it."""
 
     def to_wire(self) -> dict[str, Any]:
         """A JSON object."""
@@ -78,7 +77,7 @@ class Records:
     def write(self, record: Record) -> None:
         """Write, or replace, the record of a device; whole or not at all.
 
-        Raises NbddError where it can't be written: then nothing must be bound.
+        Raises NbddError if it can't be written: then nothing must be bound.
         """
         path = self._path(record.definition.name)
         try:
@@ -91,7 +90,7 @@ class Records:
             raise NbddError(f"The record {path} can't be written: {error.strerror}.") from None
 
     def remove(self, name: str) -> None:
-        """Forget a device; it is no fault if it has no record."""
+        """Delete the record of a device, if there is one."""
         try:
             self._path(name).unlink(missing_ok=True)
             self._hints.remove(name)
@@ -99,7 +98,7 @@ class Records:
             DeviceLog(log, name).warning("the record can't be removed: %s", error)
 
     def load(self) -> list[Record]:
-        """Every record that can be read, in name order; one that can't is told and left where it is."""
+        """Every record that can be read, in name order; one that can't is logged and left where it is."""
         found = []
         try:
             paths = sorted(path for path in self._directory.iterdir() if path.suffix == ".json")
