@@ -12,16 +12,17 @@ from typing import Any
 from nbdd.bus.caller.connection import CallerBus
 from nbdd.bus.wire.calls import DBUS, CallError, Peer
 from nbdd.bus.wire.library import Message, MessageFlag, MessageType, Variant
+from nbdd.bus.wire.names import DBUS_ERROR, OBJECT_MANAGER_INTERFACE, PROPERTIES_INTERFACE
 from nbdd.errors import AccessDenied, Busy, NbddError
 from nbdd.kernel.node_name import named_index
 from nbdd.text import clause
 
 _NAME = "org.freedesktop.UDisks2"
-_ROOT = Peer(_NAME, "/org/freedesktop/UDisks2", "org.freedesktop.DBus.ObjectManager")
+_ROOT = Peer(_NAME, "/org/freedesktop/UDisks2", OBJECT_MANAGER_INTERFACE)
 _BLOCK, _FILESYSTEM, _PARTITION = f"{_NAME}.Block", f"{_NAME}.Filesystem", f"{_NAME}.Partition"
 _RULE = f"type='signal',sender='{_NAME}',path_namespace='{_ROOT.path}'"
 _MOUNTS_RULE = (
-    f"type='signal',sender='{_NAME}',path_namespace='{_ROOT.path}',interface='org.freedesktop.DBus.Properties',"
+    f"type='signal',sender='{_NAME}',path_namespace='{_ROOT.path}',interface='{PROPERTIES_INTERFACE}',"
     f"member='PropertiesChanged',arg0='{_FILESYSTEM}'"
 )
 _LONG = ("Mount", "Unmount")
@@ -31,7 +32,7 @@ _ANSWER_SECONDS = 5
 _MOUNTED_ALREADY = f"{_NAME}.Error.AlreadyMounted"
 _REFUSALS = tuple(f"{_NAME}.Error.NotAuthorized{how}" for how in ("", "CanObtain", "Dismissed"))
 _BUSY = f"{_NAME}.Error.DeviceBusy"
-_ABSENT = ("org.freedesktop.DBus.Error.ServiceUnknown", "org.freedesktop.DBus.Error.NameHasNoOwner")
+_ABSENT = (DBUS_ERROR + "ServiceUnknown", DBUS_ERROR + "NameHasNoOwner")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What stands around nbdd in a session: who shows notifications, UDisks, a file manager; each does as it is told."""
+"""The services of a desktop around nbdd: a notification server, UDisks and a file manager, as tests set them."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class FakeNotificationServer(FakeManager):
 
 
 def activatable(address: str, log: Path) -> None:
-    """From now on a server is started by the bus when somebody calls it; it writes every summary into `log`."""
+    """From now on the bus starts a server when it is called; that writes every summary into `log`."""
     services = Path(address.removeprefix("unix:path=") + "-services")
     services.mkdir(exist_ok=True)
     command = f"{sys.executable} -m tests.fakes.desktop {log}"
@@ -185,7 +185,7 @@ class FakeUDisks(FakeManager):
         """Node to the error that mounting or unmounting it meets."""
 
     def know(self, *blocks: FakeBlock) -> None:
-        """The disks are known from now on, and their coming is told."""
+        """Add disks, with a signal for each."""
         with self.called:
             self.blocks += blocks
         for block in blocks:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A private message bus, and on it something that answers like nbdd and does what a test tells it."""
+"""A private message bus, and on it a fake that answers like nbdd, as a test sets it."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class FakeManager:
         return [name for name in self.do(call).body[0] if name.startswith(":")]
 
     def owner(self, name: str) -> str:
-        """The unique name of whoever owns a name."""
+        """The unique name of the connection that owns a name."""
         bus = "org.freedesktop.DBus"
         message = Message(bus, "/org/freedesktop/DBus", bus, "GetNameOwner", signature="s", body=[name])
         return str(self.do(self.bus.call(message)).body[0])

@@ -15,7 +15,7 @@ from enum import StrEnum
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeAlias
 
-from nbdd.bus.caller.connection import CallerBus
+from nbdd.bus.caller.connection import CONNECT_SECONDS, CallerBus
 from nbdd.bus.caller.device import DeviceView, fields
 from nbdd.bus.caller.failure import SEE_JOURNAL, UnknownObject, error_of, no_bus, no_device, no_remote_bus
 from nbdd.bus.caller.ssh import Bridge
@@ -39,11 +39,9 @@ Option: TypeAlias = "bool | int | str | Mapping[str, bool | int | str]"
 Options: TypeAlias = Mapping[str, Option]
 """What a call takes beside its arguments, as plain values."""
 
-_CONNECT_SECONDS = 25
-"""How long the bus may take to let us in; a healthy one needs a millisecond."""
-
 _REMOTE_SECONDS = 90
-"""The same over ssh, which may ask a person for a password; sd-bus has the same limit (BUS_AUTH_TIMEOUT)."""
+"""How long the bus may take to let us in over ssh, which may ask a person for a password; as in sd-bus
+(BUS_AUTH_TIMEOUT)."""
 
 _RULES = (
     f"type='signal',sender='{BUS_NAME}',path_namespace='{ROOT_PATH}'",
@@ -104,7 +102,7 @@ class ManagerProxy:
         if self._host is not None:
             self._bridge = await Bridge.open(self._host, ask=self._ask)
         try:
-            async with asyncio.timeout(_CONNECT_SECONDS if self._bridge is None else _REMOTE_SECONDS):
+            async with asyncio.timeout(CONNECT_SECONDS if self._bridge is None else _REMOTE_SECONDS):
                 # dbus-next: takes the running loop, so the bus is made here and not in the constructor.
                 self._bus = CallerBus(self._bridge or BusType.SYSTEM)
                 await self._bus.connect()

@@ -17,7 +17,7 @@ from nbdd.bus.wire.library import AuthError, BusType, InvalidAddressError
 from nbdd.bus.wire.message_bus import MessageBusFixes
 from nbdd.errors import NbddError
 
-_CONNECT_SECONDS = 25
+CONNECT_SECONDS = 25
 """How long the bus may take to let us in; a healthy one needs a millisecond."""
 
 
@@ -81,7 +81,7 @@ async def _connection(kind: BusType) -> AsyncIterator[CallerBus]:
     what = f"The {kind.name.lower()} bus"
     bus = None
     try:
-        async with asyncio.timeout(_CONNECT_SECONDS):
+        async with asyncio.timeout(CONNECT_SECONDS):
             bus = CallerBus(kind)
             await bus.connect()
     except (OSError, EOFError, AuthError, InvalidAddressError, TimeoutError) as problem:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nbdd.bus.wire.calls import CallError
-from nbdd.bus.wire.names import DBUS, DBUS_ERROR
+from nbdd.bus.wire.names import DBUS_ERROR, DBUS_NAME
 from nbdd.errors import AccessDenied, InvalidConfig, NbddError, NoSuchDevice
 from nbdd.text import clause
 
@@ -38,7 +38,7 @@ def error_of(problem: CallError, *, activated: bool) -> NbddError:
         return NbddError(f"nbdd is not running and D-Bus does not know how to start it; is it installed? {SEE_JOURNAL}")
     if name.startswith(_NOT_STARTED):
         return NbddError(f"nbdd is not running and could not be started ({clause(text or name)}). {SEE_JOURNAL}")
-    if name == AccessDenied.dbus_name and problem.sender == DBUS:
+    if name == AccessDenied.dbus_name and problem.sender == DBUS_NAME:
         return AccessDenied(f"The system bus does not let this user talk to nbdd ({clause(text)}).")
     found = {kind.dbus_name: kind for kind in _classes(NbddError) if "dbus_name" in vars(kind)}.get(name, NbddError)
     if found is InvalidConfig:

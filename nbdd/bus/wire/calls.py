@@ -82,7 +82,8 @@ class Peer:
         return reply.body
 
 
-DBUS = Peer(names.DBUS, "/org/freedesktop/DBus", names.DBUS)
+DBUS = Peer(names.DBUS_NAME, "/org/freedesktop/DBus", names.DBUS_NAME)
+"""The bus itself."""
 
 
 async def own_name(bus: MessageBus, name: str) -> bool:

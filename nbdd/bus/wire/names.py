@@ -10,7 +10,7 @@ ROOT_PATH = "/org/nbdd1"
 MANAGER_INTERFACE = "org.nbdd1.Manager"
 DEVICE_INTERFACE = "org.nbdd1.Device"
 
-DBUS = "org.freedesktop.DBus"
+DBUS_NAME = "org.freedesktop.DBus"
 """The bus itself: its name, and the name of its interface."""
 
 PROPERTIES_INTERFACE = "org.freedesktop.DBus.Properties"

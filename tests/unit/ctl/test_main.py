@@ -235,6 +235,10 @@ def test_bus_library_is_imported_by_the_bus_package_only() -> None:
         assert "from dbus_next" not in module.read_text()
 
 
+def test_garbage_collector_is_left_alone_until_the_command_runs() -> None:
+    assert gc.get_threshold()[0] < 50_000
+
+
 def test_version_is_one_line(run: Run) -> None:
     status, out, _ = run("--version")
     assert status == 0

@@ -118,7 +118,7 @@ class FakeDevice:
 
 
 class FakeManager:
-    """Notes what it is asked, and answers what it is told to."""
+    """Records its calls, and answers as a test sets it."""
 
     def __init__(self) -> None:
         self.known = {"backup": FakeDevice(), "a-b.c": FakeDevice(replace(STATUS, name="a-b.c"))}
@@ -185,7 +185,7 @@ class FakeAuthority:
 
 
 class World:
-    """The service under test with its fakes, and somebody who calls it."""
+    """The service under test with its fakes, and a caller."""
 
     def __init__(self, bus: Any, client: Caller) -> None:
         self.bus = bus
