@@ -24,7 +24,7 @@ GROUPS := --dist loadgroup --no-loadscope-reorder
 DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus desktop systemd completions man debian $(shell cat debian/nbdd.docs)
 SOURCES = tar --create --sort=name --owner=0 --group=0 --mtime=@0 --exclude=__pycache__ --exclude=.mypy_cache $(DEB_SOURCES)
 
-# $(call apt,PACKAGES,WHAT FOR): a no-op where they are there already. Another apt may hold the lock for a while, and a fresh
+# $(call apt,PACKAGES,WHAT FOR): a no-op if they are there already. Another apt may hold the lock for a while, and a fresh
 # machine has no package lists.
 define apt
 missing=(); for package in $(1); do \
@@ -176,7 +176,7 @@ reproducible: deb wheel ## build both again under other circumstances, and compa
 	  sha256sum "$$built"; \
 	done
 
-# See docs/releasing.md. A tree with changes of its own is nobody else's to build again.
+# See docs/releasing.md. Others can't build a tree again that has changes of its own.
 .PHONY: release
 release: ## what is to be published, in dist/, from a commit whose changelogs name a day
 	@[ -z "$$(git status --porcelain)" ] || { echo "There are changes that are not committed: git status" >&2; exit 1; }

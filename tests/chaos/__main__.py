@@ -14,7 +14,7 @@ from tests.guest.deb import required
 
 
 def main() -> int:
-    """Boot a guest, run the campaign in it, tell what came of it; 0 if nothing was lost."""
+    """Boot a guest, run the campaign in it, print what came of it; 0 if nothing was lost."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--guest", default="debian13", choices=("debian12", "debian13"))
     parser.add_argument("--minutes", type=float, default=10)

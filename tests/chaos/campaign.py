@@ -110,7 +110,7 @@ class Load(threading.Thread):
         self.trouble = ""
 
     def run(self) -> None:
-        """Until it is told to stop, or something is wrong."""
+        """Until it is asked to stop, or something is wrong."""
         try:
             while not self._stop_it.is_set():
                 self._once(self.rounds)
@@ -323,9 +323,9 @@ def kernel_trouble(since: float) -> list[str]:
 
 
 def play(seconds: float, seed: int, loads: list[Load], since: float) -> Counter[str]:
-    """Fault after fault, sometimes two at once; all are undone at the end. Tells how often each was played.
+    """Fault after fault, sometimes two at once; all are undone at the end. Returns how often each was played.
 
-    It ends early where a load or the kernel is in trouble, so that what led to it is still in the journal.
+    It ends early if a load or the kernel is in trouble, so that what led to it is still in the journal.
     """
     played: Counter[str] = Counter()
     # Each fault has chances of its own: which come, and what each does, does not depend on how long anything takes.
@@ -358,7 +358,7 @@ def play(seconds: float, seed: int, loads: list[Load], since: float) -> Counter[
 
 
 def whole_again() -> str:
-    """Wait until every device has all its links; what is wrong, or ""."""
+    """Wait until every device has all its connections; what is wrong, or ""."""
     end = time.monotonic() + SETTLE_SECONDS
     told: dict[str, object] = {}
     while time.monotonic() < end:
@@ -381,7 +381,7 @@ def verdict(bound: dict[str, str], loads: list[Load], since: float) -> list[str]
     for device in DEVICES:
         now = f"{device.node} {Path(f'/sys/block/{device.node}/pid').read_text()}"
         if now != bound[device.name]:
-            found.append(f"{device.name} was bound anew: {bound[device.name]!r}, now {now!r}")
+            found.append(f"{device.name} was bound again: {bound[device.name]!r}, now {now!r}")
         if device.filesystem and not any(load.is_alive() for load in loads):
             run(f"umount {device.mount}")
             path = f"/dev/disk/by-nbd/{device.name}"

@@ -58,7 +58,7 @@ class Load:
         )
 
     def end(self) -> None:
-        """Stop fio; it must have met no error, on a device that was never bound anew."""
+        """Stop fio; it must have met no error, on a device that was never bound again."""
         self.lab.guest.run(f"touch /run/{self.name}.stop")
         self.lab.until(f"! systemctl -q is-active {self.unit}", 300)
         failed = self.lab.guest.run(f"systemctl is-failed {self.unit}", check=False).stdout.strip()
@@ -67,7 +67,7 @@ class Load:
         assert after["State"] == "attached"
         assert after["Node"] == self.before["Node"]
         assert after["AttachedSince"] == self.before["AttachedSince"]
-        assert self._binding() == self.binding, "the device was bound anew"
+        assert self._binding() == self.binding, "the device was bound again"
         # Since this test began: a device that was detached in an earlier one may have had a reader, udev's for one.
         assert [line for line in self.lab.kernel_log() if "I/O error" in line] == []
 
@@ -135,7 +135,7 @@ def strike(
     found = json.loads(done.stdout)
     for load in loads:
         bound_by = {strike["bound_by"] for strike in found.get(load.name, ())}
-        assert bound_by <= {load.binding}, f"{load.name} was bound anew"
+        assert bound_by <= {load.binding}, f"{load.name} was bound again"
     return {
         name: Recovery([strike["seconds"] for strike in told], [strike["since_start"] for strike in told])
         for name, told in found.items()
