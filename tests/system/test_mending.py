@@ -32,7 +32,7 @@ def file_server(lab: Lab, image: str = "/root/disk.img", arguments: str = "") ->
 
 
 def again(server: Server, image: str = "/root/disk.img") -> str:
-    """The shell command that starts such a server anew, on the same port."""
+    """The shell command that starts such a server again, on the same port."""
     port = server.uri.split(":")[2].strip("/")
     return (
         f"systemctl stop {server.unit} 2>/dev/null;"

@@ -15,10 +15,15 @@ RULE_SINCE = "35145fb"
 """The last commit before there was a rule: releases are tagged, and until the first one this is where to begin."""
 
 EXCUSED = {
+    "285a6be": "83 characters",
+    "fb896b0": "83 characters; no verb after the area",
+    "75ce855": "73 characters",
+    "b6af47b": "73 characters",
+    "0b46724": "75 characters",
     "70da4a4": "no body: the subject of a docstring's line length says all",
     "b18fcb9": "73 characters, before there was this test",
 }
-"""Commits that were published before anybody noticed, with the reason: published history is not rewritten."""
+"""Commits that were published before this test ran on them, with what is wrong: published history is not rewritten."""
 
 LONGEST_SUBJECT = 72
 # An area, and then a verb; or the name of a class, which begins with a capital letter and has another.
