@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What nbdd costs in memory: attach many devices, look at every process of the service, detach.
 
-Run it as root where nbdd runs, with an NBD server to attach to, as often as wanted:
+Run it as root where nbdd runs, with an NBD server to attach to, any number of times:
 
     python3 -m bench.memory nbd://127.0.0.1 --devices 64
 

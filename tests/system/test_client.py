@@ -35,7 +35,7 @@ ROUNDS = times(40, 500)
 KILLS = times(10, 40)
 
 Run = Callable[..., Any]
-Told = dict[str, tuple[float, str]]
+Found = dict[str, tuple[float, str]]
 
 
 @pytest.fixture(scope="module")
@@ -66,27 +66,27 @@ def run(lab: Lab) -> Run:
 
 
 @pytest.fixture(scope="module")
-def methods(run: Run) -> Told:
+def methods(run: Run) -> Found:
     """What came of each check of the methods."""
-    told: Told = run("checks")
-    return told
+    found: Found = run("checks")
+    return found
 
 
 @pytest.fixture(scope="module")
-def ends(run: Run) -> Told:
+def ends(run: Run) -> Found:
     """What came of each check of the ends."""
-    told: Told = run("ends")
-    return told
+    found: Found = run("ends")
+    return found
 
 
 @pytest.mark.parametrize("promise", client_checks.CHECKS)
-def test_client_methods_of_the_manual_work_on_a_real_device(methods: Told, promise: str) -> None:
+def test_client_methods_of_the_manual_work_on_a_real_device(methods: Found, promise: str) -> None:
     problem = methods[promise][1]
     assert problem == "", problem
 
 
 @pytest.mark.parametrize("promise", client_ends.CHECKS)
-def test_client_service_ends_as_it_should_and_leaves_nothing_behind(ends: Told, promise: str) -> None:
+def test_client_service_ends_as_it_should_and_leaves_nothing_behind(ends: Found, promise: str) -> None:
     problem = ends[promise][1]
     assert problem == "", problem
 
@@ -99,11 +99,11 @@ def test_client_examples_of_the_documentation_work_and_print_what_it_says(lab: L
         ready="ss -ltnH sport = :10809 | grep -q .",
     )
     try:
-        told = run("examples", "docs/client.md")
+        found = run("examples", "docs/client.md")
     finally:
         lab.stop(server)
         lab.guest.run("sed -i /storage.example/d /etc/hosts")
-    assert {heading: problem for heading, problem in told.items() if problem} == {}
+    assert {heading: problem for heading, problem in found.items() if problem} == {}
 
 
 @pytest.mark.quick_on("debian12")

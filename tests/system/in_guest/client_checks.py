@@ -91,7 +91,7 @@ def socket_takes_one_for_each_connection() -> None:
         use(client.device(), b"over what is left")
         assert server.data(0, 17) == b"over what is left"
         client.disconnect()
-        # Each that was left is told.
+        # Each user that is left is named.
         until(lambda: server.asked(DISC) == 2, "two disconnect messages")
 
 
@@ -205,7 +205,7 @@ def device_that_is_taken_is_refused_with_the_name_of_who_has_it() -> None:
             refused(Busy, fourth.run_async, first.device(), "the-first")
 
 
-def disconnect_tells_the_server_and_works_from_another_process() -> None:
+def disconnect_reaches_the_server_and_works_from_another_process() -> None:
     with DataServer() as server, a_client(server) as client:
         client.bind()
         path = client.device()
@@ -442,7 +442,7 @@ CHECKS = {
         socket_of_a_bound_device_replaces_a_dead_one_without_an_error,
         device_is_got_and_set,
         device_that_is_taken_is_refused_with_the_name_of_who_has_it,
-        disconnect_tells_the_server_and_works_from_another_process,
+        disconnect_reaches_the_server_and_works_from_another_process,
         disconnect_leaves_alone_what_is_not_the_same_any_more,
         disconnect_is_refused_while_somebody_uses_the_device,
         clear_queue_does_no_harm,

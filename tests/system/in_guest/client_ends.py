@@ -100,17 +100,17 @@ def run_returns_when_the_server_dies() -> None:
             assert service.result() == after(Reason.SERVER_DIED)
 
 
-def run_returns_when_the_last_of_several_links_dies() -> None:
+def run_returns_when_the_last_of_several_connections_dies() -> None:
     with DataServer(connections=2, way="tcp") as server, Elsewhere(serve(server, flags=MULTI)) as service:
         is_usable()
         shutdown(server.sockets[0])
-        use("/dev/nbd1", b"over the other link")
+        use("/dev/nbd1", b"over the other connection")
         server.kill()
         assert service.result() == after(Reason.SERVER_DIED)
     with DataServer(connections=2, way="tcp") as server, Elsewhere(serve(server, flags=MULTI)) as service:
         is_usable()
         shutdown(server.sockets[0])
-        use("/dev/nbd1", b"over the other link")
+        use("/dev/nbd1", b"over the other connection")
         with Client(device="/dev/nbd1") as other:
             other.disconnect()
         assert service.result() == after(Reason.DISCONNECTED)
@@ -132,9 +132,9 @@ def run_leaves_the_signals_that_the_program_handles() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         before = [signal.getsignal(number) for number in range(1, 20)]
         with DataServer() as server:
-            told = serve(server)()
+            report = serve(server)()
         assert [signal.getsignal(number) for number in range(1, 20)] == before
-        return [*told, caught]
+        return [*report, caught]
 
     with Elsewhere(work) as service:
         is_usable()
@@ -428,7 +428,7 @@ CHECKS = {
         run_returns_when_another_process_disconnects,
         run_returns_on_the_disconnect_of_old,
         run_returns_when_the_server_dies,
-        run_returns_when_the_last_of_several_links_dies,
+        run_returns_when_the_last_of_several_connections_dies,
         run_returns_on_a_signal_and_says_which,
         run_leaves_the_signals_that_the_program_handles,
         run_works_in_a_thread,

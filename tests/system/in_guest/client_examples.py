@@ -44,7 +44,7 @@ def main() -> None:
     """Run them all; each by itself, after the two lines that they share."""
     (_, synopsis), (_, shared), *others = examples(Path(sys.argv[1]).read_text())
     faulthandler.register(signal.SIGUSR1, chain=True)
-    told = {}
+    report = {}
     for heading, before, code in [("synopsis", "", synopsis), *((name, shared, code) for name, code in others)]:
         names: dict[str, object] = {
             "Client": nbdd.Client,
@@ -58,15 +58,15 @@ def main() -> None:
         try:
             with contextlib.redirect_stdout(printed):
                 exec(before + code + "client.close()\n", names)
-        except Exception:  # noqa: BLE001 - told
+        except Exception:  # noqa: BLE001 - report
             problem = traceback.format_exc()
         names.clear()
         for thread in set(threading.enumerate()) - {threading.main_thread()}:
             thread.join()
         if printed.getvalue() != promised(code):
             problem += f"It printed {printed.getvalue()!r}, and says {promised(code)!r}."
-        told[heading] = problem
-    print(json.dumps(told))
+        report[heading] = problem
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

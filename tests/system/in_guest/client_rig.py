@@ -29,7 +29,7 @@ TROUBLE = re.compile(r"WARNING:|BUG:|Oops|blocked for more than|general protecti
 
 
 def sysfs(name: str, attribute: str) -> str:
-    """One of the kernel's files about a disk, such as `sysfs("nbd0", "queue/io_timeout")`; "" where it is not there."""
+    """One of the kernel's files about a disk, such as `sysfs("nbd0", "queue/io_timeout")`; "" if it is not there."""
     try:
         return Path("/sys/block", name, attribute).read_text().strip()
     except OSError:
@@ -107,7 +107,7 @@ class Elsewhere:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             try:
                 answer = {"result": work()}
-            except BaseException as error:  # noqa: BLE001 - told to the parent
+            except BaseException as error:  # noqa: BLE001 - reported to the parent
                 answer = {"error": f"{type(error).__name__}: {error}"}
             try:
                 os.write(writer, json.dumps(answer).encode())
@@ -236,11 +236,11 @@ Check = Callable[[], object]
 
 
 def main(checks: Mapping[str, Check]) -> None:
-    """Run them, print one JSON object: name to seconds and what was wrong, "" where all was as it should be."""
+    """Run them, print one JSON object: name to seconds and what was wrong, "" if all was as it should be."""
     # No watchdog of its own: that would be a thread, and `run_async` forks.
     faulthandler.register(signal.SIGUSR1, chain=True)
     kernel_trouble()
-    told: dict[str, tuple[float, str]] = {}
+    reports: dict[str, tuple[float, str]] = {}
     for name in sys.argv[1:] or checks:
         start, before, problem = time.monotonic(), fds(), ""
         try:
@@ -249,13 +249,13 @@ def main(checks: Mapping[str, Check]) -> None:
             problem = traceback.format_exc()
         for left in (left_over(before), *kernel_trouble()):
             problem += left
-        told[name] = (time.monotonic() - start, problem)
+        reports[name] = (time.monotonic() - start, problem)
         if problem:
             print(f"{name}: {problem}", file=sys.stderr, flush=True)
             for node in bound():
                 with Client(device=f"/dev/{node}") as client, suppress(NbddError):
                     client.disconnect(force=True)
-    print(json.dumps(told))
+    print(json.dumps(reports))
 
 
 def shutdown(sock: socket.socket) -> None:
