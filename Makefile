@@ -189,5 +189,5 @@ release: ## what is to be published, in dist/, from a commit whose changelogs na
 
 .PHONY: clean
 clean: ## remove what was built here; the cached guests stay
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/failures
+	rm -rf $(VENV) build dist .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis tests/failures
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -127,7 +127,7 @@ def _process(pid: int, main: int) -> Process:
     elif (proc / "comm").read_text().startswith("task:"):
         role = "task"
     else:
-        role = "fork server" if b"nbdd.worker.forkserver" in (proc / "cmdline").read_bytes() else "other"
+        role = "fork server" if b"forkserver" in (proc / "cmdline").read_bytes() else "other"
     return Process(
         pid=pid,
         role=role,

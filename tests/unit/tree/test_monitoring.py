@@ -140,7 +140,7 @@ def test_alerts_pass_promtool() -> None:
 
 @needs_promtool
 def test_alerts_ring_when_they_should_and_only_then() -> None:
-    promtool("test", "rules", "tests/unit/nbdd.rules.test.yaml")
+    promtool("test", "rules", "tests/unit/tree/nbdd.rules.test.yaml")
 
 
 @needs_promtool
