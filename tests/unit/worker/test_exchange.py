@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -197,3 +200,24 @@ def test_reconnect_is_refused_if_connections_are_the_kernels_alone(
 def test_exchange_without_device_is_refused(worker: WorkerDriver, order: str) -> None:
     with pytest.raises(NotAttached):
         worker.order(order)
+
+
+@pytest.mark.usefixtures("_short_waits")
+def test_reconnect_is_not_cancelled_by_end_of_dead_timeout(start_worker: Callable[[], WorkerDriver]) -> None:
+    worker = start_worker()
+    good, slow = offers({b"": MIB}), threading.Event()
+
+    def serve(conn: socket.socket) -> None:
+        if slow.is_set():
+            time.sleep(1.5)
+        with contextlib.suppress(OSError):  # the mender's connection, which is cancelled
+            good(conn)
+
+    with Server(serve) as server:
+        worker.order("attach", definition=wire(server, dead_timeout=1), resume=False)
+        slow.set()
+        cut(server)
+        assert worker.event_with(live=0)
+        worker.order("reconnect")
+        report = worker.event_with(live=1)
+    assert (report["lost"], report["failing"]) == (0, False)
