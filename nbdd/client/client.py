@@ -143,7 +143,7 @@ class Client:
         """Return the device node, such as "/dev/nbd2", after setting another one if there is an argument.
 
         None leaves the choice to the kernel: it takes a free device, or makes one, in the same moment in which it
-        binds it, so that nobody can be quicker. Until then, and after the end, "" is returned.
+        binds it, so that no other program can be quicker. Until then, and after the end, "" is returned.
 
         A link to a node, as in /dev/disk/by-nbd, is followed. Whether the node is free turns out when it is bound:
         Busy then, or NoFreeDevice if the kernel should have chosen. Raises InvalidArgs (not an NBD device),
@@ -163,7 +163,7 @@ class Client:
 
         Works from any process: a client that did not bind a device itself ends the one that it names, by `device` or
         by `backend`; a `run` that serves it returns. It is checked first that the device is still the one that was
-        bound, or named, and that nobody uses it: Busy names the users, unless `force`. Then what they have not written
+        bound, or named, and unused: Busy names the users, unless `force`. Then what they have not written
         is lost, and the node is free when the last of them has closed it; those left after `seconds` are returned.
 
         Raises NotAttached (nothing is bound, or something else by now), Busy, TimedOut, KernelError.
@@ -303,7 +303,7 @@ class Client:
     def bind(self, index: int | None = None, *, usable_within: float = SETTLE_SECONDS) -> Node:
         """Bind the sockets to /dev/nbdX, or to a free device, and wait until it is usable. It needs no process then.
 
-        Usable: it has its size, its partitions are there, udev has made its links. A device that can't be read
+        Usable: it has its size, its partitions are there, udev has made its symlinks. A device that can't be read
         within `usable_within` seconds is unbound again and TimedOut raised, or ConnectFailed if the server hung up.
         Raises AlreadyAttached, InvalidArgs (no socket, no size), Busy, NoFreeDevice, KernelError. Of several sockets
         ConnectionNotServiced, if the kernel reads only some of them: that is rare, and new sockets may be all it takes.
@@ -346,7 +346,7 @@ class Client:
         return self._device.claims()
 
     def watch_connections(self) -> LinkDeadMonitor:
-        """The kernel's own reports of connections that die, whoever has their descriptors."""
+        """The kernel's own reports of connections that die, whichever process has their descriptors."""
         return self._device.watch_connections()
 
     # Inside

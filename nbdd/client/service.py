@@ -359,6 +359,6 @@ def _child(channel: Channel, parents_life: int, sockets: Sequence[socket.socket]
 
 
 def _report(channel: Channel, what: Message) -> None:
-    # A parent that has gone is seen by whoever waits for the end.
+    # A parent that has gone is seen by the process that waits for the end.
     with suppress(OSError):
         channel.send(what)

@@ -146,7 +146,7 @@ class _Setting:
     from_wire: Callable[[Any], Any] = _same
 
 
-# JSON schema takes 30.0 for an integer, and so do editors: hence int, also where a value should be one.
+# JSON schema takes 30.0 for an integer, and so do editors: hence int, also if a value should be one.
 _SETTINGS = {
     "uri": _Setting(
         _same,  # `nbdd.config.schema.parse_uris` reads it, since it can be wrong in more ways than a schema knows

@@ -4,7 +4,7 @@
 nbdd.schema.json is the one place that knows keys, types and ranges: it validates here and completes in editors. Its
 `errorMessage` keywords, which editors show too, are the first half of our sentences.
 
-jsonschema is imported where it is used, because it costs 6 MB and most of the time nobody validates.
+jsonschema is imported where it is used, because it costs 6 MB and most of the time nothing is validated.
 """
 
 from __future__ import annotations

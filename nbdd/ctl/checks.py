@@ -56,7 +56,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found: about `subject`, in one sentence, which says what to do where it is not ok."""
+    """What one check found: about `subject`, in one sentence, which says what to do if it is not ok."""
 
     verdict: Verdict
     subject: str

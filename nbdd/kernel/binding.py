@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """KernelDevice: one NBD device of the kernel, from the binding of its sockets to its end.
 
-The kernel does all I/O of a bound device. No process has to stay: whoever knows the device's identifier and index can
-adopt it later.
+The kernel does all I/O of a bound device. No process has to stay: a program that knows the device's identifier and
+index can adopt it later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nbdd.kernel.usage import Usage
 from nbdd.limits import MAX_SIZE, MAX_TIMEOUT, MIN_BLOCK_SIZE
 
 END_SECONDS = 10.0
-"""How long the end of a device may take: whoever has it open must close it first."""
+"""How long the end of a device may take: programs that have it open must close it first."""
 
 
 class KernelDevice:
@@ -118,7 +118,7 @@ class KernelDevice:
     def bind(self, index: int | None = None, *, usable_within: float = SETTLE_SECONDS) -> Node:
         """Bind the sockets to the device of this index, or to a free one, and wait until it is usable.
 
-        Usable: it has its size, its partitions are there, udev has made its links. A device that can't be read
+        Usable: it has its size, its partitions are there, udev has made its symlinks. A device that can't be read
         within `usable_within` seconds is unbound again and TimedOut raised, or ConnectFailed if the server hung up.
         Raises AlreadyAttached, InvalidArgs (no socket, no size), Busy, NoFreeDevice, KernelError.
         ConnectionNotServiced: the kernel reads from some of the sockets only; new ones may do. See `make_usable`.
@@ -262,7 +262,7 @@ class KernelDevice:
     def set_size(self, size: int) -> None:
         """Set the size in bytes, rounded down to a multiple of the block size.
 
-        A bound device grows at once, whoever uses it; it shrinks only while nobody does.
+        A bound device grows at once, in use or not; it shrinks only while it is unused.
         Raises InvalidArgs; on a bound device Busy, NotAttached, ConnectFailed (a connection is dead), KernelError,
         TimedOut.
         """
@@ -271,7 +271,7 @@ class KernelDevice:
     def set_block_size(self, size: int) -> None:
         """Set the block size in bytes; rounds the size of the device down to a multiple.
 
-        On a bound device nobody may use it. Raises InvalidArgs, and what `set_size` raises.
+        A bound device must be unused. Raises InvalidArgs, and what `set_size` raises.
         """
         self._resize(self.size, check_block_size(size))
 
@@ -330,7 +330,7 @@ class KernelDevice:
             raise
 
     def make_usable(self, node: Node, seconds: float = SETTLE_SECONDS) -> None:
-        """Wait until it has its size, its partitions and udev's links; raises as `usable.make_usable`."""
+        """Wait until it has its size, its partitions and udev's symlinks; raises as `usable.make_usable`."""
         make_usable(node, self.sockets, seconds, disconnect=lambda: self._kernel().disconnect(node.index))
 
     def unbind(self, node: Node) -> None:

@@ -38,7 +38,7 @@ def release(
     nudge: Callable[[], None] | None = None,
     usage: Usage | None = None,
 ) -> list[str]:
-    """Disconnect `node` if it is still `backend` and nobody uses it, and wait until it is free and its links are gone.
+    """Disconnect `node` if it is still `backend` and unused, and wait until it is free and its symlinks are gone.
 
     Returns who still has it open when `seconds` are over, [] when the device is free; only with `force` can there be
     any. Raises NotAttached (it is something else by now), Busy after `patience` seconds of being in use (never

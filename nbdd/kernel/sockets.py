@@ -65,7 +65,7 @@ def all_hung_up(sockets: Iterable[socket.socket]) -> bool:
 
 
 def shut_down(sockets: Iterable[socket.socket]) -> None:
-    """Shut them down in both directions, for whoever waits for them to fail; never raises."""
+    """Shut them down in both directions, for a process that waits for them to fail; never raises."""
     for sock in sockets:
         with suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)

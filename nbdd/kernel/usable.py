@@ -31,7 +31,7 @@ UNREAD_SECONDS = 0.5
 def make_usable(
     node: Node, sockets: Sequence[socket.socket], seconds: float, *, disconnect: Callable[[], None]
 ) -> None:
-    """Wait until a device that was just bound has its size, its partitions and udev's links.
+    """Wait until a device that was just bound has its size, its partitions and udev's symlinks.
 
     `disconnect` is called if the server has hung up, for what waits for it to fail. Raises ConnectFailed then,
     ConnectionNotServiced, TimedOut, KernelError.
@@ -78,7 +78,7 @@ def change_geometry(
 ) -> None:
     """Give a bound device another size and block size, in bytes; `size` is a multiple of the block size.
 
-    It grows under I/O; for all else nobody may use it. Raises Busy, ConnectFailed (one of the sockets is dead),
+    It grows under I/O; for all else it must be unused. Raises Busy, ConnectFailed (one of the sockets is dead),
     NotAttached, KernelError (also if the kernel does not do as it was asked), TimedOut.
     """
     # What others hold cached, or rely on, would be beyond the end, or in blocks of another size.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Standard output and standard error of a command; either may be closed, full, or read by nobody."""
+"""Standard output and standard error of a command; either may be closed, full, or without a reader."""
 
 from __future__ import annotations
 

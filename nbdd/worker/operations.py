@@ -36,7 +36,7 @@ CONNECT_SECONDS = 15.0
 fails says so before busctl's 25 seconds are over."""
 
 DETACH_SECONDS = 20.0
-"""For the kernel to free a device and udev to remove its links."""
+"""For the kernel to free a device and udev to remove its symbolic links."""
 
 FORCE_SECONDS = 5.0
 """The same for a detach by force, which does not wait long for the users that it overrides."""
