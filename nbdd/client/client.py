@@ -2,7 +2,7 @@
 """Client: the device side of one network block device, for programs.
 
 Its methods are those of the Perl module Linux::NBD::Client, on today's kernel: see docs/client.md. They are a face of
-`nbdd.kernel.binding.KernelDevice`, with a service process where the manual wants one. The kernel does all I/O of a
+`nbdd.kernel.binding.KernelDevice`, with a service process for `run_async`. The kernel does all I/O of a
 bound device; the service process only waits for the end.
 """
 
