@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from nbdd.config.source import Source
 from nbdd.config.values import Mark, Problem
 from nbdd.errors import InvalidArgs, InvalidConfig
 from nbdd.text import plural, printable, quoted
+
+log = logging.getLogger(__name__)
 
 DIRECTORY = Path("/etc/nbdd")
 """Where the daemon's configuration is."""
@@ -83,7 +86,9 @@ class _Loader:
             files.append(path)
             reading = _File(self, path, main=len(path.parts) == len(self.directory.parts) + 1)
             reading.read()
-            self.problems += reading.lines()
+            problems = reading.lines()
+            self.problems += problems
+            log.debug("%s: read, %s", _path(path), plural(len(problems), "problem"))
             if len(self.problems) > MAX_PROBLEMS:
                 self.problems[MAX_PROBLEMS:] = [
                     f"{_path(path)}: there are more problems; these are the first {MAX_PROBLEMS}."
@@ -91,6 +96,7 @@ class _Loader:
                 break
         if self.problems:
             raise InvalidConfig(*self.problems)
+        log.debug("%s: %s defined", _path(self.directory), plural(len(self.devices), "device"))
         return Configuration(MappingProxyType(self.devices), MappingProxyType(self.defaults), tuple(files))
 
     def paths(self, *, must_exist: bool) -> Iterator[Path]:
