@@ -19,7 +19,6 @@ import nbdd.manager.supervisor
 from nbdd.errors import Busy, ConnectFailed, InvalidConfig, NbddError, WorkerFailed
 from nbdd.ipc.channel import Channel, Message
 from nbdd.manager.supervisor import Ending, How, Supervisor, WorkerProcess, backoff
-from tests.fakes.asserts import run
 from tests.fakes.servers import Server, offers
 from tests.fakes.worker import open_fds
 
@@ -612,7 +611,7 @@ async def all_gone(pids: list[int]) -> None:
         os.close(pidfd)
 
 
-def test_close_while_spawning_leaves_no_worker_and_no_fork_server(caplog: pytest.LogCaptureFixture) -> None:
+async def test_close_while_spawning_leaves_no_worker_and_no_fork_server(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
 
     async def once(turns: int) -> None:
@@ -633,7 +632,7 @@ def test_close_while_spawning_leaves_no_worker_and_no_fork_server(caplog: pytest
 
     before = open_fds()
     for turns in range(12):
-        run(once(turns))
+        await once(turns)
     assert open_fds() == before
     assert caplog.text == "", "an end that was wanted is no news"
 
