@@ -271,7 +271,7 @@ def _unsafe(path: Path) -> str:
 
 
 def known_servers(configured: Configuration | None, devices: Iterable[DeviceView]) -> dict[str, tuple[URI, ...]]:
-    """The servers of each device: as configured or, where that can't be read, as nbdd has them."""
+    """The servers of each device: as configured or, if that can't be read, as nbdd has them."""
     if configured is not None:
         return {name: definition.uri for name, definition in configured.devices.items()}
     return {device.name: tuple(map(URI.parse, device.servers)) for device in devices}

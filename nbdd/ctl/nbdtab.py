@@ -40,7 +40,7 @@ _TLS = frozenset({"tls", "certfile", "keyfile", "cacertfile", "tlshostname", "pr
 
 
 @dataclass(slots=True)
-class Entry:
+class NbdtabEntry:
     """One device of the file."""
 
     line: int
@@ -55,9 +55,9 @@ class Entry:
     """Whether nbd-client makes a device of it, and nbdd can't."""
 
 
-def read(text: str, place: str) -> list[Entry]:
+def read(text: str, place: str) -> list[NbdtabEntry]:
     """The devices in the text of an nbdtab; raises InvalidConfig with each fault, as "PLACE:LINE: what is wrong"."""
-    entries: list[Entry] = []
+    entries: list[NbdtabEntry] = []
     problems: list[str] = []
     known: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), 1):
@@ -79,7 +79,7 @@ def read(text: str, place: str) -> list[Entry]:
     return entries
 
 
-def _entry(line: int, fields: list[str]) -> Entry:
+def _entry(line: int, fields: list[str]) -> NbdtabEntry:
     if len(fields) not in {3, 4}:
         raise InvalidConfig(
             f"a line has 3 or 4 fields (device, host, export and, without blanks, options), not {len(fields)}."
@@ -88,7 +88,7 @@ def _entry(line: int, fields: list[str]) -> Entry:
     found = _DEVICE.fullmatch(device)
     if found is None:
         raise InvalidConfig(f"{printable(device)!r} is no device such as nbd0.")
-    entry = Entry(line, found[1])
+    entry = NbdtabEntry(line, found[1])
     options = list(_options(rest[0] if rest else ""))
     entry.settings["uri"] = str(_uri(host, export, options))
     entry.settings["device"] = f"/dev/{entry.name}"
@@ -121,7 +121,7 @@ def _uri(host: str, export: str, options: Iterable[tuple[str, str | None]]) -> U
     return URI.parse(str(URI(tls=False, host=host, port=int(port), socket=None, export=export)))
 
 
-def _apply(entry: Entry, option: str, value: str | None) -> None:
+def _apply(entry: NbdtabEntry, option: str, value: str | None) -> None:
     """Make a setting of an option, or a remark."""
     written = option if value is None else f"{option}={value}"
     if option in {"unix", "port"} and (value is not None) == (option == "port"):
@@ -142,7 +142,7 @@ def _apply(entry: Entry, option: str, value: str | None) -> None:
         entry.remarks[written] = "nbd-client does not know it either"
 
 
-def _number(entry: Entry, key: str, written: str, value: str) -> None:
+def _number(entry: NbdtabEntry, key: str, written: str, value: str) -> None:
     if not (value.isascii() and value.isdigit() and len(value) < 10):
         entry.remarks[written] = "it is no number"
         return
@@ -154,7 +154,7 @@ def _number(entry: Entry, key: str, written: str, value: str) -> None:
     entry.settings[key] = int(value)
 
 
-def yaml(entries: Iterable[Entry], place: str) -> str:
+def yaml(entries: Iterable[NbdtabEntry], place: str) -> str:
     """The devices as a file for /etc/nbdd/devices.d, with a comment for everything that has no place there."""
     lines = [
         f"# From {printable(place)}, by nbdctl import.",
@@ -169,7 +169,7 @@ def yaml(entries: Iterable[Entry], place: str) -> str:
     return "\n".join(lines)
 
 
-def _block(entry: Entry) -> Iterator[str]:
+def _block(entry: NbdtabEntry) -> Iterator[str]:
     mark = "#" if entry.left_out else " "
     if entry.left_out:
         yield printable(f"# line {entry.line}, left out: {entry.left_out}.")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """nbdd-notify: notifies the user when a network disk is in trouble, and when that is over.
 
-`Notifier.run` is one loop over the events of both buses and the clock. An action of the user runs in a task of its own,
-since polkit may ask for a password first.
+`DesktopNotifier.run` is one loop over the events of both buses and the clock. An action of the user runs in a task of
+its own, since polkit may ask for a password first.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class MountsChanged:
 
 
 Input: TypeAlias = ManagerEvent | NotificationEvent | ActionFailed | MountsChanged | NbddError | None
-"""What `Notifier.run` handles; an error is the end of the system bus, None ends `run`."""
+"""What `DesktopNotifier.run` handles; an error is the end of the system bus, None ends `run`."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Watched:
     look_at: float | None = None
 
 
-class Notifier:
+class DesktopNotifier:
     """Watches nbdd's devices on the system bus and shows notifications on the session bus."""
 
     def __init__(self, client: ManagerProxy, udisks: UDisks, notifications: Notifications, *, everything: bool) -> None:
@@ -327,7 +327,7 @@ async def watch(*, everything: bool) -> int:
             return 0
         # Don't start nbdd: while it does not run, there is nothing to show.
         async with ManagerProxy(activate=False) as client, system_bus() as bus:
-            notifier = Notifier(client, UDisks(bus), Notifications(session), everything=everything)
+            notifier = DesktopNotifier(client, UDisks(bus), Notifications(session), everything=everything)
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, notifier.stop)

@@ -192,7 +192,7 @@ def test_import_of_any_file_gives_what_nbdd_takes(
     tmp_path_factory: pytest.TempPathFactory, lines: list[list[str]]
 ) -> None:
     text = "\n".join(" ".join(words) for words in lines)
-    entries, problems = list[nbdtab.Entry](), tuple[str, ...]()
+    entries, problems = list[nbdtab.NbdtabEntry](), tuple[str, ...]()
     try:
         entries = nbdtab.read(text, "/etc/nbdtab\n")
     except InvalidConfig as error:
