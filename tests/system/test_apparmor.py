@@ -43,7 +43,7 @@ def test_apparmor_profile_lets_nbdd_attach_mend_adopt_and_name_who_uses_a_device
     try:
         killed = f"systemctl kill --kill-whom=all --signal=KILL {server.unit}"
         manager = "systemctl kill --kill-whom=main --signal=KILL nbdd"
-        strike([load], {"kept": [("link", killed), ("worker", "kill -KILL {worker}"), ("worker", manager)]}, 300)
+        strike([load], {"kept": [("connection", killed), ("worker", "kill -KILL {worker}"), ("worker", manager)]}, 300)
         load.another_pass()
         load.end()
     finally:

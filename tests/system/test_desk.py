@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The whole way of a click, on a desktop: the link, polkit's dialog, the file manager, its menu, and what is told.
+"""The whole way of a click, on a desktop: the link, polkit's dialog, the file manager, its menu, and what is shown.
 
 NBDD_SCREENSHOTS=docs/screenshots keeps what was to be seen.
 """

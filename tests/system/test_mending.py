@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Links that die: I/O waits and goes on; how long it waits, for whom, and what ends the waiting."""
+"""Connections that die: I/O waits and goes on; how long it waits, for whom, and what ends the waiting."""
 
 from __future__ import annotations
 
@@ -64,9 +64,10 @@ def test_requests_in_flight_are_done_soon_after_the_connection_is_back(lab: Lab,
     assert lab.guest.run(f"cat /sys/block/{node}/queue/io_timeout").stdout == "1000\n"
     told = waiting(lab, f"/dev/{node}", f"{node}: reconnected socket", 1, server)
     assert [told[which]["error"] for which in ("early", "late")] == ["", ""], told
-    # Later ones wait for a link; the early one for the kernel's look, once a second.
-    assert told["early"]["after the link was back"] <= 1.5, told
-    show(f"a request under way at a kill, done after the link was back: {told['early']['after the link was back']} s")
+    # Later ones wait for a connection; the early one for the kernel's look, once a second.
+    assert told["early"]["after the connection was back"] <= 1.5, told
+    after = told["early"]["after the connection was back"]
+    show(f"a request under way at a kill, done after the connection was back: {after} s")
     lab.wait_for("soon", "State", 's "attached"')
     assert lab.device("soon")["Reconnects"] == 1
     lab.call("SetTimeout", "'soon'", "uint32 7")
@@ -152,7 +153,7 @@ def test_servers_killed_and_restarted_under_load_cost_no_io(lab: Lab, show: Show
         }
         words = {"kill": "systemctl kill --kill-whom=all --signal=KILL", "restart": "systemctl restart"}
         strikes = {
-            name: [("link", f"{words[word]} {servers[name].unit}") for word in in_turn]
+            name: [("connection", f"{words[word]} {servers[name].unit}") for word in in_turn]
             for name, in_turn in rounds.items()
         }
         recovered = strike(loads, strikes, 500 + 90 * ROUNDS)
@@ -327,7 +328,7 @@ def test_connections_are_exchanged_and_a_device_grows_as_asked_for_under_io(
     for name in ("heavy", "light"):
         told = lab.guest.run(f"cat /run/{name}.*.json").stdout
         longest = max(map(int, re.findall(r'"clat_ns" : \{\s*"min" : \d+,\s*"max" : (\d+)', told))) / 1e9
-        show(f"links exchanged three times under I/O, {name}: the longest request took {longest:.2f} s")
+        show(f"connections exchanged three times under I/O, {name}: the longest request took {longest:.2f} s")
     assert lab.device("heavy")["Size"] == 48 * MIB
     lab.guest.run("dd if=/dev/disk/by-nbd/heavy of=/dev/null bs=1M skip=47 iflag=direct status=none")
     # The size is what mending goes by, and shrinking is refused, with every byte in its place.

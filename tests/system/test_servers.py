@@ -186,7 +186,7 @@ def test_connections_of_one_device_are_four(servers: Servers) -> None:
 
 
 def test_server_that_allows_one_connection_gets_one(servers: Servers) -> None:
-    # Several links to a server that keeps a cache for each would read old data.
+    # Several connections to a server that keeps a cache for each would read old data.
     lab = servers.lab
     server = lab.nbdkit("--filter=multi-conn memory 8M multi-conn-mode=disable")
     lab.attach_uri(server.uri, "single", "'connections': <uint32 4>")

@@ -65,11 +65,11 @@ def test_start_with_a_bad_file_and_nothing_attached_fails_once_and_says_why(lab:
     assert lab.guest.run("systemctl start nbdd", check=False, timeout=ATTACH_SECONDS).returncode != 0
     assert lab.guest.run("systemctl show -P ExecMainStatus nbdd").stdout.strip() == "78"
     assert "/etc/nbdd/devices.d/test.yaml:" in lab.guest.journal("nbdd", 20)
-    # Whoever starts it by a call is told, too.
+    # A call that starts it says so, too.
     asked = lab.guest.run("nbdctl list", check=False, timeout=ATTACH_SECONDS)
     assert (asked.returncode, asked.stderr.startswith("nbdctl: /etc/nbdd/devices.d/test.yaml:")) == (1, True), asked
     assert asked.stderr.endswith("nbdctl: nbdd does not start with that.\n")
-    # It has told why before it ends, and a start meanwhile would join the one that fails.
+    # It has said why before it ends, and a start meanwhile would join the one that fails.
     lab.guest.run("until systemctl is-failed --quiet nbdd; do sleep 0.1; done", timeout=ATTACH_SECONDS)
     lab.guest.run("rm /etc/nbdd/devices.d/test.yaml; systemctl start nbdd", timeout=ATTACH_SECONDS)
 

@@ -127,7 +127,7 @@ def test_stop_leaves_a_mounted_device_attached_and_the_next_start_adopts_it(lab:
     lab.wait_for("used", "State", 's "attached"')
     assert lab.device("used")["AttachedSince"] == before["AttachedSince"]
     assert lab.device("idle")["State"] == "detached"
-    # The links were the kernel's alone since the stop, and their death is seen all the same.
+    # The connections were the kernel's alone since the stop, and their death is seen all the same.
     again = _restart(lab, server, "/root/disk.img", "used")
     assert lab.guest.run("echo 3 >/proc/sys/vm/drop_caches; cat /mnt/t/x").stdout == "x\n"
     lab.guest.run("umount /mnt/t")

@@ -4,7 +4,7 @@
     strikes.py <STRIKES
 
 STRIKES is a JSON object: the name of an attached device, letters and digits alone, and its strikes, each of them what
-must be new before the next one ("link" or "worker") and a shell command, in which {worker} is the device's worker. The
+must be new before the next one ("connection" or "worker") and a shell command; {worker} is the device's worker. The
 devices are struck side by side. Prints one JSON object: for each device and strike, the seconds until it had recovered,
 the same from the start of the manager that ran by then, and who had bound its node.
 
@@ -58,7 +58,7 @@ class Device:
 
     async def strike(self, new: str, command: str) -> dict[str, Any]:
         """Strike, and wait until the device has recovered."""
-        key = {"link": "Reconnects", "worker": "WorkerPID"}[new]
+        key = {"connection": "Reconnects", "worker": "WorkerPID"}[new]
         before = await self.properties()
         start = time.monotonic()
         process = await asyncio.create_subprocess_shell(command.replace("{worker}", str(before["WorkerPID"])))

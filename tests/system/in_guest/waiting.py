@@ -4,8 +4,8 @@
     waiting.py DEVICE LINK SECONDS COMMAND_TO_STOP COMMAND_TO_START
 
 A read is sent to a server that is stopped, so that it is under way when the server is killed; another one comes
-after that. The server is started again after SECONDS. LINK is what the kernel says when it has taken a new link, "" for
-what is never given one. Not what nbdd tells: it waits a second before it does.
+after that. The server is started again after SECONDS. LINK is what the kernel says when it has a new connection, "" for
+what is never given one. Not what nbdd says: it waits a second before it does.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
             "error": read.error,
             "after the kill": since(killed, read.ended),
             "after the server was back": since(started, read.ended),
-            "after the link was back": since(back, read.ended),
+            "after the connection was back": since(back, read.ended),
         }
         for name, read in (("early", early), ("late", late))
     }

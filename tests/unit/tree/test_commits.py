@@ -69,7 +69,7 @@ def first() -> str:
 def test_commits_since_the_last_release_have_the_form_of_the_rule(first: str) -> None:
     log = git("log", "--no-merges", "-z", "--format=%H %B", f"{first}..HEAD")
     assert log.returncode == 0, log.stderr
-    wrong = {}
+    wrong: dict[str, list[str]] = {}
     for commit in filter(None, log.stdout.split("\0")):
         name, _, message = commit.partition(" ")
         if not any(name.startswith(excused) for excused in EXCUSED):
