@@ -19,6 +19,10 @@ export SOURCE_DATE_EPOCH := $(shell date --date="$$(sed -n 's/^ -- .*>  //p;T;q'
 DEB_PACKAGES := dpkg-dev debhelper dh-python pybuild-plugin-pyproject python3-all python3-hatchling
 CHECK_TESTS := tests/unit tests/interop
 # Groups, in the order of tests/conftest.py, for whichever process is free.
+# Processes, each with a guest.
+WORKERS ?= 2
+# By another name, or `make -n` would run the whole line that holds it.
+BESIDE := $(MAKE)
 GROUPS := --dist loadgroup --no-loadscope-reorder
 # What the package is made from; the build sees nothing else of the tree.
 DEB_SOURCES := pyproject.toml README.md LICENSE CHANGELOG.md nbdd config dbus desktop systemd completions man debian $(shell cat debian/nbdd.docs)
@@ -103,15 +107,19 @@ desktop-tools:
 screenshots: deps host-tools desktop-tools ## docs/screenshots, from what nbdd-notify and nbdd-open show
 	@$(PY) -m tests.desktop
 
-# CHECKED=yes leaves out what `make check` has just run.
+# CHECKED=yes leaves out what `make check` has just run. What is said of the package needs no guest, and a quarter of
+# the time both cores wait for guests: it is looked at beside the tests, and shown after them.
 .PHONY: test
-test: deps host-tools desktop-tools deb lint-deb reproducible ## every test, the guests of both Debians included
+test: deps host-tools desktop-tools lint-tools deb ## every test, the guests of both Debians included
 	@echo "== everything is in place after $$(($$(date +%s) - $(START))) s; now every test, here and in the guests"
-	@$(PY) -m pytest tests -n 2 $(GROUPS) $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%))
+	@said=$$(mktemp); trap 'rm -f "$$said"' EXIT; \
+	$(BESIDE) lint-deb reproducible >"$$said" 2>&1 & package=$$!; \
+	tests=0; $(PY) -m pytest tests -n $(WORKERS) $(GROUPS) $(if $(CHECKED),$(CHECK_TESTS:%=--ignore=%)) || tests=$$?; \
+	status=0; wait $$package || status=$$?; cat "$$said"; exit $$((tests ? tests : status))
 
 .PHONY: prove
 prove: deps deb ## the promises of docs/reliability.md with their full numbers, in guests of both Debians: an hour
-	@NBDD_TESTS=full $(PY) -m pytest tests -m guest -n 2 $(GROUPS)
+	@NBDD_TESTS=full $(PY) -m pytest tests -m guest -n $(WORKERS) $(GROUPS)
 
 .PHONY: demo
 demo: deps deb ## attach, use and detach a device on a real kernel, shown step by step
@@ -141,11 +149,14 @@ deb: ## dist/nbdd_*_all.deb, for Debian 12 and 13
 	rm -f dist/*.deb; cp "$$work"/nbdd_*_all.deb dist/; echo "$$sum" >dist/.inputs; \
 	ls -l $(DEB)
 
+.PHONY: lint-tools
+lint-tools:
+	@$(call apt,lintian,to check the package)
+
 # The source package too, as only it shows what stands in debian/. An "I:" is worth a look and fails nothing: each release of
 # lintian has new ones.
 .PHONY: lint-deb
-lint-deb: deb ## what Debian's lintian says of the package and of its source
-	@$(call apt,lintian,to check the package)
+lint-deb: deb lint-tools ## what Debian's lintian says of the package and of its source
 	@work=$$(mktemp -d); trap 'rm -rf "$$work"' EXIT; \
 	mkdir "$$work/nbdd"; $(SOURCES) | tar --extract --directory="$$work/nbdd"; \
 	(cd "$$work" && dpkg-source --build nbdd >/dev/null); \

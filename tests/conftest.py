@@ -27,7 +27,7 @@ _LIVE = pytest.StashKey[list[Guest]]()
 _COSTS = pytest.StashKey[list[tuple[str, float]]]()
 """What guests took to come up, and no report has said yet."""
 
-LONGEST = ("test_shutdown", "test_mending", "test_survival", "test_desktop", "test_bad_input", "test_proving_ground")
+LONGEST = ("test_mending", "test_survival", "test_shutdown", "test_bad_input", "test_desktop", "test_client")
 """Files that take longest in a guest: they are begun first, or one of them is what all wait for at the end."""
 
 CleanGuest = Callable[..., Guest]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from tests.guest import deb
 from tests.guest.errors import GuestError
 from tests.guest.guest import Guest
 from tests.guest.image import ensure
-from tests.guest.progress import say, stage
+from tests.guest.progress import say
 from tests.guest.recipe import RELEASES
 
 
@@ -49,12 +50,12 @@ def _build(releases: list[str]) -> int:
 
 
 def _shell(release: str, package: Path | None, line: str | None) -> int:
-    with Guest(release) as guest:
+    with contextlib.closing(Guest(release)) as guest:
         if package is None:
             say("no nbdd in this guest: `make deb` makes the package")
+            guest.boot()
         else:
-            with stage(f"{release}: installing {package.name}"):
-                guest.install(package)
+            guest.come_up(package)
         argv = guest.ssh_argv()
         if line is None:
             say(f"{release}: a shell as root; `exit` ends the guest, and all that was done in it is gone")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 from tests.guest import deb
 from tests.guest.errors import GuestError
 from tests.guest.guest import Guest
-from tests.guest.progress import stage
 from tests.guest.recipe import RELEASES
 
 
@@ -73,10 +73,8 @@ def main() -> int:
         print(f"demo: there is no guest {release!r}; GUEST is one of {', '.join(RELEASES)}", file=sys.stderr)
         return 2
     try:
-        with Guest(release) as guest:
-            package = deb.required()
-            with stage(f"{release}: installing {package.name}"):
-                guest.install(package)
+        with contextlib.closing(Guest(release)) as guest:
+            guest.come_up(deb.required())
             print(f"\nA machine with Debian {release.removeprefix('debian')}, "
                   f"Linux {guest.run('uname -r').stdout.strip()}, and nbdd installed. As root:")  # fmt: skip
             for step in STEPS:
