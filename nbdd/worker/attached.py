@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from nbdd.config.definition import Definition
 from nbdd.errors import Busy, ConnectFailed
 from nbdd.ipc.channel import Message
 from nbdd.ipc.poller import Poller
@@ -35,7 +36,7 @@ class AttachedDevice:
     """
 
     def __init__(
-        self, poller: Poller, name: str, *, definition: Message, binding: Binding, sockets: list[int], report: Report
+        self, poller: Poller, name: str, *, definition: Definition, binding: Binding, sockets: list[int], report: Report
     ) -> None:
         """Watch the connections, and mend what is dead. `report` gets what the manager must know."""
         self.name = name
@@ -97,9 +98,10 @@ class AttachedDevice:
         """
         lost = self.binding.lost
         waited = int(time.monotonic() - lost) if lost else 0
-        self.definition["dead-timeout"] = min(self.definition["dead-timeout"], waited + seconds)
+        dead_timeout = min(self.definition.dead_timeout, waited + seconds)
+        self.definition = replace(self.definition, dead_timeout=dead_timeout)
         self._mender.check_dead_timeout()
-        return int(self.definition["dead-timeout"])
+        return dead_timeout
 
     def replace_connections(self, operation: Operation, order: Message, done: Callable[[Message], None]) -> None:
         """Exchange all connections for new ones, by this operation for this order; `done` gets the answer.

@@ -26,6 +26,7 @@ from enum import Enum
 from functools import partial
 from typing import Protocol
 
+from nbdd.config.definition import Definition
 from nbdd.errors import NotAttached, TimedOut, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.ipc.poller import Poller
@@ -71,7 +72,7 @@ class Mended(Protocol):
     """What a `Mender` needs of the device; `worker.attached.AttachedDevice` is one."""
 
     name: str
-    definition: Message
+    definition: Definition
 
     @property
     def binding(self) -> Binding:
@@ -321,7 +322,7 @@ class Mender:
 
     def check_dead_timeout(self) -> None:
         """Warn of the end of the dead timeout, and see to it: only the kernel's newer requests end by themselves."""
-        lost, timeout = self._device.binding.lost, self._device.definition["dead-timeout"]
+        lost, timeout = self._device.binding.lost, self._device.definition.dead_timeout
         self._end_due = None
         if not lost or self._phase in (Phase.PAUSED, Phase.EXCHANGING) or self.failing:
             return
@@ -366,7 +367,7 @@ class Mender:
             self._poller, socket.socket(fileno=handover.sockets.pop()), self._error_server_closed
         )
         self._device.expect_deaths(1)
-        timeout = self._device.definition["dead-timeout"]
+        timeout = self._device.definition.dead_timeout
         why = f"No server came back within {timeout} s: reads and writes fail until one does."
         self._device.report(TimedOut(why).to_wire())
 

@@ -58,7 +58,7 @@ def look(request: Request, _report: Report) -> Answer:
 
 def attach(request: Request, report: Report) -> Answer:
     """Connect, bind, and wait until the device is usable; answers the binding, with the connections."""
-    definition = Definition.from_wire(request.definition)
+    definition = request.wanted
     bound = find(request.name)
     if bound and request.order["resume"]:
         # A worker before us died between the kernel's answer and its own. It knew the server; we must ask again.

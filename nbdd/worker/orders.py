@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+from nbdd.config.definition import Definition
 from nbdd.errors import NbddError, NotAttached
 from nbdd.ipc.channel import Message
 from nbdd.worker import operations, replacement
@@ -32,7 +33,7 @@ class Host(Protocol):
     def reply(self, message: Message, answer: Message, fds: Sequence[int] = ()) -> None:
         """Send the answer to an order."""
 
-    def take_over(self, definition: Message, answer: Message, sockets: list[int]) -> Message:
+    def take_over(self, definition: Definition, answer: Message, sockets: list[int]) -> Message:
         """Look after the device from now on; returns its binding as it was answered, or the error."""
 
     def put_first(self, order: Order) -> None:
@@ -65,7 +66,11 @@ class Order:
             return Request(self.message, self._host.name, device.definition, device.binding, ())
         found = self.message.get("binding")
         binding = None if found is None else Binding.from_wire(found)
-        return Request(self.message, self._host.name, self.message.get("definition") or {}, binding, self.sockets)
+        definition = self._definition() if "definition" in self.message else None
+        return Request(self.message, self._host.name, definition, binding, self.sockets)
+
+    def _definition(self) -> Definition:
+        return Definition.from_wire(self.message["definition"])
 
 
 class TakeOver(Order):
@@ -73,7 +78,7 @@ class TakeOver(Order):
 
     def finish(self, answer: Message, fds: list[int]) -> None:
         """Look after the device; the reply has duplicates of its connections."""
-        answer = self._host.take_over(self.message["definition"], answer, self.sockets + fds)
+        answer = self._host.take_over(self._definition(), answer, self.sockets + fds)
         device = self._host.device
         self._host.reply(self.message, answer, device.sockets if device is not None else ())
 
@@ -91,7 +96,7 @@ class SetTimeout(Order):
         """Later children begin with the new timeout."""
         device = self._host.device
         if device is not None and "error" not in answer:
-            device.definition["timeout"] = self.message["seconds"]
+            device.definition = device.definition.with_timeout(self.message["seconds"])
         super().finish(answer, fds)
 
 
@@ -129,7 +134,7 @@ class Detach(Order):
         super().finish(answer, fds)
 
     def _adopted(self, answer: Message, fds: list[int]) -> None:
-        answer = self._host.take_over(self.message["definition"], answer, self.sockets + fds)
+        answer = self._host.take_over(self._definition(), answer, self.sockets + fds)
         if self._host.device is not None:
             self._host.put_first(Detach(self._host, self._operation, self.message, []))
             return

@@ -66,7 +66,7 @@ def mend(request: Request, report: Report) -> Answer:
 
     `request.sockets` has the error server's end if the kernel was given one; it is removed first.
     """
-    definition = Definition.from_wire(request.definition)
+    definition = request.wanted
     if request.bound.live:
         # What is written over connections to one server could be read late, or never, over those to another.
         definition = replace(definition, uri=(URI.parse(request.bound.uri),))
@@ -81,13 +81,13 @@ def mend(request: Request, report: Report) -> Answer:
 
 def reconnect(request: Request, report: Report) -> Answer:
     """Exchange all connections for new ones to the first server of the definition that has the same data."""
-    _exchange(request, report, _open_same(request, Definition.from_wire(request.definition), report=report))
+    _exchange(request, report, _open_same(request, request.wanted, report=report))
     return {}, ()
 
 
 def resize(request: Request, report: Report) -> Answer:
     """Take the size that the server says now, if it grew. All connections are exchanged: an old one keeps its size."""
-    definition = Definition.from_wire(request.definition)
+    definition = request.wanted
     binding = request.bound
     if binding.live:
         definition = replace(definition, uri=(URI.parse(binding.uri),))
@@ -194,7 +194,7 @@ def _exchange(request: Request, report: Report, connections: Connections) -> Ker
     """Give the kernel these connections in place of all that it has, at a quiet moment if there is one."""
     device = _adopt_for(request, connections)
     index, live = request.bound.index, request.bound.live
-    patience = request.definition["dead-timeout"]
+    patience = request.wanted.dead_timeout
     if patience < EXCHANGE_PATIENCE:
         device.set_dead_timeout(EXCHANGE_PATIENCE)
     with device.watch_connections() as reports:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nbdd.config.definition import Definition
-from nbdd.errors import NotAttached
+from nbdd.errors import NotAttached, WorkerFailed
 from nbdd.ipc.channel import Message
 from nbdd.kernel.binding import KernelDevice
 from nbdd.kernel.sysfs import Node
@@ -31,12 +31,19 @@ class Request:
 
     order: Message
     name: str
-    definition: Message
-    """As `Definition.to_wire`, or {} if none matters."""
+    definition: Definition | None
+    """What the device shall be; None if that does not matter for the order."""
     binding: Binding | None
     """What the device is; None if none is bound yet, as far as we know."""
     sockets: Sequence[int]
     """Descriptors of the device's connections, as far as we have them."""
+
+    @property
+    def wanted(self) -> Definition:
+        """The definition; raises WorkerFailed if the order came without one."""
+        if self.definition is None:
+            raise WorkerFailed(f"The order for {self.name!r} has no definition.")
+        return self.definition
 
     @property
     def bound(self) -> Binding:
@@ -57,7 +64,7 @@ def io_timeout(connections: int) -> int | None:
 
 def adopt_device(request: Request, binding: Binding, *, paced: bool = True) -> tuple[KernelDevice, Node]:
     """The device that was bound, if it is still the same; else raises NotAttached."""
-    definition = Definition.from_wire(request.definition)
+    definition = request.wanted
     device = KernelDevice(
         request.name,
         timeout=definition.timeout,

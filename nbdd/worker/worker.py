@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
+from nbdd.config.definition import Definition
 from nbdd.errors import NbddError, NotAttached
 from nbdd.ipc.channel import Channel, Message
 from nbdd.ipc.poller import Poller
@@ -134,7 +135,7 @@ class Worker:
         """Send the answer to an order."""
         self._channel.send({**answer, "id": message["id"]}, fds)
 
-    def take_over(self, definition: Message, answer: Message, sockets: list[int]) -> Message:
+    def take_over(self, definition: Definition, answer: Message, sockets: list[int]) -> Message:
         """Look after the device from now on; returns its binding as it was answered, or the error."""
         if "error" not in answer:
             try:

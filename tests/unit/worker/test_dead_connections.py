@@ -269,7 +269,7 @@ def test_mend_does_not_take_refused_server_because_next_can_not_be_compared(
         with open_connections(definition, Deadline(SECONDS)) as connections:
             binding = Binding(0, "", connections.export, connections=1, live=0)
         warnings: list[Message] = []
-        request = Request({}, NAME, definition.to_wire(), binding, ())
+        request = Request({}, NAME, definition, binding, ())
         with replacement._open_same(
             request, definition, report=lambda message, _: warnings.append(message)
         ) as connections:
