@@ -9,6 +9,7 @@ keeps the record's promise: the record is written before the kernel is asked, an
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from nbdd.manager.records import Record, Records
 from nbdd.manager.slot import WorkerSlot
 from nbdd.manager.supervisor import WorkerProcess
 from nbdd.system.journal import DeviceLog
-from nbdd.worker.binding import Binding
+from nbdd.worker.binding import Binding, ConnectionState
 
 ATTACH_DEADLINE = 60.0
 """Seconds after which a worker that still attaches counts as hung. Its own deadlines end sooner."""
@@ -56,6 +57,8 @@ class Attachment:
         self._log = log
         self._record = record
         self._inherited = record is not None
+        # What the worker reported since it was asked for the binding, which was true a moment before.
+        self._reports: list[ConnectionState] = []
         self._outcome: asyncio.Future[None] | None = None
 
     @property
@@ -130,9 +133,16 @@ class Attachment:
         return await self._bind(worker, "adopt", self._slot.sockets, definition=definition, binding=binding.to_wire())
 
     async def _bind(self, worker: WorkerProcess, order: str, fds: tuple[int, ...] = (), **arguments: Any) -> Binding:
+        self._reports.clear()
         reply, sockets = await worker.request_fds(order, deadline=ATTACH_DEADLINE, fds=fds, **arguments)
-        self._slot.replace_sockets(sockets)
-        return Binding.from_wire(reply)
+        binding = Binding.from_wire(reply)
+        if not self._reports:
+            self._slot.replace_sockets(sockets)
+            return binding
+        # It arrived with the reply, and its sockets are the newer ones.
+        for fd in sockets:
+            os.close(fd)
+        return binding.with_state(self._reports[-1])
 
     async def release(self, *, force: bool, until: float) -> None:
         """Have a worker free the kernel's device; `until`, monotonic, is when to stop waiting for its users.
@@ -179,6 +189,12 @@ class Attachment:
             self._records.write(self._record)
         except NbddError as error:
             self._log.error("%s", error)
+
+    def update_connections(self, found: ConnectionState) -> None:
+        """Take what the worker reports of the connections, in the record too."""
+        self._reports = [found]
+        if self.binding is not None:
+            self.update_record(binding=self.binding.with_state(found))
 
     def delete_record(self) -> None:
         """Delete the record: nothing of the device is in the kernel any more."""

@@ -232,8 +232,7 @@ class Device:
     def _connections_changed(self, attachment: Attachment, found: ConnectionState, error: NbddError | None) -> None:
         old = self.status
         new = replace(old.with_connections(found), fails_at=attachment.fails_at(found.lost, old.fails_at))
-        if attachment.binding is not None:
-            attachment.update_record(binding=attachment.binding.with_state(found))
+        attachment.update_connections(found)
         if error is not None:
             new = replace(new, last_error=last_error(error))
             # An attempt that fails like the one before it is not worth a line.

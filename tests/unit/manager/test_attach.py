@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -307,3 +308,23 @@ async def test_attach_without_writable_record_binds_nothing(bench: MakeBench, tm
         assert it.spawner.orders == []
         (tmp_path / "run").unlink()
         await it.device.attach()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the reply", "with the reply"])
+async def test_connection_report_that_comes_with_the_reply_is_newer_than_the_reply(
+    bench: MakeBench, *, late: bool
+) -> None:
+    async with bench(connections=2) as it:
+        it.spawner.connections = 2
+        it.spawner.after["attach"] = asyncio.Event()
+        attaching = asyncio.create_task(it.device.attach())
+        await it.spawner.acted["attach"].wait()
+        if late:
+            # The reply is read, and in the same moment what follows it on the channel.
+            it.spawner.after["attach"].set()
+            await asyncio.sleep(0)
+        lost = {"live": 1, "reconnects": 0, "uri": "nbd://storage.example/disk", "lost": 0, "failing": False}
+        it.spawner.worker.say("connections", [os.open("/dev/null", os.O_RDONLY)], **lost)
+        it.spawner.after["attach"].set()
+        await attaching
+        assert (it.device.status.state, it.device.status.live_connections) == (State.DEGRADED, 1)
