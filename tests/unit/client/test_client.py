@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import pydoc
 import re
@@ -24,6 +25,7 @@ import nbdd.kernel.binding
 import nbdd.kernel.usable
 from nbdd import Client, Connection, NbddError, connect
 from nbdd.errors import (
+    Busy,
     ConnectFailed,
     ConnectionNotServiced,
     InvalidArgs,
@@ -124,6 +126,31 @@ def test_bind_with_connections_that_the_kernel_leaves_unread_frees_the_device(
         assert sock.recv(1) == b"", "the connections are shut down, which ends the work items that wait"
     for sock in ours + theirs:
         sock.close()
+
+
+@pytest.mark.parametrize(("device", "index"), [("/dev/nbd3", 3), (None, None)])
+def test_run_and_bind_ask_for_the_device_that_was_named(
+    monkeypatch: pytest.MonkeyPatch, *, device: str | None, index: int | None
+) -> None:
+    asked: list[object] = []
+
+    class Kernel:
+        def watch_connections(self) -> contextlib.AbstractContextManager[None]:
+            return contextlib.nullcontext()
+
+        def connect(self, *, index: int | None, **_: object) -> int:
+            asked.append(index)
+            raise Busy("It is taken.")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(nbdd.kernel.binding, "NetlinkNBD", Kernel)
+    for method in (Client.run, Client.bind):
+        ours, theirs = socket.socketpair()
+        with theirs, Client(socket=ours, size=MIB, device=device) as client:
+            check_refused(partial(method, client), "It is taken.", error=Busy)
+    assert asked == [index, index]
 
 
 # How it is found
