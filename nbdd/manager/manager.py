@@ -22,6 +22,7 @@ from nbdd.manager.records import Records
 from nbdd.manager.slot import KeepSockets
 from nbdd.manager.status import State, Status
 from nbdd.manager.supervisor import Supervisor
+from nbdd.protocol import Export
 from nbdd.system.journal import DeviceLog
 from nbdd.uri import URI
 
@@ -185,15 +186,15 @@ class Manager:
         """Take the size that the server reports now; returns it, in bytes."""
         return await self.device(name).resize()
 
-    async def list_exports(self, uri: str) -> list[dict[str, Any]]:
-        """List a server's exports, each as `Export.to_wire`; a worker process asks the server."""
+    async def list_exports(self, uri: str) -> list[Export]:
+        """List a server's exports; a worker process asks the server."""
         parsed = URI.parse(uri)
-        found: list[dict[str, Any]] = []
+        found: list[Export] = []
 
         def collect(message: Message, fds: list[int]) -> None:
             for fd in fds:
                 os.close(fd)
-            found.extend(message.get("exports", []))
+            found.extend(map(Export.from_wire, message.get("exports", [])))
 
         worker = await self._supervisor.spawn("exports", collect)
         try:

@@ -256,8 +256,8 @@ class FakeSpawner:
         return {"statistics": {"reads": 7}}
 
     def _list_exports(self, worker: FakeWorker, _arguments: dict[str, Any]) -> Message:
-        worker.say("exports", exports=[{"name": "one"}])
-        worker.say("exports", exports=[{"name": "two"}])
+        for name in ("one", "two"):
+            worker.say("exports", exports=[Export(name, 1 << 20, Flags.NBD_FLAG_HAS_FLAGS).to_wire()])
         return {}
 
     def _binding(self, name: str) -> Message:

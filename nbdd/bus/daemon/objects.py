@@ -18,6 +18,7 @@ from nbdd.errors import InvalidArgs, NegotiationFailed
 from nbdd.manager.device import Device
 from nbdd.manager.manager import Manager
 from nbdd.manager.status import Status
+from nbdd.protocol import Export
 from nbdd.uri import URI
 
 ATTACH_OPTIONS = {
@@ -148,7 +149,7 @@ class ManagerInterface(ExportedInterface):
         read_options(options, {})
         await self._authority.check(caller, "org.nbdd1.list-exports", _about_server(uri))
         exports = await self._manager.list_exports(uri)
-        texts = (text for export in exports for text in (export["name"], export["description"], export["problem"]))
+        texts = (text for export in exports for text in (export.name, export.description, export.problem))
         if 100 * len(exports) + sum(len(clean(text).encode()) for text in texts) > _MAX_LIST:
             raise NegotiationFailed(
                 f"The server lists {len(exports)} exports, with names too long for one D-Bus message."
@@ -170,20 +171,20 @@ def _about_server(text: str) -> dict[str, str]:
     return {"uri": str(uri), "server": uri.address}
 
 
-def _export(export: dict[str, Any]) -> dict[str, Variant]:
+def _export(export: Export) -> dict[str, Variant]:
     values = {
-        "name": Variant("s", clean(export["name"])),
-        "description": Variant("s", clean(export["description"])),
+        "name": Variant("s", clean(export.name)),
+        "description": Variant("s", clean(export.description)),
     }
-    if export["problem"]:
-        values["problem"] = Variant("s", clean(export["problem"]))
+    if export.problem:
+        values["problem"] = Variant("s", clean(export.problem))
     else:
-        values["size"] = Variant("t", export["size"])
-    if export["flags"]:
-        values["flags"] = Variant("u", export["flags"])
+        values["size"] = Variant("t", export.size)
+    if export.flags:
+        values["flags"] = Variant("u", int(export.flags))
     for bound in ("minimum", "preferred", "maximum"):
-        if export[bound] is not None:
-            values[f"{bound}-block-size"] = Variant("u", export[bound])
+        if (number := getattr(export, bound)) is not None:
+            values[f"{bound}-block-size"] = Variant("u", number)
     return values
 
 

@@ -361,7 +361,7 @@ async def test_attach_uri_has_a_limit_of_devices(it: Desk, monkeypatch: pytest.M
 
 async def test_list_exports_ends_its_worker_afterwards(it: Desk) -> None:
     await it.start()
-    assert await it.manager.list_exports("nbd://host") == [{"name": "one"}, {"name": "two"}]
+    assert [export.name for export in await it.manager.list_exports("nbd://host")] == ["one", "two"]
     it.spawner.outcomes["list-exports"] = [DOWN]
     assert await refused(it.manager.list_exports("nbd://host")) is DOWN
     assert isinstance(await refused(it.manager.list_exports("ftp://host")), InvalidURI)

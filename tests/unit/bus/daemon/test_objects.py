@@ -47,6 +47,7 @@ from nbdd.errors import (
 from nbdd.manager.device import Device
 from nbdd.manager.manager import Changes, Manager
 from nbdd.manager.status import Phase, Status
+from nbdd.protocol import Export, Flags
 from tests.fakes.bus import (
     ERROR,
     INTERACTIVE,
@@ -124,7 +125,7 @@ class FakeManager:
         self.known = {"backup": FakeDevice(), "a-b.c": FakeDevice(replace(STATUS, name="a-b.c"))}
         self.calls: list[tuple[Any, ...]] = []
         self.error: NbddError | None = None
-        self.exports: list[dict[str, Any]] = []
+        self.exports: list[Export] = []
 
     def device(self, name: str) -> FakeDevice:
         if name not in self.known:
@@ -161,7 +162,7 @@ class FakeManager:
         self._asked("reload")
         return Changes(("new",), ("other", "another"), ())
 
-    async def list_exports(self, uri: str) -> list[dict[str, Any]]:
+    async def list_exports(self, uri: str) -> list[Export]:
         self._asked("list_exports", uri)
         return self.exports
 
@@ -402,20 +403,12 @@ async def test_manager_gets_the_arguments_and_the_caller_its_replies(address: st
 
 
 async def test_list_exports_leaves_out_what_the_server_did_not_say(address: str) -> None:
-    said = {"description": "", "flags": 0xFFFF, "minimum": None, "preferred": None, "maximum": None, "problem": ""}
+    said = Flags(0xFFFF)
     async with world(address) as here:
         here.manager.exports = [
-            {**said, "name": "", "size": 512},
-            {
-                **said,
-                "name": "a\udcffb",
-                "size": (1 << 63) - 1,
-                "description": "x\0y\x1b[31m",
-                "minimum": 1,
-                "preferred": 4096,
-                "maximum": 0xFFFFFFFF,
-            },
-            {**said, "name": "x", "size": 0, "flags": 0, "problem": "It was not asked."},
+            Export("", 512, said),
+            Export("a\udcffb", (1 << 63) - 1, said, 1, 4096, 0xFFFFFFFF, description="x\0y\x1b[31m"),
+            Export("x", 0, Flags(0), problem="It was not asked."),
         ]
         told = await here.call("ListExports", "nbd://x", {}, types="sa{sv}")
         assert told == [
@@ -436,11 +429,10 @@ async def test_list_exports_leaves_out_what_the_server_did_not_say(address: str)
 
 
 async def test_list_exports_too_long_for_the_bus_is_an_error(address: str) -> None:
-    one = {"description": "", "size": 0, "flags": 0, "minimum": None, "preferred": None, "maximum": None, "problem": ""}
     async with world(address) as here:
         # As much as fits: 4000 bytes of name, and what goes with them.
         fits = (30 << 20) // 4100
-        here.manager.exports = [{**one, "name": "x" * 4000}] * fits
+        here.manager.exports = [Export("x" * 4000, 0, Flags(0))] * fits
         assert len(await here.call("ListExports", "nbd://x", {}, types="sa{sv}")) == fits
         here.manager.exports *= 2
         name, text = await here.fails("ListExports", "nbd://x", {}, types="sa{sv}")
