@@ -185,7 +185,7 @@ class _File:
             if isinstance(node, str) and node != "auto" and (*path, "device") not in self.faulty:
                 owner = self.loader.nodes.setdefault(node, name)
                 if owner != name:
-                    sentence = f"{node} is already given to the device {quoted(owner)}; choose another, or auto."
+                    sentence = f"{node} is given to the device {quoted(owner)} already; choose another, or auto."
                     faults.append(Fault((*path, "device"), sentence))
             if sound and not faults:
                 fields = fields_of(self.loader.defaults | settings)

@@ -63,7 +63,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         if isinstance(error, FileNotFoundError) and path.is_symlink():
             target = quoted(os.fsencode(path.readlink()).decode(errors="backslashreplace"))
-            raise Unusable(None, f"can't be read: it is a symbolic link to {target}, which does not exist.") from None
+            raise Unusable(None, f"can't be read: it is a link to {target}, which does not exist.") from None
         why = (error.strerror or str(error)).lower()
         raise Unusable(None, f"can't be read: {why}.") from None
     if len(data) > MAX_BYTES:

@@ -194,7 +194,7 @@ def test_node_belongs_to_one_device(write: Write) -> None:
     )
     (found,) = problems(directory)
     assert found == (
-        "devices.d/more.yaml:1:39: device 'b': key 'device': /dev/nbd3 is already given to the device 'a'; "
+        "devices.d/more.yaml:1:39: device 'b': key 'device': /dev/nbd3 is given to the device 'a' already; "
         "choose another, or auto."
     )
 

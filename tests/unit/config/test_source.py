@@ -20,7 +20,7 @@ def test_byte_order_mark_takes_no_column(write: Write) -> None:
 def test_symbolic_link_to_nothing_is_reported(tmp_path: Path) -> None:
     (tmp_path / "nbdd.yaml").symlink_to("gone.yaml")
     (found,) = problems(tmp_path)
-    assert found == "nbdd.yaml: can't be read: it is a symbolic link to 'gone.yaml', which does not exist."
+    assert found == "nbdd.yaml: can't be read: it is a link to 'gone.yaml', which does not exist."
 
 
 def test_symbolic_link_to_itself_is_reported(tmp_path: Path) -> None:
