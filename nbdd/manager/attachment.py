@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from nbdd.config.definition import Definition
 from nbdd.errors import Busy, NbddError, WorkerFailed
 from nbdd.manager.records import Record, Records
 from nbdd.manager.slot import WorkerSlot
+from nbdd.manager.status import Status
 from nbdd.manager.supervisor import WorkerProcess
 from nbdd.system.journal import DeviceLog
 from nbdd.worker.binding import Binding, ConnectionState
@@ -101,8 +103,8 @@ class Attachment:
 
     # Orders
 
-    async def attach(self, *, configured: bool, attached_by: int) -> Binding:
-        """Have a new worker bind the device.
+    async def attach(self, status: Callable[[], Status]) -> Binding:
+        """Have a new worker bind the device. `status` says for whom, when the record is written.
 
         Raises what the worker met, which has ended then. The record stays if the kernel may have been asked.
         """
@@ -113,7 +115,9 @@ class Attachment:
             if not resume:
                 # If a stranger's device is bound under our name, a record would make it ours.
                 await worker.request("look", deadline=ORDER_DEADLINE)
-            record = Record(self.definition, configured, attached_by=attached_by)
+            # Only now: a reload may have changed it while the worker was forked.
+            now = status()
+            record = Record(self.definition, now.configured, attached_by=now.attached_by)
             self._records.write(record)
             self._record = record
             return await self._bind(worker, "attach", definition=self.definition.to_wire(), resume=resume)
@@ -135,14 +139,13 @@ class Attachment:
     async def _bind(self, worker: WorkerProcess, order: str, fds: tuple[int, ...] = (), **arguments: Any) -> Binding:
         self._reports.clear()
         reply, sockets = await worker.request_fds(order, deadline=ATTACH_DEADLINE, fds=fds, **arguments)
-        binding = Binding.from_wire(reply)
         if not self._reports:
             self._slot.replace_sockets(sockets)
-            return binding
-        # It arrived with the reply, and its sockets are the newer ones.
+            return Binding.from_wire(reply)
+        # The report arrived with the reply, and its sockets are the newer ones.
         for fd in sockets:
             os.close(fd)
-        return binding.with_state(self._reports[-1])
+        return Binding.from_wire(reply).with_state(self._reports[-1])
 
     async def release(self, *, force: bool, until: float) -> None:
         """Have a worker free the kernel's device; `until`, monotonic, is when to stop waiting for its users.

@@ -116,8 +116,7 @@ class Lifecycle:
             as_configured = attachment.definition == self.definition
             self._retry_now.clear()
             try:
-                status = self._status.now
-                binding = await attachment.attach(configured=status.configured, attached_by=status.attached_by)
+                binding = await attachment.attach(lambda: self._status.now)
             except NbddError as error:
                 died = isinstance(error, WorkerFailed)
                 deaths = deaths + 1 if died else 0

@@ -261,8 +261,7 @@ class Mender:
         else:
             self._mended(handover.sockets, len(handover.sockets), answer["uri"])
         # More may have died meanwhile.
-        again = self._device.binding.missing or self._kernel_state_unknown
-        self._mend_due = time.monotonic() if again else None
+        self._mend_due = self._due_if_missing()
 
     def _not_mended(self, error: Message) -> None:
         if self._stop_if_gone(error):
@@ -270,6 +269,10 @@ class Mender:
         self._attempts += 1
         self._mend_due = time.monotonic() + _jittered(MEND_WAITS[min(self._attempts, len(MEND_WAITS) - 1)])
         self._device.report(error)
+
+    def _due_if_missing(self) -> float | None:
+        """Now if connections are missing, or may be; a device that has them all is not mended."""
+        return time.monotonic() if self._device.binding.missing or self._kernel_state_unknown else None
 
     def _mended(self, sockets: list[int], number: int, uri: str) -> None:
         """The kernel has that many connections more; `sockets` are those of them that are ours to watch."""
@@ -282,8 +285,8 @@ class Mender:
 
     def exchange(self, operation: Operation, order: Message, done: Callable[[Message], None]) -> None:
         """See `AttachedDevice.replace_connections`."""
-        self._mend_due = time.monotonic()
         self._cancel()
+        self._mend_due = self._due_if_missing()
         try:
             with self._request(order) as request:
                 answered = partial(self._exchange_answered, done)

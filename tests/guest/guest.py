@@ -187,7 +187,7 @@ class Guest:
         with self._stage("installing", f" {package.name}"):
             self.install(package)
         with self._stage("saving", ""):
-            self.run(f"rm -f /var/tmp/{shlex.quote(package.name)}; {snapshot.QUIESCE}", timeout=BOOT_SECONDS)
+            self.run(snapshot.QUIESCE, timeout=BOOT_SECONDS)
             self._end_ssh()
             self._running().save()
         self._drop_qemu()

@@ -24,7 +24,7 @@ from nbdd.errors import (
 from nbdd.manager.records import Record
 from nbdd.manager.status import State
 from tests.fakes.asserts import refused
-from tests.fakes.worker import DOWN, MakeBench, definition, task
+from tests.fakes.worker import DOWN, MakeBench, definition, open_fds, task
 
 
 async def test_attach_and_detach_pass_through_every_state(bench: MakeBench) -> None:
@@ -328,3 +328,26 @@ async def test_connection_report_that_comes_with_the_reply_is_newer_than_the_rep
         it.spawner.after["attach"].set()
         await attaching
         assert (it.device.status.state, it.device.status.live_connections) == (State.DEGRADED, 1)
+
+
+async def test_record_has_what_a_reload_changed_while_the_worker_was_forked(bench: MakeBench) -> None:
+    async with bench(configured=False) as it:
+        attaching = task(it.device.attach(by=1000))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not it.records.load()
+        it.device.redefine(definition())
+        await attaching
+        [record] = it.records.load()
+        assert (record.configured, record.attached_by) == (True, 0)
+
+
+async def test_reply_that_makes_no_sense_leaves_no_descriptor(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench() as it:
+        whole = it.spawner._binding
+        monkeypatch.setattr(it.spawner, "_binding", lambda name: {**whole(name), "reconnects": "x"})
+        before = open_fds()
+        assert "Internal error" in str(await refused(it.device.attach()))
+        assert open_fds() == before

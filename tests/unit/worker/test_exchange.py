@@ -221,3 +221,18 @@ def test_reconnect_is_not_cancelled_by_end_of_dead_timeout(start_worker: Callabl
         worker.order("reconnect")
         report = worker.event_with(live=1)
     assert (report["lost"], report["failing"]) == (0, False)
+
+
+def test_exchange_that_can_not_fork_leaves_a_whole_device_alone(
+    start_worker: Callable[[], WorkerDriver], kernel: FakeKernel
+) -> None:
+    kernel.settings.update(forks=1, forks_after=1)
+    worker = start_worker()
+    with Server(offers({b"": MIB})) as server:
+        worker.order("attach", definition=wire(server), resume=False)
+        with pytest.raises(WorkerFailed):
+            worker.order("reconnect")
+        # What it does of itself has begun when it reads the next order.
+        worker.order("set-timeout", seconds=3)
+        worker.wait_idle()
+        assert "replace" not in dict(kernel.asked), "nothing is missing that could be mended"
