@@ -27,6 +27,7 @@ from nbdd.bus.wire.interface import Interface
 from nbdd.bus.wire.names import BUS_NAME
 from nbdd.bus.wire.reader import MAX_BODY, Reader
 from nbdd.errors import Busy, InvalidConfig
+from tests.fakes.asserts import until
 from tests.fakes.bus import (
     DEADLINE,
     ERROR,
@@ -157,12 +158,6 @@ async def both(address: str, *, opened: bool = True) -> AsyncIterator[tuple[Serv
 def machine_id() -> str | None:
     file = Path("/etc/machine-id")
     return file.read_text().strip() if file.is_file() else None
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the loop turn until something is so."""
-    while not condition():  # noqa: ASYNC110 - on what has no event
-        await asyncio.sleep(0)
 
 
 async def fails(work: Any) -> tuple[str, str]:
